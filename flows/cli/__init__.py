@@ -9,7 +9,7 @@ import typer
 
 from agent.errors import UserError
 from evaluators.errors import UserError as EvaluatorError
-from flows.cli import offline, records, rounds, stack
+from flows.cli import bench, offline, records, rounds, stack
 from flows.terminal import quiet_libraries
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 for commands in (stack.app, rounds.app, records.app, offline.app):
     app.add_typer(commands)
+app.add_typer(bench.app, name="bench")
 app.add_typer(rounds.review_app, name="review")
 app.add_typer(offline.task_app, name="task")
 app.add_typer(offline.embedded_app, name="embedded")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evaluators.gate import Sample, Tables, decide
-from flows.bench_gate import (
+from flows.bench.gate import (
     SETTINGS,
     Bench,
     bench_gate,

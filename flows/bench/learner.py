@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from agent.errors import UserError
 from agent.learner import recipe
 from agent.learner.density import norm_by_density
 from agent.learner.es import members, step
@@ -65,7 +66,7 @@ def bench_learner(
     """
     unknown = sorted(set(sizes) - set(SIZES))
     if unknown or not sizes:
-        raise ValueError(f"sizes {', '.join(unknown) or 'none'}: some of {', '.join(SIZES)} wanted")
+        raise UserError(f"sizes {', '.join(unknown) or 'none'}: some of {', '.join(SIZES)} wanted")
     many, before = threads or CORES, torch.get_num_threads()
     rounds = {size: repeats or REPEATS[size] for size in sizes}
     advance = progress.track("bench learner", sum(rounds.values()) + 2)

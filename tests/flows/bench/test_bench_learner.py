@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from flows.bench_learner import bench_learner, tables
+from agent.errors import UserError
+from flows.bench.learner import bench_learner, tables
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_unknown_size_is_refused_and_torch_keeps_its_threads(
     document: dict[str, object],
 ) -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ValueError, match="sizes 2M: some of 1M, 50M, 500M wanted"):
+    with pytest.raises(UserError, match="sizes 2M: some of 1M, 50M, 500M wanted"):
         bench_learner(("1M", "2M"))
     assert torch.get_num_threads() == before
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rich.table import Table
 from scipy.stats import norm
 
 from evaluators.confirm import spent_alpha
@@ -24,6 +25,7 @@ from evaluators.eprocess import log_e_counts
 from evaluators.gate import GateSettings
 from evaluators.judge import pooled_margin, task_margin
 from evaluators.stats import mcnemar_exact, tango_p, tango_z
+from flows.progress import Reporter, Silent
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -64,8 +66,8 @@ class Bench:
             raise ValueError(f"{self}: discordant in (0, 0.9], step in [0, 1)")
 
 
-def bench_gate(bench: Bench | None = None) -> dict[str, Any]:
-    """Operating characteristics of the gate as plain values.
+def bench_gate(bench: Bench | None = None, progress: Reporter | None = None) -> dict[str, Any]:
+    """Operating characteristics of the gate as plain values; about a minute as it stands.
 
     Returns:
         setup: the fields of ``bench``.
@@ -76,15 +78,17 @@ def bench_gate(bench: Bench | None = None) -> dict[str, Any]:
         within: every bound is kept.
     """
     bench = bench or Bench()
+    advance = (progress or Silent()).track("bench gate", len(bench.rows))
     figures: list[dict[str, Any]] = []
     curves, drifts = [], []
-    for n in bench.rows:
+    for done, n in enumerate(bench.rows, 1):
         figures += _rates(bench, n)
         curves.append(_curves(bench, n))
         for against, confirmed in (("anchor", True), ("anchor", False), ("champion", True)):
             points = _drift(bench, n, against, confirmed)
             drifts.append({"n": n, "against": against, "confirmed": confirmed, "points": points})
             figures.append(_drift_figure(bench, n, against, confirmed, points[-1]))
+        advance(done)
     within = all(figure["within"] is not False for figure in figures)
     results = {"figures": figures, "curves": curves, "drift": drifts, "within": within}
     return {"setup": asdict(bench), **results}
@@ -228,6 +232,27 @@ def _drift_figure(
     bound = DRIFT_POINTS if against == "anchor" and confirmed else None
     within = None if bound is None else points <= bound
     return {"name": name, "n": n, "rate": points, "se": None, "bound": bound, "within": within}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The figures of :func:`bench_gate` for people: one line a rate, one column a size."""
+    sizes = result["setup"]["rows"]
+    drawn = Table(title="the gate by simulation, %; drift in points", title_justify="left")
+    drawn.add_column("figure")
+    for n in sizes:
+        drawn.add_column(f"{n} rows", justify="right")
+    drawn.add_column("bound", justify="right")
+    drawn.add_column("kept")
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for figure in result["figures"]:
+        by_name.setdefault(figure["name"], []).append(figure)
+    for name, figures in by_name.items():
+        drift, bound = figures[0]["se"] is None, figures[0]["bound"]
+        scale = 1 if drift else 100
+        kept = "-" if bound is None else "no" if any(not f["within"] for f in figures) else "yes"
+        shown = "-" if bound is None else f"{scale * bound:g}"
+        drawn.add_row(name, *(f"{scale * f['rate']:.2f}" for f in figures), shown, kept)
+    return drawn
 
 
 def plot_gate(result: dict[str, Any], path: Path) -> Path:

@@ -1,0 +1,44 @@
+"""Benchmarks: each runs two things side by side and prints their ratio."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import AsJson
+from flows.terminal import reporter, show
+
+app = typer.Typer(help="Measure: the learner, the gate.", no_args_is_help=True)
+
+
+@app.command()
+def learner(
+    size: Annotated[
+        list[str] | None, typer.Option(help="1M, 50M, 500M (6 GB); all three if none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The exact learner beside the published recipe: speed, exactness, drift under pure noise."""
+    from flows.bench.learner import SIZES, bench_learner, tables
+
+    with reporter(as_json) as bars:
+        told = bench_learner(size or tuple(SIZES), progress=bars)
+    show(told, as_json, *tables(told))
+
+
+@app.command()
+def gate(
+    draws: Annotated[int, typer.Option(min=100, help="Simulated candidates for a rate.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The gate's error rates by simulation, and 300 rounds of drift; exit code 1 over a bound."""
+    from flows.bench.gate import Bench, bench_gate, plot_gate, table
+
+    with reporter(as_json) as bars:
+        told = bench_gate(Bench(draws=draws, seed=seed), bars)
+    if plot is not None:
+        told["plot"] = str(plot_gate(told, plot))
+    show(told, as_json, table(told))
+    raise typer.Exit(0 if told["within"] else 1)
