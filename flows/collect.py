@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Collected:
 def collect_rows(service: Service, target: str, count: int) -> Collected:
     """``count`` training rows of the target: verified traffic first, the task's own rows after.
 
+    The task's rows are taken in turn: each round on a target begins where the last one ended.
     Traffic is deduplicated, kept apart from evaluation rows, quarantined and capped (agent.store.
     intake); a principal's rows are at most its share of ``count``.
     """
@@ -51,7 +53,10 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
                 used.append(each)
             rows.setdefault(key, row)
     live = len(rows)
-    for key, row in known.items():
+    earlier = sum(run.target == target for run in service.journal.runs())
+    own = deque(known.items())
+    own.rotate(-earlier * count)
+    for key, row in own:
         if len(rows) >= count:
             break
         rows.setdefault(key, row)

@@ -1,12 +1,15 @@
 """The two long stages of a turn: learning a candidate, and weighing it. One round at a time."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from agent.errors import UserError
+from deploy.serving.served import write_atomically
 from flows import projection
 from flows.curve import points_of
 from flows.improve import Round, run_round
@@ -22,14 +25,20 @@ def learn(session: Session, target: str, changes: Mapping[str, Any] | None = Non
 
 
 def weigh(session: Session, run_id: str) -> Judged:
-    """Evaluation and gate of a finished round, shown in MLflow."""
+    """Evaluation and gate of a finished round, kept as its report and shown in MLflow."""
     service = session.service
     curve = points_of(service, run_id)
     judged = judge(service, session.population, run_id, session.progress, curve)
+    write_atomically(report_path(service, run_id), json.dumps(judged.report.to_json()))
     projection.attempt(
         f"round {run_id}", lambda: projection.show_round(service, judged.report, judged.tables)
     )
     return judged
+
+
+def report_path(service: Service, run_id: str) -> Path:
+    """Where the report of a judged round is kept."""
+    return service.home.runs / run_id / "report.json"
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+SHOWN = 6  # finished bars that stay
+
 Advance = Callable[[int], None]  # told how many are done so far
 
 
@@ -63,9 +65,11 @@ class Bars:
         self._bars.stop()
 
     def track(self, what: str, total: int) -> Advance:
-        """A bar of its own, or one line where bars cannot be drawn."""
+        """A bar of its own, or one line where bars cannot be drawn; old finished ones go."""
         if self._bars.disable:
             self._console.print(f"  {what} ({total})", highlight=False)
+        for old in [each for each in self._bars.tasks if each.finished][:-SHOWN]:
+            self._bars.update(old.id, visible=False)
         bar = self._bars.add_task(what, total=total)
         return lambda done: self._bars.update(bar, completed=done)
 

@@ -79,7 +79,6 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Outc
             f"digest {short(digest)} is {state}; only a candidate that passed the gate (or was "
             "approved, or served before) and is not the champion is promoted"
         )
-    ensure_probes(session, digest)
 
     def record(event: str, of: str, reason: str) -> None:
         service.record(of, event, reason or why)
@@ -102,7 +101,6 @@ def rollback(session: Session, digest: str, reason: str) -> Outcome:
     if digest == champion:
         raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
     service.directory(digest)
-    ensure_probes(session, digest)
 
     def record(event: str, _of: str, _reason: str) -> None:
         if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
@@ -175,7 +173,6 @@ def serve_champion(session: Session) -> None:
     """Make the engine serve what the ledger says, whatever it serves now."""
     service = session.service
     champion = service.champion()
-    ensure_probes(session, champion)
     outcome = _swap(session, champion, lambda _event, _digest, _why: None, "as the ledger says")
     if outcome.served != champion:
         _cold_start(service, champion)
@@ -195,6 +192,7 @@ def _swap(session: Session, digest: str, record: Record, why: str) -> Outcome:
         write_served(service.home, Served(digest, str(directory)))
         record("SWAPPED", digest, "the stack is down: served from its next start")
         return Outcome(digest, digest, "SWAPPED")
+    ensure_probes(session, digest)
     done = change(
         service.home,
         digest,

@@ -192,6 +192,34 @@ def history_table(entries: Sequence[Entry]) -> Table:
     return drawn
 
 
+def study_tables(told: Mapping[str, Any]) -> list[Table]:
+    """A study: a row a round, then the last champion against the anchor."""
+    drawn = Table(title=f"{told['promoted']} of {len(told['rounds'])} rounds promoted")
+    drawn.title_justify = "left"
+    for column in ("round", "target", "verdict"):
+        drawn.add_column(column)
+    for column in ("before %", "after %", "difference (interval), points", "||delta||"):
+        drawn.add_column(column, justify="right")
+    for row in told["rounds"]:
+        shares = (percent(row["before"]), percent(row["after"]))
+        verdict = "promoted" if row["promoted"] else row["verdict"]
+        norm = f"{row['norm']:.2f}"
+        drawn.add_row(row["round"], row["target"], verdict, *shares, difference(row), norm)
+    end = Table(title=f"{short(told['champion'])} against the anchor", title_justify="left")
+    end.add_column("task")
+    for column in ("n", "anchor %", "champion %", "difference (interval), points", "margin"):
+        end.add_column(column, justify="right")
+    end.add_column("within")
+    for name, row in told["final"].items():
+        shares = (percent(row["anchor"]), percent(row["champion"]))
+        within = "yes" if row["within"] else "no"
+        margin = percent(row["margin"])
+        end.add_row(name, str(row["n"]), *shares, difference(row), margin, within)
+    end.caption = f"picture: {told['plot']}; {told['seconds']} s"
+    end.caption_justify = "left"
+    return [drawn, end]
+
+
 def demo_tables(told: Mapping[str, Any]) -> list[Table]:
     """What the demo came to: a table a round, then what was served when, and where to look."""
     drawn = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import Home
-from flows import loop, promote
+from flows import loop, projection, promote
 from flows.progress import Reporter
 from flows.session import session
 from flows.stack import connected
@@ -24,6 +24,8 @@ def improve_now(
             made = run_flow("improve", str(place.root), name, dict(changes))
             told: dict[str, Any] = run_flow("evaluate", str(place.root), made["round"])
         else:
+            service = opened.service
+            projection.attempt("anchor", lambda: projection.show_anchor(service))
             learnt = loop.learn(opened, name, changes)
             told = loop.weigh(opened, learnt.run_id).report.to_json()
         promote.act(opened, told["digest"])

@@ -22,13 +22,15 @@ _OPEN: dict[Path, "Session"] = {}
 
 
 class Session:
-    """The parts of a home, its engines, and who is told about progress."""
+    """The parts of a home, its engines (given, or started as set), and who is told."""
 
-    def __init__(self, service: Service, progress: Reporter) -> None:
+    def __init__(
+        self, service: Service, progress: Reporter, population: Population | None = None
+    ) -> None:
         self.service = service
         self.progress = progress
         self._nursery: Nursery | None = None
-        self._population: Population | None = None
+        self._population = population
 
     @property
     def population(self) -> Population:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.errors import UserError
-from flows.cli.options import AsJson, Digest, Home, Target
+from flows.cli.options import AsJson, Config, Digest, Home, Target
 from flows.terminal import pairs, reporter, show
 
 app = typer.Typer()
@@ -44,6 +44,37 @@ def improve(
     with reporter(as_json) as bars:
         told = improve_now(home, target, asked, bars)
     show(told, as_json, pairs("candidate", told))
+
+
+@app.command()
+def study(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all, those done included.")] = 20,
+    targets: Annotated[
+        str, typer.Option(help="Tasks to train on in turn, with commas between.")
+    ] = "gsm8k,proofwriter",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="A learner setting: alpha=0.02")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture; default: study.png in the home.")
+    ] = None,
+    config: Config = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Many rounds in a home of its own, targets in turn; a killed study goes on.
+
+    Without --config the embedded model learns in small rounds. Exit code 1 when at the end a task
+    does not keep its margin against the anchor.
+    """
+    from flows.report import study_tables
+    from flows.study import Plan, study_now
+
+    plan = Plan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
+    with reporter(as_json) as bars:
+        told = study_now(home, config, plan, plot, bars)
+    show(told, as_json, *study_tables(told))
+    raise typer.Exit(0 if told["within"] else 1)
 
 
 def _changes(told: list[str]) -> dict[str, Any]:
