@@ -1,7 +1,9 @@
 """Every process a stack ever started, found again even when its supervisor was killed.
 
 Two marks: the session supervisord founded (a session's number is not given again while it has a
-member), and a variable in the environment for those who founded sessions of their own.
+member), and a variable in the environment for those who founded sessions of their own. The second
+is lost by a process that gives itself a title, as vLLM's do: what a stack started is therefore
+listed before its supervisor, and with it the session's number, is gone.
 """
 
 import os
@@ -40,15 +42,31 @@ def supervisor_of(home: Home) -> psutil.Process | None:
 
 def shut_down(home: Home) -> int:
     """End supervisord and everything it ever started; how many processes had to be ended."""
-    before = len(survivors(home))
+    before = survivors(home)
     supervisor = supervisor_of(home)
     if supervisor:
         supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=SUPERVISOR_S)
-    end(survivors(home))
+    end(list({process.pid: process for process in [*survivors(home), *before]}.values()))
     for leftover in [*home.sockets.glob("*"), pid_path(home)]:
         leftover.unlink(missing_ok=True)
-    return before
+    return len(before)
+
+
+def end_leaderless() -> int:
+    """End what killed services of this process's session left behind; how many there were.
+
+    supervisord starts every service as the leader of a process group; a group without its leader
+    is a killed service's, whose successor may need the memory or the port it still holds.
+    """
+    session = os.getsid(0)
+    left = [
+        process
+        for process in psutil.process_iter()
+        if _in_session(process, session) and _leaderless(process) and _alive(process)
+    ]
+    end(left, grace_s=0.0)
+    return len(left)
 
 
 def survivors(home: Home) -> list[psutil.Process]:
@@ -105,6 +123,14 @@ def _in_session(process: psutil.Process, session: int | None) -> bool:
         return session is not None and os.getsid(process.pid) == session
     except OSError:
         return False
+
+
+def _leaderless(process: psutil.Process) -> bool:
+    try:
+        leader = os.getpgid(process.pid)
+    except OSError:
+        return False
+    return not psutil.pid_exists(leader) or _zombie(leader)
 
 
 def _marked(process: psutil.Process, home: Home) -> bool:

@@ -25,6 +25,7 @@ import psutil
 
 from agent.config import Home, Settings
 from agent.errors import UserError
+from deploy.orphans import end_leaderless
 from deploy.serving.served import BLUE, read_slot, socket_of
 
 EXTENSION = "agent.population.worker.WeightsExtension"
@@ -124,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     foreign = foreign or list(flags(_settings(home), cpu=on_cpu()))
     for name, value in environment(home, cpu=on_cpu()).items():
         os.environ.setdefault(name, value)  # before torch is imported
+    if "SUPERVISOR_ENABLED" in os.environ:
+        end_leaderless()  # a killed engine's core holds on to the accelerator's memory
     served = read_slot(home, told.slot)
     path = private_socket(socket_of(home, told.slot))
     _run([f"--model={served.directory}", f"--uds={path}", *foreign], Path(served.directory))

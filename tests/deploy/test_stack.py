@@ -135,6 +135,49 @@ def test_a_killed_supervisord_leaves_orphans_that_down_ends(home: Home) -> None:
     assert not any(process.is_running() for process in left)
 
 
+TITLED = "import setproctitle, time; setproctitle.setproctitle('core'); time.sleep(987)"
+PARENT = (
+    "import subprocess, sys, time; from deploy.orphans import end_leaderless; end_leaderless(); "
+    f"subprocess.Popen([sys.executable, '-c', {TITLED!r}]); time.sleep(987)"
+)
+
+
+def test_a_killed_service_leaves_nothing_that_outlives_its_successor_or_the_stack(
+    home: Home,
+) -> None:
+    """The child has a title, which wipes its environment, and its parent is killed twice."""
+    root = str(Path(stack.__file__).parent.parent)
+    titled = Service("titled", ("env", f"PYTHONPATH={root}", sys.executable, "-c", PARENT))
+    stack.up(
+        home,
+        load(),
+        SERVED,
+        make=lambda home, settings, ports: [*small(home, settings, ports), titled],
+        wait_for=[BLUE, "gateway", "titled"],
+    )
+
+    first, first_child = family(home, "titled", not_pid=None)
+    os.kill(first, signal.SIGKILL)
+    second, second_child = family(home, "titled", not_pid=first)
+    assert not first_child.is_running()
+    os.kill(second, signal.SIGKILL)
+    stack.down(home)
+    assert not second_child.is_running()
+
+
+def family(home: Home, name: str, not_pid: int | None) -> tuple[int, psutil.Process]:
+    """A service's process, once it is another one than `not_pid`, and its titled child."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        pid = next(state.pid for state in supervise.states(home) if state.name == name)
+        if pid is not None and pid != not_pid and psutil.pid_exists(pid):
+            for child in psutil.Process(pid).children():
+                if child.cmdline()[:1] == ["core"]:
+                    return pid, child
+        time.sleep(0.1)
+    raise AssertionError(f"{name} has no titled child")
+
+
 def test_up_after_a_crash_ends_the_orphans_first(home: Home) -> None:
     up(home, gateway={"port": 0})
     old = survivors(home)
