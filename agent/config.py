@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -107,6 +107,21 @@ class GateSettings(Section):
     margins: dict[str, float] = Field(
         {}, description="Own margin of a prior task, a share, instead of the one its rows carry."
     )
+    sequential: bool = Field(
+        False, description="Judge by betting, which allows more rows after an undecided look."
+    )
+    extend: int = Field(
+        0,
+        ge=0,
+        description="Times that rows are added while a prior is undecided; sequential only.",
+    )
+
+    @model_validator(mode="after")
+    def _looks_again_only_by_betting(self) -> "GateSettings":
+        """A fixed-sample test looked at again would err more often than it says."""
+        if self.extend and not self.sequential:
+            raise ValueError(f"extend = {self.extend} needs sequential = true")
+        return self
 
 
 class ReviewSettings(Section):

@@ -68,8 +68,9 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
 
 
 def evaluation_pool(service: Service, target: str) -> Sequence[Row]:
-    """The rows that judge the target, in both stages; a round never trains on them."""
-    return service.rows(target, "eval", 3 * service.settings.tasks.rows)
+    """The rows that may judge the target, in all stages; a round never trains on them."""
+    settings = service.settings
+    return service.rows(target, "eval", (3 + settings.gate.extend) * settings.tasks.rows)
 
 
 def mark_used(service: Service, round_id: str, collected: Collected) -> None:

@@ -24,7 +24,7 @@ Rows = Sequence[tuple[Task, Sequence[Row]]]
 class Questions:
     """What a model is asked, in order, and the hash of all that makes answers comparable."""
 
-    name: str  # "first", or "sealed-<round>"
+    name: str  # "first", "more-<look>", or "sealed-<round>"
     rows: Rows
     harness: str
     uses: int = 1  # which use of its most used row this is: a sealed row wears off
@@ -45,6 +45,14 @@ def first_stage(service: Service, names: Sequence[str], limit: int | None = None
     """The open evaluation rows of these tasks, in the order of their names."""
     rows = [(service.task(name), pools(service, name)[0][:limit]) for name in sorted(names)]
     return _questions(service, "first", rows)
+
+
+def more_rows(service: Service, names: Sequence[str], look: int) -> Questions:
+    """Open rows that no earlier look and no sealed draw has; none of a task that has no more."""
+    count = service.settings.tasks.rows
+    start, end = (2 + look) * count, (3 + look) * count
+    rows = [(service.task(name), service.rows(name, "eval", end)[start:]) for name in sorted(names)]
+    return _questions(service, f"more-{look}", [each for each in rows if each[1]])
 
 
 def sealed_stage(service: Service, names: Sequence[str], round_id: str, digest: str) -> Questions:

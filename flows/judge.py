@@ -1,16 +1,17 @@
 """A candidate before the gate: evaluated beside anchor and champion, judged, written down."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from agent.population.pool import Population
 from agent.store.records import Run
-from evaluators.gate import Decision, GateSettings, Tables, decide
+from evaluators.gate import Decision, GateSettings, Sample, Tables, decide
 from evaluators.runner import read_samples
 from evaluators.summary import summaries
 from flows.curve import Point
-from flows.evaluate import Questions, Who, first_stage, sealed_stage, tables
+from flows.evaluate import Questions, Who, first_stage, more_rows, sealed_stage, tables
 from flows.gate_files import read_samples as gate_samples
 from flows.progress import Reporter
 from flows.report import RoundReport
@@ -21,10 +22,26 @@ STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on one round, and the per-sample tables it rests on."""
+    """The verdict on one round, and the per-sample tables of the open rows it rests on."""
 
     report: RoundReport
-    tables: Mapping[Who, Path]
+    tables: Mapping[Who, Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Open:
+    """What was asked in the open so far, look by look, and the tables of the answers."""
+
+    asked: tuple[Questions, ...]
+    paths: tuple[Mapping[Who, Path], ...]
+
+    def by_model(self) -> dict[Who, tuple[Path, ...]]:
+        """Every model's tables, the first look first."""
+        return {who: tuple(paths[who] for paths in self.paths) for who in self.paths[0]}
+
+    def more(self, asked: Questions, paths: Mapping[Who, Path]) -> "Open":
+        """One look more."""
+        return Open((*self.asked, asked), (*self.paths, paths))
 
 
 def judge(
@@ -47,25 +64,47 @@ def judge(
         "champion": champion,
         "anchor": service.anchor.digest,
     }
-    first = first_stage(service, [run.target, *priors])
-    paths = tables(service, population, digests, first, progress)
+    names = [run.target, *priors]
     settings = gate_settings(service, run)
-    decision = decide(_tables(paths, digests, first), run.target, settings)
+    first = first_stage(service, names)
+    seen = Open((first,), (tables(service, population, digests, first, progress),))
+    decision = decide(_tables(seen, digests), run.target, settings)
+    looks: list[dict[str, Any]] = []
+    while len(looks) < service.settings.gate.extend and _undecided(decision):
+        more = more_rows(service, names, len(looks) + 1)
+        if not more.rows:
+            break
+        looks.append(_look(decision))
+        progress.say(f"look {len(looks)}: a prior task is undecided, more rows are asked")
+        seen = seen.more(more, tables(service, population, digests, more, progress))
+        decision = decide(_tables(seen, digests), run.target, settings)
     if decision.verdict == "promote" and service.settings.gate.confirm:
         sealed = sealed_stage(service, priors, run_id, digest)
         kept: dict[Who, str] = dict(digests)
         if not settings.retained:
             del kept["champion"]
-        drawn = tables(service, population, kept, sealed, progress)
+        drawn = Open((sealed,), (tables(service, population, kept, sealed, progress),))
         decision = decide(
-            _tables(paths, digests, first),
+            _tables(seen, digests),
             run.target,
             replace(settings, confirmation=sealed.uses),
-            _tables(drawn, kept, sealed),
+            _tables(drawn, kept),
         )
-    report = _report(service, run, decision, paths, curve)
-    _write(service, report)
-    return Judged(report, paths)
+    report = _report(service, run, decision, seen.by_model(), curve)
+    _write(service, report, looks)
+    return Judged(report, seen.by_model())
+
+
+def _undecided(decision: Decision) -> bool:
+    """Held, and some prior task could be told apart by more rows."""
+    steps = {reason.step for reason in decision.decisive()}
+    return decision.verdict == "hold" and bool(steps & {"prior", "retained", "pooled"})
+
+
+def _look(decision: Decision) -> dict[str, Any]:
+    """What a look that was not the last one saw."""
+    rows = {task: row["n"] for task, row in decision.tasks.items()}
+    return {"rows": rows, "undecided": [reason.text for reason in decision.decisive()]}
 
 
 def gate_settings(service: Service, run: Run) -> GateSettings:
@@ -78,6 +117,7 @@ def gate_settings(service: Service, run: Run) -> GateSettings:
         margins=chosen.margins,
         zero_tolerance=frozenset(t.name for t in service.tasks.values() if t.zero_tolerance),
         retained=frozenset(_earlier_targets(service) - {run.target}),
+        sequential=chosen.sequential,
     )
 
 
@@ -89,14 +129,31 @@ def _earlier_targets(service: Service) -> set[str]:
     return {service.journal.run(each).target for each in service.journal.lineage(champion)}
 
 
-def _tables(paths: Mapping[Who, Path], digests: Mapping[Who, str], asked: Questions) -> Tables:
-    """The gate's input, with what each table must hold."""
-    read = {who: gate_samples(path) for who, path in paths.items()}
+def _tables(seen: Open, digests: Mapping[Who, str]) -> Tables:
+    """The gate's input, with what each table must hold.
+
+    Rows of all looks are one table of one harness, but for a row of another harness than asked.
+    """
+    whole = "+".join(asked.harness for asked in seen.asked)
+    read: dict[str, tuple[Sample, ...]] = {}
+    expected: dict[str, frozenset[str]] = {}
+    for asked, paths in zip(seen.asked, seen.paths, strict=True):
+        for task, rows in asked.rows:
+            ids = frozenset(task.key(row) for row in rows)
+            expected[task.name] = expected.get(task.name, frozenset()) | ids
+        for who, path in paths.items():
+            found = [
+                replace(sample, harness_hash=whole)
+                if sample.harness_hash == asked.harness
+                else sample
+                for sample in gate_samples(path)
+            ]
+            read[who] = (*read.get(who, ()), *found)
     return Tables(
         anchor=read["anchor"],
         champion=read.get("champion"),
         candidate=read["candidate"],
-        expected={task.name: frozenset(task.key(row) for row in rows) for task, rows in asked.rows},
+        expected=expected,
         digests={who: digest for who, digest in digests.items()},  # noqa: C416 wider key type
     )
 
@@ -105,11 +162,14 @@ def _report(
     service: Service,
     run: Run,
     decision: Decision,
-    paths: Mapping[Who, Path],
+    paths: Mapping[Who, Sequence[Path]],
     curve: tuple[Point, ...],
 ) -> RoundReport:
     told = decision.to_json()
-    measured = {who: summaries(read_samples(path)) for who, path in paths.items()}
+    measured = {
+        who: summaries(row for path in mine for row in read_samples(path))
+        for who, mine in paths.items()
+    }
     for task, row in told["tasks"].items():
         row["interval"] = {
             who: (found[task].low, found[task].high) for who, found in measured.items()
@@ -127,18 +187,19 @@ def _report(
     )
 
 
-def _write(service: Service, report: RoundReport) -> None:
+def _write(service: Service, report: RoundReport, looks: Sequence[Mapping[str, Any]]) -> None:
     """EVALUATED and the verdict, each once however often a round is judged."""
     figures = {
         task: {key: value for key, value in row.items() if key != "interval"}
         for task, row in report.tasks.items()
     }
-    statistics = {"round": report.round_id, "target": report.target, "tasks": figures}
+    statistics: dict[str, Any] = {"round": report.round_id, "target": report.target}
+    statistics |= {"tasks": figures, "earlier_looks": list(looks)}
+    extended = f", rows added {len(looks)} times" if looks else ""
     state = STATES[report.verdict]
     if service.ledger.state(report.digest) in (state, "CHAMPION", "ANCHOR"):
         return
-    service.record(
-        report.digest, "EVALUATED", "first stage and, if passed, sealed draw", statistics=statistics
-    )
+    asked = f"first stage{extended} and, if passed, sealed draw"
+    service.record(report.digest, "EVALUATED", asked, statistics=statistics)
     why = "; ".join(str(reason["text"]) for reason in report.decisive())
     service.record(report.digest, state, why, statistics={"reasons": list(report.reasons)})

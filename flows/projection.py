@@ -6,7 +6,7 @@ wiped without a round noticing; ``catch_up`` brings it level.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def show_generation(
     service.registry.log_generation(mlflow_run, generation, metrics, {"anchorage.run": run_id})
 
 
-def show_round(service: Service, told: report.RoundReport, tables: Mapping[Who, Path]) -> None:
+def show_round(
+    service: Service, told: report.RoundReport, tables: Mapping[Who, Sequence[Path]]
+) -> None:
     """A judged round: metrics, plots, per-sample tables, verdict, report, and its version.
 
     Args:
@@ -70,10 +72,11 @@ def show_round(service: Service, told: report.RoundReport, tables: Mapping[Who, 
     if told.curve:
         figure = plots.curve(told.curve, told.target, f"Round {told.round_id}: {told.target}")
         registry.log_figure(mlflow_run, figure, "plots/curve.png")
-    for who, path in tables.items():
-        registry.log_file(mlflow_run, path, f"samples/{who}")
-    before = samples(tables["champion"], told.target)
-    after = samples(tables["candidate"], told.target)
+    for who, paths in tables.items():
+        for path in paths:
+            registry.log_file(mlflow_run, path, f"samples/{who}")
+    before = [row for path in tables["champion"] for row in samples(path, told.target)]
+    after = [row for path in tables["candidate"] for row in samples(path, told.target)]
     text = report.markdown(told, drift, report.examples(before, after))
     registry.log_text(mlflow_run, text, "report.md")
     verdict = {"verdict": told.verdict, "reasons": list(told.reasons), "tasks": dict(told.tasks)}

@@ -16,7 +16,7 @@ from agent.store.experience import ExperienceStore
 from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger
 from agent.store.weights import Anchor, short, verify
-from deploy.embedded.rows import rows as embedded_rows
+from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import resolve
 from evaluators.loading import Split, examples, rows
 from evaluators.plugins import all_tasks

@@ -30,17 +30,13 @@ from flows.service import Service
 from flows.session import Session, session
 
 # Twenty rounds of the embedded model in half an hour on two cores. ProofWriter is asked in words
-# it was not taught, which leaves something to learn; Countdown it cannot do better in so few steps.
+# it was not taught, which leaves something to learn; Countdown it does no better in so few steps.
+# A task that is right half of the time flips on one row in ten whatever is learnt: 8 points.
+ASKED = "Facts: {theory}\nClaim: {question}\nIs the claim True, False or Unknown?"
 SMALL: dict[str, dict[str, Any]] = {
-    "learner": {"generations": 6, "prompts": 64},
-    "tasks": {
-        "rows": 300,
-        "curve_every": 0,
-        "prompts": {
-            "proofwriter": "Facts: {theory}\nClaim: {question}\n"
-            "Is the claim True, False or Unknown?"
-        },
-    },
+    "learner": {"generations": 6, "prompts": 64, "alpha": 0.006, "lam": 5.0},
+    "tasks": {"rows": 400, "curve_every": 0, "prompts": {"proofwriter": ASKED}},
+    "gate": {"margins": dict.fromkeys(("gsm8k", "countdown", "proofwriter"), 0.08)},
 }
 
 

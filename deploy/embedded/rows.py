@@ -36,10 +36,15 @@ def rows(task: str, split: str, count: int, seed: int) -> list[Row]:
         raise ValueError(f"task {task!r}: allowed: {', '.join(GENERATORS)}")
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: allowed: {', '.join(SPLITS)}")
-    found = list(islice(_distinct(task, split, seed), count))
+    found = up_to(task, split, count, seed)
     if len(found) < count:
         raise ValueError(f"{task}/{split}: {count} rows asked, only {len(found)} can be made")
     return found
+
+
+def up_to(task: str, split: str, count: int, seed: int) -> list[Row]:
+    """As `rows`, but fewer where fewer can be made."""
+    return list(islice(_distinct(task, split, seed), count))
 
 
 def split_of(fingerprint: str) -> str:

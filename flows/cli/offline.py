@@ -37,9 +37,13 @@ def gate(
     confirm_anchor: Annotated[Path | None, typer.Option(help="Sealed draw, anchor.")] = None,
     confirm_champion: Annotated[Path | None, typer.Option(help="Sealed draw, champion.")] = None,
     confirm_candidate: Annotated[Path | None, typer.Option(help="Sealed draw, candidate.")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="By betting: rows may be added and judged again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge per-sample tables without a model or a service."""
+    from evaluators.gate import GateSettings
     from flows.gate_files import gate_files
     from flows.report import gate_table
 
@@ -48,6 +52,7 @@ def gate(
         champion,
         candidate,
         target,
+        settings=GateSettings(sequential=sequential),
         confirm_anchor=confirm_anchor,
         confirm_champion=confirm_champion,
         confirm_candidate=confirm_candidate,

@@ -6,9 +6,11 @@ import math
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from agent.errors import UserError
 from evaluators.gate import GateSettings
+from flows.cli import app
 from flows.gate_files import gate_files, read_samples
 
 ROWS = 400
@@ -71,6 +73,38 @@ def test_settings_reach_the_gate(files):
     assert gate_files(**given, target="countdown")["verdict"] == "promote"
     strict = GateSettings(zero_tolerance=frozenset({"gsm8k"}))
     assert gate_files(**given, target="countdown", settings=strict)["verdict"] == "hold"
+
+
+def test_rows_of_a_template_count_as_one(files, tmp_path):
+    """Six of 400 rows lost: nothing, unless the 400 come from ten templates."""
+    single = files(rows(countdown=0.65, gsm8k=0.985))
+    assert gate_files(**single, target="countdown")["verdict"] == "promote"
+    few = {}
+    for name, path in single.items():
+        table = [s | {"cluster": f"t{int(s['example_id'][1:]) // 40}"} for s in read_rows(path)]
+        few[name] = write(tmp_path / f"few-{path.name}", table)
+    document = gate_files(**few, target="countdown")
+    assert document["verdict"] == "hold"
+    assert {r["method"] for r in document["reasons"] if r["n"]} == {"betting"}
+
+
+def read_rows(path):
+    if path.suffix == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_command_prints_the_document_and_nothing_else(files, sequential):
+    given = files(rows(countdown=0.65))
+    words = [word for name, path in given.items() for word in (f"--{name}", str(path))]
+    asked = ["gate", *words, "--target", "countdown", "--json"]
+    told = CliRunner().invoke(app, [*asked, "--sequential"] if sequential else asked)
+    document = json.loads(told.stdout)
+    assert set(document) == {"verdict", "reasons", "tasks"}
+    assert document["verdict"] == "promote"
+    judged = {reason["method"] for reason in document["reasons"] if reason["n"]}
+    assert judged == ({"betting"} if sequential else {"score"})
 
 
 def test_sealed_files_confirm(files):
