@@ -15,7 +15,10 @@ from flows.service import Service
 
 @dataclass(frozen=True)
 class Collected:
-    """The rows of a round, in the order every member answers them, and where they came from."""
+    """The rows of a round, in the order every member answers them, and where they came from.
+
+    ``traffic`` holds the requests behind the first ``from_traffic`` rows, one each, in their order.
+    """
 
     rows: tuple[Row, ...]
     from_traffic: int
@@ -37,22 +40,20 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
 
     The task's rows are taken in turn: each round on a target begins where the last one ended.
     Traffic is deduplicated, kept apart from evaluation rows, quarantined and capped (agent.store.
-    intake); a principal's rows are at most its share of ``count``.
+    intake); a principal's rows are at most its share of ``count``. When it came plays no part:
+    equal traffic gives an equal round.
     """
     task = service.task(target)
     known = service.training_rows(target)
     held_out = frozenset(task.key(row) for row in evaluation_pool(service, target))
     intake = _intake(service, target, count)
-    rows: dict[str, Row] = {}
-    used: list[ExperienceRow] = []
+    found: dict[str, tuple[Row, ExperienceRow]] = {}
     for each in intake.train:
         row = _row_of(each, known)
-        key = task.key(row) if row is not None else None
-        if row is not None and key is not None and key not in held_out and len(rows) < count:
-            if key not in rows:
-                used.append(each)
-            rows.setdefault(key, row)
-    live = len(rows)
+        if row is not None and len(found) < count and task.key(row) not in held_out:
+            found.setdefault(task.key(row), (row, each))
+    live = {key: found[key] for key in sorted(found)}
+    rows = {key: row for key, (row, _) in live.items()}
     earlier = sum(run.target == target for run in service.journal.runs())
     own = deque(known.items())
     own.rotate(-earlier * count)
@@ -64,7 +65,8 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
         name: len(getattr(intake, name))
         for name in ("duplicates", "overlapping", "quarantined", "over_cap", "gate", "sealed")
     }
-    return Collected(tuple(rows.values()), live, tuple(used), set_aside)
+    used = tuple(each for _, each in live.values())
+    return Collected(tuple(rows.values()), len(used), used, set_aside)
 
 
 def evaluation_pool(service: Service, target: str) -> Sequence[Row]:
@@ -80,12 +82,17 @@ def mark_used(service: Service, round_id: str, collected: Collected) -> None:
 
 
 def _intake(service: Service, target: str, count: int) -> Intake:
-    """Verified traffic of the target within its days of retention."""
+    """Verified traffic of the target within its days of retention, in an order of its own."""
     gateway = service.settings.gateway
     since = time.time() - gateway.retention_days * 86_400
     rows = service.experience.rows(target, since)
     verified = [row for row in rows if row.reward is not None]
-    return collect(verified, Caps(count, gateway.principal_cap))
+    return collect(sorted(verified, key=_place), Caps(count, gateway.principal_cap))
+
+
+def _place(row: ExperienceRow) -> tuple[str, ...]:
+    """What stands before what, whatever the clock said and the ids drawn; they settle draws."""
+    return row.row_hash, row.prompt_hash, row.principal, row.group_hash, row.inference_id
 
 
 def _row_of(row: ExperienceRow, known: Mapping[str, Row]) -> Row | None:
