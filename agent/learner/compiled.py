@@ -1,8 +1,9 @@
 """The compiled loops behind kernels_cpu: one thread, one contiguous slice each.
 
 Every float32 operation is rounded by itself: numba without fastmath neither fuses nor reorders.
-Loops run over groups of noise.py (`eps` holds one group), the innermost over 32 lanes, so that
-they vectorise; a slice that begins or ends inside a group computes the group and uses its part.
+Loops run over groups of noise.py, the innermost over 32 lanes, so that they vectorise; a slice that
+begins or ends inside a group computes the group and uses its part. Drawing from the table takes
+longer than Philox, so a normal is used in the loop that draws it and is never stored.
 """
 
 from typing import Any, Final
@@ -44,9 +45,9 @@ def _philox(block: Any, words: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@_compiled  # type: ignore[untyped-decorator]
-def _normals(eps: Any, index: Any, group: int, words: Any, table: Any) -> None:
-    """One group of standard normals into eps (256,); index (256,) is scratch."""
+@_inlined  # type: ignore[untyped-decorator]
+def _draw(index: Any, group: int, words: Any) -> None:
+    """One group of places in the normal table into index (256,) of 16 bits."""
     first = np.uint64(group) * np.uint64(LANES)
     for lane in range(LANES):
         c0, c1, c2, c3 = _philox(first + np.uint64(lane), words)
@@ -58,8 +59,6 @@ def _normals(eps: Any, index: Any, group: int, words: Any, table: Any) -> None:
         index[5 * LANES + lane] = (c2 >> _S16) & _HALF
         index[6 * LANES + lane] = c3 & _HALF
         index[7 * LANES + lane] = (c3 >> _S16) & _HALF
-    for i in range(eps.size):
-        eps[i] = table[index[i]]
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -87,13 +86,15 @@ def noise(out: Any, start: int, words: Any, table: Any) -> None:
     bits = np.empty((4, LANES), np.uint32)
     end = start + out.size
     for group in range(start // group_size, (end + group_size - 1) // group_size):
-        if table.size:
-            _normals(eps, index, group, words, table)
-        else:
-            _signs(eps, bits, group, words)
         at = group * group_size
         low, high = max(start, at), min(end, at + group_size)
-        out[low - start : high - start] = eps[low - at : high - at]
+        if table.size:
+            _draw(index, group, words)
+            for i in range(high - low):
+                out[low - start + i] = table[index[low - at + i]]
+        else:
+            _signs(eps, bits, group, words)
+            out[low - start : high - start] = eps[low - at : high - at]
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -107,13 +108,17 @@ def render(
     bits = np.empty((4, LANES), np.uint32)
     end = start + out.size
     for group in range(start // group_size, (end + group_size - 1) // group_size):
-        if noisy and table.size:
-            _normals(eps, index, group, words, table)
-        elif noisy:
-            _signs(eps, bits, group, words)
         at = group * group_size
         low, high = max(start, at), min(end, at + group_size)
         here = slice(low - start, high - start)
+        if noisy and table.size:
+            _draw(index, group, words)
+            _add_drawn(
+                out[here], anchor[here], delta[here], scale, table, index[low - at : high - at]
+            )
+            continue
+        if noisy:
+            _signs(eps, bits, group, words)
         _add(out[here], anchor[here], delta[here], scale, eps[low - at : high - at])
 
 
@@ -122,6 +127,14 @@ def _add(out: Any, anchor: Any, delta: Any, scale: Any, eps: Any) -> None:
     """out = anchor + (delta + scale * eps), elementwise."""
     for i in range(out.size):
         s = delta[i] + scale * eps[i]
+        out[i] = anchor[i] if s == np.float32(0) else anchor[i] + s
+
+
+@_inlined  # type: ignore[untyped-decorator]
+def _add_drawn(out: Any, anchor: Any, delta: Any, scale: Any, table: Any, index: Any) -> None:
+    """`_add` of the normals at these places of the table."""
+    for i in range(out.size):
+        s = delta[i] + scale * table[index[i]]
         out[i] = anchor[i] if s == np.float32(0) else anchor[i] + s
 
 
@@ -136,15 +149,17 @@ def render_bf16(
     bits, wide = np.empty((4, LANES), np.uint32), np.empty(group_size, np.float32)
     end = start + out.size
     for group in range(start // group_size, (end + group_size - 1) // group_size):
-        if noisy and table.size:
-            _normals(eps, index, group, words, table)
-        elif noisy:
-            _signs(eps, bits, group, words)
         at = group * group_size
         low, high = max(start, at), min(end, at + group_size)
         here, sums = slice(low - start, high - start), wide[: high - low]
         _widen(sums.view(np.uint32), anchor[here])
-        _add(sums, sums, delta[here], scale, eps[low - at : high - at])
+        if noisy and table.size:
+            _draw(index, group, words)
+            _add_drawn(sums, sums, delta[here], scale, table, index[low - at : high - at])
+        else:
+            if noisy:
+                _signs(eps, bits, group, words)
+            _add(sums, sums, delta[here], scale, eps[low - at : high - at])
         _narrow(out[here], sums.view(np.uint32))
 
 
@@ -192,13 +207,15 @@ def update(
     for group in range(start // group_size, (end + group_size - 1) // group_size):
         acc[:] = np.float32(0)
         for p in range(coefficients.size):
+            c = coefficients[p]
             if table.size:
-                _normals(eps, index, group, words[p], table)
+                _draw(index, group, words[p])
+                for i in range(8 * LANES):
+                    acc[i] += c * table[index[i]]
             else:
                 _signs(eps, bits, group, words[p])
-            c = coefficients[p]
-            for i in range(group_size):
-                acc[i] += c * eps[i]
+                for i in range(group_size):
+                    acc[i] += c * eps[i]
         at = group * group_size
         low, high = max(start, at), min(end, at + group_size)
         here = delta[low - start : high - start]

@@ -1,7 +1,8 @@
 """`anchorage bench learner`: the exact learner beside the published recipe, side by side.
 
-Speed     per phase, (parameter, member) pairs per second, medians over interleaved repeats; one
-          generation is render and restore of each member, then one update with l2 decay
+Speed     per phase, (parameter, member) pairs per second, medians over interleaved repeats:
+          render and restore of each member, then one update with l2 decay. The headline `ratio` is
+          HEADLINE, the two phases that draw noise here (the recipe draws it in all three)
 Exactness weights that differ after 400 cycles of perturb and restore
 Norms     ||delta|| after 500 generations of pure noise under each penalty, against its prediction
 """
@@ -41,6 +42,7 @@ PENALTIES: Final = (
     Penalty("huber", 10.0, threshold=5e-4),
     Penalty("elastic_net", 5.0, l1_share=0.001),
 )
+HEADLINE: Final = "noise_and_update"  # render and update, without the recipe's costly restore
 SILENT: Final = Silent()
 ARITHMETICS: Final = {"in_place_float16": torch.float16, "in_place_bfloat16": torch.bfloat16}
 # read and written per parameter and member: ours fused, the recipe's operation by operation
@@ -84,7 +86,8 @@ def bench_learner(
     finally:
         torch.set_num_threads(before)
     return {
-        "ratio": {size: speed[size]["ratio"]["generation"] for size in sizes},
+        "ratio": {size: speed[size]["ratio"][HEADLINE] for size in sizes},
+        "ratio_of": HEADLINE,
         "speed": speed,
         "differing_weights": differing,
         "norms": measured,
@@ -231,7 +234,11 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _speed_table(document: Mapping[str, Any]) -> Table:
-    drawn = Table(title="speed, 1e6 parameters x members per second", title_justify="left")
+    headline = ", ".join(f"{size} {ratio:.1f}x" for size, ratio in document["ratio"].items())
+    title = f"noise + update (render and update): {headline}"
+    drawn = Table(
+        title=f"{title}; speed, 1e6 parameters x members per second", title_justify="left"
+    )
     for column in ("parameters", "phase", "ours", "recipe", "ratio", "bytes ours", "bytes recipe"):
         drawn.add_column(column, justify="left" if column == "phase" else "right")
     for size, speed in document["speed"].items():

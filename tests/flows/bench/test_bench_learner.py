@@ -40,7 +40,10 @@ def test_ratios_are_those_of_the_rates(document: dict[str, dict]) -> None:
     for who in ("ours", "baseline"):
         parts = [1 / rates[who][phase] for phase in ("render", "restore", "update")]
         assert 1 / rates[who]["generation"] == pytest.approx(sum(parts))
-    assert document["ratio"]["1M"] == speed["ratio"]["generation"]
+    assert document["ratio"]["1M"] == speed["ratio"]["noise_and_update"]
+    for who in ("ours", "baseline"):
+        parts = [1 / rates[who][phase] for phase in ("render", "update")]
+        assert 1 / rates[who]["noise_and_update"] == pytest.approx(sum(parts))
 
 
 def test_norms_in_exact_arithmetic_follow_the_prediction(document: dict[str, list]) -> None:
@@ -93,4 +96,4 @@ def test_the_tables_show_every_number_of_the_document(document: dict[str, dict])
         assert f"{row['measured']:.4f}" in shown
     for who, count in document["differing_weights"].items():
         assert f"{count:,}" in shown, who
-    assert f"{document['ratio']['1M']:.1f}" in shown
+    assert f"noise + update (render and update): 1M {document['ratio']['1M']:.1f}x" in shown
