@@ -6,9 +6,10 @@ models. An unknown key is refused, so that a misspelt one cannot be believed.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -47,6 +48,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class ModelSettings(Section):
     """The anchor: what is served first and what every round is tied to."""
 
@@ -72,6 +76,14 @@ class LearnerSettings(Section):
         "l2", description="Decay toward the anchor."
     )
     lam: float = Field(5.0, ge=0, description="Strength lambda of the penalty.")
+    tune_lambda: bool = Field(
+        False, description="Start at lam; halve it from round to round while the target suffers."
+    )
+    huber_threshold: float = Field(0.01, gt=0, description="Where huber turns from L2 into L1.")
+    l1_share: float = Field(0.5, ge=0, le=1, description="Share of L1 in elastic_net; L2's rest.")
+    importance: Path | None = Field(
+        None, description="Safetensors with a weight of the penalty, 0 or more, per parameter."
+    )
     target_norm_ratio: float | None = Field(
         None, gt=0, lt=1, description="Set lambda so that ||delta|| is this share of no decay's."
     )
@@ -160,6 +172,9 @@ class EngineSettings(Section):
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of the GPU each.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
     max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch; fixed for pairing.")
+    master_device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Where delta lies: on the host, or 4 bytes a parameter on the GPU."
+    )
     swap_deadline_s: float = Field(60.0, gt=0, description="Longest a swap may take.")
 
 
@@ -234,13 +249,26 @@ def load(toml: Path | None = None, **overrides: Any) -> Settings:
         raise UserError(f"settings file {str(path)!r} is not TOML: {error}") from None
 
 
-def _one_line(error: ValidationError) -> str:
+def replaced(section: S, name: str, changes: Mapping[str, Any]) -> S:
+    """A section with some values changed, checked as if it had been read so.
+
+    Raises:
+        UserError: An unknown key or a value out of range; all of them in one line.
+    """
+    try:
+        return type(section).model_validate(section.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise UserError(_one_line(error, name)) from None
+
+
+def _one_line(error: ValidationError, *within: str) -> str:
     """All mismatches of a validation, each with its key, its value and what was allowed."""
     told = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        place = (*within, *item["loc"])
+        key = ".".join(str(part) for part in place)
         if item["type"] == "extra_forbidden":
-            told.append(f"unknown key {key!r} (value {item['input']!r}); {_known(item['loc'])}")
+            told.append(f"unknown key {key!r} (value {item['input']!r}); {_known(place)}")
         else:
             told.append(f"{key} = {item['input']!r}: {item['msg']}")
     return "settings: " + "; ".join(told)
@@ -297,6 +325,11 @@ class Home:
     def snapshots(self) -> Path:
         """Caches of delta; deleting them changes nothing."""
         return self.root / "snapshots"
+
+    @property
+    def importance(self) -> Path:
+        """Weights of penalties, by sha256: what a replay of the rounds that used them needs."""
+        return self.root / "importance"
 
     @property
     def runs(self) -> Path:

@@ -15,22 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.config import LearnerSettings
+from agent.errors import UserError
 from agent.learner.drift import Drift
 from agent.learner.es import Applied, Step
-from agent.learner.improve import Apply, Evaluate, Outcome, Plan, Record, improve
+from agent.learner.improve import Apply, Evaluate, Outcome, Record, improve
 from agent.learner.noise import Address
-from agent.learner.penalty import Penalty, lambda_for_norm_ratio
 from agent.population.pool import Population
 from agent.population.schedule import Completion
-from agent.store.records import Run
-from agent.store.replay import lineage, replay, route
+from agent.store.records import DamagedError, Run
+from agent.store.replay import replay, route
 from agent.store.weights import export
 from evaluators.task import Row, Task, judge, training_reward
 from flows import projection
 from flows.collect import collect_rows, mark_used
 from flows.curve import Curve, Point, chats, points_of
+from flows.pace import Pace
+from flows.plan import chosen, plan_of, settled
 from flows.progress import Reporter
 from flows.service import Service
+from flows.snapshots import NEWEST, keep_snapshots
 
 Rewards = NDArray[np.float64]
 
@@ -62,19 +65,14 @@ def run_round(
         changes: Learner settings of this round alone, such as {"generations": 6}.
     """
     task = service.target(target)
-    learner = _settings(service.settings.learner, changes)
+    learner = chosen(service.settings.learner, changes)
     run = _opened(service, task, learner, progress)
     return Driver(service, population, task, learner, run, progress).finish()
 
 
-def _settings(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> LearnerSettings:
-    """The learner's settings with this round's changes, checked together."""
-    return LearnerSettings.model_validate(learner.model_dump() | dict(changes or {}))
-
-
 def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Reporter) -> Run:
     """The interrupted round of this target and these settings, or a new one."""
-    plan = learner.model_dump()
+    plan = learner.model_dump(mode="json")
     for run in service.journal.runs():
         asked = {key: run.plan.get(key) for key in plan}
         same = run.target == task.name and run.parent_digest == service.champion()
@@ -86,7 +84,8 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
 
 
 def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[str, Any]) -> Run:
-    """Collect rows, keep them beside the round, then open it in the journal."""
+    """Check what was asked, collect rows, keep them beside the round, then open it."""
+    made = settled(service, task.name, learner)
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
     collected = collect_rows(service, task.name, learner.prompts)
     text = json.dumps(list(collected.rows), default=str)
@@ -104,6 +103,7 @@ def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[s
         run_seed=int.from_bytes(seed[:8], "big") >> 1,
         plan={
             **plan,
+            **made,
             "rows": collected.to_json(),
             "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
         },
@@ -111,6 +111,20 @@ def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[s
     )
     mark_used(service, run_id, collected)
     return run
+
+
+def _rows(service: Service, run: Run) -> list[Row]:
+    """The rows that a round was opened with.
+
+    Raises:
+        UserError: They are gone, or not those the journal tells of.
+    """
+    path = service.home.runs / run.run_id / "rows.json"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if hashlib.sha256(text.encode()).hexdigest() != run.plan["rows_sha256"]:
+        raise UserError(f"{path}: not the rows that round {run.run_id} was opened with")
+    rows: list[Row] = json.loads(text)
+    return rows
 
 
 class Driver:
@@ -127,35 +141,32 @@ class Driver:
     ) -> None:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
-        self._rows: list[Row] = json.loads(
-            (service.home.runs / run.run_id / "rows.json").read_text(encoding="utf-8")
-        )
+        self._rows = _rows(service, run)
         self._chats = chats(task, self._rows, service.shots(task.name))
         self._curve = Curve(service, task.name, run.run_id)
-        self._seconds: dict[str, float] = {}
+        self._pace = Pace(service, run.run_id, population)
         self._delta_hash = ""
 
     def finish(self) -> Round:
         """Drive the round to its end, render its candidate and propose it."""
         outcome = self._drive()
         service, run_id = self._service, self._run.run_id
-        if self._run.digest is None:
-            parameters = replay(
-                service.journal,
-                service.anchor,
-                run_id,
-                service.home.snapshots,
-                self._learner.snapshot_every,
-            )
-            digest = export(parameters, service.home.weights).name
-            service.journal.finish(run_id, digest, outcome.reason, time.time())
-        digest = str(service.journal.run(run_id).digest)
+        keep_snapshots(service, self._population, self._run, 1)
+        parameters = replay(
+            service.journal,
+            service.anchor,
+            run_id,
+            service.home.snapshots,
+            importance=service.home.importance,
+        )
+        digest = export(parameters, service.home.weights).name
+        service.journal.finish(run_id, digest, outcome.reason, time.time())
         if service.ledger.state(digest) is None:
             service.record(digest, "PROPOSED", f"round {run_id} ended: {outcome.reason}")
         return Round(run_id, digest, outcome, points_of(service, run_id))
 
     def _drive(self) -> Outcome:
-        plan, past = self._plan(), self._past()
+        plan, past = plan_of(self._service, self._run, self._learner), self._past()
         self._prepare()
         advance = self._progress.track(f"round {self._run.run_id}", plan.generations)
         decisions = improve(plan, past)
@@ -177,34 +188,6 @@ class Driver:
         self._curve.measure(self._population, outcome.generations, last=True)
         return outcome
 
-    def _plan(self) -> Plan:
-        learner, service = self._learner, self._service
-        lam = learner.lam
-        if learner.target_norm_ratio is not None:
-            lam = lambda_for_norm_ratio(
-                learner.target_norm_ratio, alpha=learner.alpha, generations=learner.generations
-            )
-        before = [
-            generation
-            for generation in lineage(service.journal, service.anchor, self._run.run_id)
-            if generation.run_id != self._run.run_id
-        ]
-        return Plan(
-            run_seed=self._run.run_seed,
-            generations=learner.generations,
-            population=learner.population,
-            mirrored=learner.mirrored,
-            sigma=learner.sigma,
-            alpha=learner.alpha,
-            shaping=learner.shaping,
-            penalty=Penalty(learner.penalty, 0.0 if learner.penalty == "none" else lam),
-            noise=learner.noise,
-            early_stop=learner.early_stop,
-            parameters=service.anchor.parameters,
-            start_generation=service.journal.next_generation(self._run.run_id),
-            start_norm=float(before[-1].drift["norm"]) if before else 0.0,
-        )
-
     def _past(self) -> list[Drift]:
         done = self._service.journal.generations(self._run.run_id)
         return [Drift.from_json(generation.drift) for generation in done]
@@ -214,11 +197,14 @@ class Driver:
         service = self._service
         self._population.open(service.anchor.directory)
         way = route(service.journal, service.anchor, self._run.run_id, service.home.snapshots)
-        self._population.restore(way.snapshot, [each.step for each in way.generations])
+        steps = [each.step for each in way.generations]
+        found = self._population.restore(way.snapshot, steps)
+        if way.generations and found != way.generations[-1].delta_hash:
+            raise DamagedError(self._run.run_id, way.generations[-1].generation, "delta_hash")
 
     def _evaluate(self, asked: Evaluate) -> Rewards:
         """(N, P) rewards of the members, those already in the journal not asked again."""
-        began = time.monotonic()
+        self._pace.begin()
         journal, run_id = self._service.journal, self._run.run_id
         found = journal.members_done(run_id, asked.generation)
         jobs = [
@@ -232,13 +218,16 @@ class Driver:
         ]
         longest, noise = self._task.max_tokens, self._learner.noise
         for result in self._population.members(jobs, self._chats, longest, noise):
-            found[result.job] = self._rewards(result.completions)
+            found[result.job] = self._rewards(result.job, result.completions)
             journal.record_member(run_id, asked.generation, result.job, found[result.job])
-        self._seconds["evaluate"] = time.monotonic() - began
         return np.stack([found[member.index] for member in asked.members])
 
-    def _rewards(self, completions: Sequence[Completion]) -> Rewards:
+    def _rewards(self, member: int, completions: Sequence[Completion]) -> Rewards:
         """(P,) training rewards; a verifier that failed on a row rewarded nobody for it."""
+        if len(completions) != len(self._rows):
+            raise UserError(
+                f"member {member}: {len(completions)} answers, allowed: {len(self._rows)}"
+            )
         return np.array(
             [
                 training_reward(self._task, judge(self._task, completion.text, row))
@@ -248,18 +237,17 @@ class Driver:
 
     def _apply(self, step: Step) -> Applied:
         """The same step on every engine."""
-        began = time.monotonic()
         applied = self._population.apply(step)
         self._delta_hash = applied.delta_hash
-        self._seconds["update"] = time.monotonic() - began
         return applied
 
     def _record(self, record: Record) -> None:
-        service, run_id = self._service, self._run.run_id
+        service, run_id, generation = self._service, self._run.run_id, record.step.generation
         service.journal.commit(run_id, record.step, record.rewards, self._delta_hash, record.drift)
-        drift = asdict(record.drift)
-        seconds = dict(self._seconds)
+        pace, drift = self._pace.end(generation), asdict(record.drift)
+        if (generation + 1) % self._learner.snapshot_every == 0:
+            keep_snapshots(service, self._population, self._run, NEWEST)
         projection.attempt(
-            f"generation {record.step.generation} of {run_id}",
-            lambda: projection.show_generation(service, run_id, drift, seconds),
+            f"generation {generation} of {run_id}",
+            lambda: projection.show_generation(service, run_id, drift, pace),
         )

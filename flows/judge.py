@@ -13,6 +13,7 @@ from evaluators.summary import summaries
 from flows.curve import Point
 from flows.evaluate import Questions, Who, first_stage, more_rows, sealed_stage, tables
 from flows.gate_files import read_samples as gate_samples
+from flows.pace import learner_share
 from flows.progress import Reporter
 from flows.report import RoundReport
 from flows.service import Service
@@ -184,6 +185,7 @@ def _report(
         reasons=told["reasons"],
         tasks=told["tasks"],
         curve=curve,
+        learner_share=learner_share(service, run.run_id),
     )
 
 

@@ -36,7 +36,7 @@ def curve(points: Sequence[Mapping[str, Any]], target: str, title: str) -> Figur
     return figure
 
 
-def drift(records: Sequence[Mapping[str, float]]) -> Figure:
+def drift(records: Sequence[Mapping[str, Any]]) -> Figure:
     """||delta|| beside its predictions, and the training reward, over generations.
 
     Args:
@@ -54,8 +54,8 @@ def drift(records: Sequence[Mapping[str, float]]) -> Figure:
         if known:
             left.plot(*zip(*known, strict=True), linestyle=style, color=INK, label=label)
     right = left.twinx()
-    mean = [r["reward_mean"] for r in records]
-    spread = [r["reward_std"] for r in records]
+    mean = [_number(r["reward_mean"]) for r in records]
+    spread = [_number(r["reward_std"]) for r in records]
     right.plot(x, mean, color=COLOURS[1], linewidth=1.6, label="reward (right)")
     low = [m - s for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
@@ -134,6 +134,11 @@ def heat_map(values: Mapping[str, Mapping[str, float]], title: str) -> Figure:
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def _number(value: float | None) -> float:
+    """A gap in the line where nothing finite was measured."""
+    return float("nan") if value is None else value
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:

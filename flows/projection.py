@@ -40,12 +40,12 @@ def show_plan(service: Service, run_id: str) -> str:
 
 
 def show_generation(
-    service: Service, run_id: str, drift: Mapping[str, Any], seconds: Mapping[str, float]
+    service: Service, run_id: str, drift: Mapping[str, Any], pace: Mapping[str, float]
 ) -> None:
     """One generation's point on every curve, and its nested run."""
     metrics = {name: drift[name] for name in (*NUMBERS, "agree") if drift.get(name) is not None}
     metrics |= {f"norm.{layer}": norm for layer, norm in drift["layer_norms"].items()}
-    metrics |= {f"seconds.{part}": value for part, value in seconds.items()}
+    metrics |= pace
     mlflow_run = show_plan(service, run_id)
     generation = int(drift["generation"])
     service.registry.log_generation(mlflow_run, generation, metrics, {"anchorage.run": run_id})
@@ -63,7 +63,8 @@ def show_round(
     """
     mlflow_run = show_plan(service, told.round_id)
     registry = service.registry
-    drift = [generation.drift for generation in service.journal.generations(told.round_id)]
+    generations = service.journal.generations(told.round_id)
+    drift = [each.drift | {"no_op": each.step.no_op} for each in generations]
     registry.log_metrics(mlflow_run, _accuracies(told))
     registry.log_figure(mlflow_run, plots.drift(drift), "plots/drift.png")
     registry.log_figure(

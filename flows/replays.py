@@ -19,7 +19,9 @@ def replay_now(home: Path | None, candidate: str, snapshots: bool) -> dict[str, 
     began = time.monotonic()
     name = _name(service, candidate)
     folder = service.home.snapshots if snapshots else None
-    parameters = replay(service.journal, service.anchor, name, folder)
+    parameters = replay(
+        service.journal, service.anchor, name, folder, importance=service.home.importance
+    )
     return {
         "candidate": name,
         "digest": parameters.digest(),
@@ -31,7 +33,12 @@ def replay_now(home: Path | None, candidate: str, snapshots: bool) -> dict[str, 
 def export_now(home: Path | None, candidate: str, into: Path) -> dict[str, Any]:
     """Replay a candidate and write it as a Hugging Face directory under ``into``."""
     service = Service.at(home)
-    parameters = replay(service.journal, service.anchor, _name(service, candidate))
+    parameters = replay(
+        service.journal,
+        service.anchor,
+        _name(service, candidate),
+        importance=service.home.importance,
+    )
     directory = export(parameters, into)
     return {"digest": directory.name, "directory": str(directory)}
 

@@ -26,6 +26,7 @@ class RoundReport:
     reasons: Sequence[Mapping[str, Any]]
     tasks: Figures
     curve: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    learner_share: float | None = None  # of a generation's wall time, median (``flows.pace``)
 
     def to_json(self) -> dict[str, Any]:
         """The round's part of the demo's document (DESIGN: the CLI)."""
@@ -35,6 +36,7 @@ class RoundReport:
             "target": self.target,
             "generations": self.generations,
             "stopped": self.stopped,
+            "learner_share": self.learner_share,
             "verdict": self.verdict,
             "reasons": [reason["text"] for reason in self.decisive()],
             "tasks": {
@@ -87,6 +89,7 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
         f"Target **{report.target}**: {percent(row['champion'])} % -> "
         f"{percent(row['candidate'])} %, {difference(row)} points on {row['n']} rows.",
         f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
+        f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
         "",
         "| task | n | anchor | champion | candidate | difference | gate |",
         "|---|---|---|---|---|---|---|",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from agent.errors import UserError
 from agent.population.nursery import Nursery
 from agent.population.pool import Population
 from agent.population.schedule import Engine
@@ -84,6 +85,8 @@ def engine_options(service: Service) -> list[EngineOptions]:
     The engines take the last cores: the serving engine and the gateway keep the first.
     """
     chosen, model = service.settings.engines, service.settings.model
+    if chosen.master_device == "cuda" and chosen.placement == "local" and on_cpu():
+        raise UserError("engines.master_device: 'cuda', allowed here: cpu (vLLM's CPU build)")
     cores = sorted(psutil.Process().cpu_affinity() or [0])
     count = chosen.population
     return [
@@ -95,6 +98,8 @@ def engine_options(service: Service) -> list[EngineOptions]:
             cores=(cores[-1 - index % len(cores)],),
             gpu_memory_utilization=chosen.gpu_memory_utilization / count,
             tensor_parallel=chosen.tensor_parallel_size,
+            master_device=chosen.master_device,
+            importance=service.home.importance,
             log=service.home.logs / f"population-{index}.log",
         )
         for index in range(count)

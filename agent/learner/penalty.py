@@ -23,6 +23,7 @@ kernels repeat that order in float32 and give the same bits.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, sqrt
+from re import fullmatch
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -40,6 +41,7 @@ class Penalty:
     lam: float = 0.0  # lambda, ignored by "none"
     threshold: float = 0.01  # units of a weight
     l1_share: float = 0.5
+    importance: str | None = None  # sha256 of the file of weights w; None: all 1
 
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
@@ -50,6 +52,8 @@ class Penalty:
             raise ValueError(f"huber threshold {self.threshold} must be finite and above 0")
         if not 0 <= self.l1_share <= 1:
             raise ValueError(f"elastic net l1_share {self.l1_share} must lie in 0 .. 1")
+        if self.importance is not None and not fullmatch("[0-9a-f]{64}", self.importance):
+            raise ValueError(f"importance {self.importance!r} must be a sha256 in hex")
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` turns back into the same penalty."""
@@ -58,11 +62,11 @@ class Penalty:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Penalty":
         """The inverse of `to_json`; an unknown or missing key is an error."""
-        if set(data) != {"kind", "lam", "threshold", "l1_share"}:
-            raise ValueError(f"penalty keys {sorted(data)}: kind, l1_share, lam, threshold wanted")
-        return Penalty(
-            data["kind"], float(data["lam"]), float(data["threshold"]), float(data["l1_share"])
-        )
+        wanted = set(Penalty.__dataclass_fields__)
+        if set(data) != wanted:
+            raise ValueError(f"penalty keys {sorted(data)}: {', '.join(sorted(wanted))} wanted")
+        numbers = {name: float(data[name]) for name in ("lam", "threshold", "l1_share")}
+        return Penalty(kind=data["kind"], importance=data["importance"], **numbers)
 
 
 NO_PENALTY: Final = Penalty()

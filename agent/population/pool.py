@@ -84,6 +84,16 @@ class Population:
         delta_hash = self._same(hashes)
         return next(each for each in applied.values() if each.delta_hash == delta_hash)
 
+    def save(self, path: Path) -> str:
+        """Keep delta as a snapshot, which one engine writes; returns its hash."""
+        saved: list[str] = []
+        while not saved:
+            slot = self._slots[self._sound()[0][0]]
+            saved = self._insist(slot, lambda engine: engine.save(path))
+        before = self._held
+        self._held = Held(before.anchor, path, (), before.directory)
+        return saved[0]
+
     def load(self, directory: Path) -> str:
         """Ask this weights directory everywhere; returns its digest."""
         digests = self._everywhere(lambda engine: engine.load(directory))
@@ -127,11 +137,15 @@ class Population:
         return self._sound()[0][1]
 
     def spent(self) -> dict[str, float]:
-        """Seconds all engines have spent so far on ``render``, ``update`` and ``generate``."""
+        """Seconds that ``render``, ``update`` and ``generate`` took so far, summed over engines."""
         total: Counter[str] = Counter()
         for _, engine in self._sound():
             total.update(engine.spent())
         return dict(total)
+
+    def engines(self) -> int:
+        """How many sound engines there are."""
+        return len(self._sound())
 
     def close(self) -> None:
         """End all engines; what they are doing is lost."""

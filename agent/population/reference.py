@@ -54,6 +54,11 @@ class ReferenceEngine:
         self._loaded = None
         return self._theta.apply(step)
 
+    def save(self, path: Path) -> str:
+        """See ``Engine``."""
+        self._theta.save(path)
+        return self._theta.delta_hash()
+
     def load(self, directory: Path) -> str:
         """See ``Engine``."""
         self._loaded = Anchor.open(directory)

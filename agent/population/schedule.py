@@ -45,6 +45,10 @@ class Engine(Protocol):
         """Move delta by one step; what the drift meter needs comes back."""
         ...
 
+    def save(self, path: Path) -> str:
+        """Keep delta as a snapshot in this file; returns its hash."""
+        ...
+
     def load(self, directory: Path) -> str:
         """Ask this weights directory from now on; returns its digest."""
         ...

@@ -39,6 +39,7 @@ class EngineOptions:
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
     max_logprobs: int = 20
     master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
+    importance: Path | None = None  # folder of the weights that penalties may name
     seed: int = 0
     log: Path | None = None  # the engine's own output is appended there
 
@@ -49,15 +50,15 @@ class EngineOptions:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; ``from_json`` reads it back."""
-        log = str(self.log) if self.log else None
-        return asdict(self) | {"model": str(self.model), "cores": list(self.cores), "log": log}
+        paths = {name: str(getattr(self, name) or "") for name in ("model", "log", "importance")}
+        return asdict(self) | paths | {"cores": list(self.cores)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "EngineOptions":
         """Read what ``to_json`` wrote."""
-        log = Path(data["log"]) if data["log"] else None
-        typed = {"model": Path(data["model"]), "cores": tuple(data["cores"]), "log": log}
-        return cls(**(data | typed))
+        maybe = {n: Path(data[n]) if data[n] else None for n in ("log", "importance")}
+        typed = {"model": Path(data["model"]), "cores": tuple(data["cores"])}
+        return cls(**(data | typed | maybe))
 
 
 def base_environment() -> dict[str, str]:
@@ -116,7 +117,9 @@ class VllmEngine:
 
     def open(self, anchor: Path) -> str:
         """See ``Engine``."""
-        opened = self._rpc("anchorage_open", str(anchor), self._options.master_device)
+        kept = self._options.importance
+        where = self._options.master_device, str(kept) if kept else None
+        opened = self._rpc("anchorage_open", str(anchor), *where)
         self._base, self._current = None, False
         return str(opened["digest"])
 
@@ -133,6 +136,10 @@ class VllmEngine:
             applied = Applied(**self._rpc("anchorage_apply", step.to_json()))
         self._base, self._current = None, False
         return applied
+
+    def save(self, path: Path) -> str:
+        """See ``Engine``."""
+        return str(self._rpc("anchorage_save", str(path)))
 
     def load(self, directory: Path, repack_head: bool = True) -> str:
         """See ``Engine``; ``repack_head`` as in the worker."""

@@ -39,6 +39,10 @@ class RemoteEngine:
         """See ``Engine``."""
         return Applied(**self.call("apply", {"step": step.to_json()}))
 
+    def save(self, path: Path) -> str:
+        """See ``Engine``."""
+        return str(self.call("save", {"path": str(path)}))
+
     def load(self, directory: Path) -> str:
         """See ``Engine``."""
         return str(self.call("load", {"directory": str(directory)}))
@@ -119,6 +123,7 @@ METHODS: dict[str, Callable[[Engine, Json], Any]] = {
     "open": lambda engine, arguments: engine.open(Path(arguments["anchor"])),
     "restore": _restore,
     "apply": lambda engine, arguments: asdict(engine.apply(Step.from_json(arguments["step"]))),
+    "save": lambda engine, arguments: engine.save(Path(arguments["path"])),
     "load": lambda engine, arguments: engine.load(Path(arguments.pop("directory")), **arguments),
     "generate": _generate,
     "sample": lambda engine, arguments: engine.sample(**arguments),

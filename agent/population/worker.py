@@ -33,16 +33,22 @@ class WeightsExtension:
     _anchorage: Theta | None = None
     _anchorage_layout: Layout | None = None
     _anchorage_device: str = "cpu"
+    _anchorage_importance: Path | None = None
     _anchorage_served: str = "start"
 
-    def anchorage_open(self, anchor_dir: str, master_device: str = "cpu") -> dict[str, Any]:
+    def anchorage_open(
+        self, anchor_dir: str, master_device: str = "cpu", importance: str | None = None
+    ) -> dict[str, Any]:
         """Hold this anchor with delta = 0, on the host or on the accelerator (``cuda``).
 
-        The engine keeps its weights until the next render, here as after every change of theta.
+        ``importance`` is the folder of the weights that penalties may name. The engine keeps its
+        weights until the next render, here as after every change of theta.
         """
         anchor = Anchor.open(Path(anchor_dir))
         refuse_other_tensors(anchor, self._anchorage_own())
-        self._anchorage, self._anchorage_device = held(anchor, master_device), master_device
+        self._anchorage_importance = Path(importance) if importance else None
+        self._anchorage_device = master_device
+        self._anchorage = held(anchor, master_device, self._anchorage_importance)
         runner = self.model_runner
         dtype = runner.model_config.dtype
         self._anchorage_layout = Layout.of(runner.get_model(), anchor.specs, dtype)
@@ -51,7 +57,8 @@ class WeightsExtension:
     def anchorage_restore(self, snapshot: str | None, steps: list[dict[str, Any]]) -> str:
         """Delta = the snapshot (None: zero) and then every step; returns the hash of delta."""
         anchor = self._anchorage_theta().anchor
-        theta = held(anchor, self._anchorage_device, Path(snapshot) if snapshot else None)
+        path = Path(snapshot) if snapshot else None
+        theta = held(anchor, self._anchorage_device, self._anchorage_importance, path)
         for step in steps:
             theta.apply(Step.from_json(step))
         self._anchorage = theta
@@ -60,6 +67,12 @@ class WeightsExtension:
     def anchorage_apply(self, step: dict[str, Any]) -> dict[str, Any]:
         """Move delta by one step; what the drift meter needs comes back."""
         return asdict(self._anchorage_theta().apply(Step.from_json(step)))
+
+    def anchorage_save(self, path: str) -> str:
+        """Keep delta as a snapshot; returns its hash."""
+        theta = self._anchorage_theta()
+        theta.save(Path(path))
+        return theta.delta_hash()
 
     def anchorage_render(
         self,
@@ -132,15 +145,19 @@ class WeightsExtension:
             head.quant_method.process_weights_after_loading(head)
 
 
-def held(anchor: Anchor, device: str, snapshot: Path | None = None) -> Theta:
+def held(
+    anchor: Anchor, device: str, importance: Path | None = None, snapshot: Path | None = None
+) -> Theta:
     """The anchor and delta (zero, or a snapshot's) on a device; the bits are the same on all."""
     if device == "cpu":
-        return Parameters.load(anchor, snapshot) if snapshot else Parameters.zeros(anchor)
+        if snapshot:
+            return Parameters.load(anchor, snapshot, importance)
+        return Parameters.zeros(anchor, importance)
     from agent.store.device import DeviceParameters
 
     if snapshot:
-        return DeviceParameters.load(anchor, device, snapshot)
-    return DeviceParameters(anchor, device)
+        return DeviceParameters.load(anchor, device, snapshot, importance)
+    return DeviceParameters(anchor, device, importance=importance)
 
 
 def refuse_other_tensors(weights: Anchor, own: "Mapping[str, Spec]") -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from agent.errors import UserError
 from agent.learner.es import Step
 from agent.learner.kernels_triton import render_into, update_inplace
 from agent.learner.noise import Address, NoiseKind
 from agent.store.anchor import Anchor
-from agent.store.theta import Floats, Moves, Theta, read_floats
+from agent.store.floats import Floats, read_floats
+from agent.store.theta import Moves, Theta
 
 
 class DeviceParameters(Theta):
@@ -26,19 +28,17 @@ class DeviceParameters(Theta):
         anchor: Anchor,
         device: torch.device | str,
         delta: Mapping[str, Floats] | None = None,
-        importance: Mapping[str, Floats] | None = None,
+        importance: Path | None = None,
         *,
         keep_anchor: bool = False,
     ):
-        self.anchor, self.device = anchor, torch.device(device)
+        self.anchor, self.importance = anchor, importance
+        self.device = _there_is(torch.device(device))
         self.delta = {
             name: torch.zeros(torch.Size(shape).numel(), device=self.device)
             if delta is None
             else self._there(torch.from_numpy(delta[name]))
             for name, (shape, _) in anchor.specs.items()
-        }
-        self.importance = {
-            name: self._there(torch.from_numpy(array)) for name, array in (importance or {}).items()
         }
         kept = anchor.tensors() if keep_anchor else ()
         self._kept = {name: self._there(tensor) for name, tensor in kept}
@@ -49,7 +49,7 @@ class DeviceParameters(Theta):
         anchor: Anchor,
         device: torch.device | str,
         path: Path,
-        importance: Mapping[str, Floats] | None = None,
+        importance: Path | None = None,
     ) -> "DeviceParameters":
         """Read a snapshot, written on whatever device; UserError when it is damaged."""
         return cls(anchor, device, read_floats(anchor, path), importance)
@@ -81,7 +81,9 @@ class DeviceParameters(Theta):
     def _move(self, name: str, step: Step) -> tuple[float, float]:
         """One tensor's step."""
         delta, before = self.delta[name], self.delta[name].clone()
-        update_inplace(delta, name, 0, step, self.importance.get(name))
+        held = self.weights(step.penalty).get(name)
+        weights = None if held is None else self._there(torch.from_numpy(held))
+        update_inplace(delta, name, 0, step, weights)
         before.sub_(delta)
         return _square(delta), _square(before)
 
@@ -89,6 +91,13 @@ class DeviceParameters(Theta):
         """See ``Theta``; on the device."""
         for name in names:
             yield name, self.delta[name].view(self.anchor.specs[name][0])
+
+
+def _there_is(device: torch.device) -> torch.device:
+    """The device, or one line that this machine has none such."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"master_device: {str(device)!r}, allowed here: cpu (no GPU is there)")
+    return device
 
 
 def _square(values: torch.Tensor) -> float:

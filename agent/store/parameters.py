@@ -16,8 +16,9 @@ from agent.learner.es import Step
 from agent.learner.kernels_cpu import Render, Update, render_many, update_many
 from agent.learner.noise import Address, NoiseKind
 from agent.store.anchor import Anchor
+from agent.store.floats import Floats, read_floats
 from agent.store.tensorfile import Spec
-from agent.store.theta import Floats, Moves, Theta, read_floats
+from agent.store.theta import Moves, Theta
 
 GROUP = 1 << 24
 
@@ -25,31 +26,28 @@ GROUP = 1 << 24
 class Parameters(Theta):
     """An anchor and a float32 delta in host memory.
 
-    ``delta`` is flat, by tensor name; ``importance`` holds optional weights of the penalty, one
-    per parameter, float32, by tensor name.
+    ``delta`` is flat, by tensor name; ``importance`` is where the weights that a penalty may name
+    are kept (``agent.store.importance``).
     """
 
     def __init__(
         self,
         anchor: Anchor,
         delta: Mapping[str, Floats],
-        importance: Mapping[str, Floats] | None = None,
+        importance: Path | None = None,
     ):
-        self.anchor = anchor
+        self.anchor, self.importance = anchor, importance
         self.delta = {name: delta[name].reshape(-1) for name in anchor.names}
-        self.importance = {name: array.reshape(-1) for name, array in (importance or {}).items()}
 
     @classmethod
-    def zeros(cls, anchor: Anchor, importance: Mapping[str, Floats] | None = None) -> "Parameters":
+    def zeros(cls, anchor: Anchor, importance: Path | None = None) -> "Parameters":
         """theta = theta_0."""
         shapes = {name: shape for name, (shape, _) in anchor.specs.items()}
         delta = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         return cls(anchor, delta, importance)
 
     @classmethod
-    def load(
-        cls, anchor: Anchor, path: Path, importance: Mapping[str, Floats] | None = None
-    ) -> "Parameters":
+    def load(cls, anchor: Anchor, path: Path, importance: Path | None = None) -> "Parameters":
         """Read a snapshot of delta; UserError when it is damaged or of another anchor."""
         return cls(anchor, read_floats(anchor, path), importance)
 
@@ -88,8 +86,8 @@ class Parameters(Theta):
 
     def moved(self, step: Step) -> Moves:
         """See ``Theta``; all tensors in one pass."""
-        names = self.anchor.names
-        parts = [Update(name, self.delta[name], self.importance.get(name)) for name in names]
+        names, weights = self.anchor.names, self.weights(step.penalty)
+        parts = [Update(name, self.delta[name], weights.get(name)) for name in names]
         return dict(zip(names, update_many(parts, step), strict=True))
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

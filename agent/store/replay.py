@@ -4,7 +4,7 @@ A snapshot is a file ``<delta hash>.safetensors``; one whose content has another
 so that it only ever saves time.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from agent.store.anchor import Anchor
 from agent.store.journal import Journal
 from agent.store.parameters import Parameters
 from agent.store.records import DamagedError, Generation
-from agent.store.theta import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,13 @@ class Route:
 def snapshot_path(folder: Path, delta_hash: str) -> Path:
     """Where the snapshot of a delta lies."""
     return folder / f"{delta_hash}.safetensors"
+
+
+def prune(folder: Path, keep: Collection[str]) -> None:
+    """Remove the snapshots of every delta but these; nothing but time is lost by it."""
+    wanted = {snapshot_path(folder, delta_hash) for delta_hash in keep}
+    for path in set(folder.glob("*.safetensors")) - wanted:
+        path.unlink(missing_ok=True)
 
 
 def runs_of(journal: Journal, anchor: Anchor, digest_or_run: str) -> list[str]:
@@ -79,14 +85,14 @@ def replay(
     digest_or_run: str,
     snapshots: Path | None = None,
     every_k: int = 0,
-    importance: Mapping[str, Floats] | None = None,
+    importance: Path | None = None,
 ) -> Parameters:
     """Rebuild the weights of a candidate, or of a run so far, bit for bit.
 
     With ``snapshots`` it starts from the newest sound one and, with ``every_k`` > 0, leaves one
-    every so many generations. ``importance`` must be what the runs had. DamagedError names the
-    first row that is not what was written or whose step gives another delta; a finished run must
-    end at its digest.
+    every so many generations. ``importance`` is where weights named by a penalty are kept.
+    DamagedError names the first row that is not what was written or whose step gives another delta;
+    a finished run must end at its digest.
     """
     path = route(journal, anchor, digest_or_run, snapshots)
     parameters = Parameters.zeros(anchor, importance)
@@ -119,6 +125,7 @@ def replay_without(
     *,
     mirrored: bool,
     shaping: Shaping,
+    importance: Path | None = None,
 ) -> Parameters:
     """A run's weights had the examples at these positions earned nothing (``forget``).
 
@@ -127,7 +134,8 @@ def replay_without(
     is what the other examples asked for, not another search. No example left: nothing moves.
     """
     journal.verify(run_id)
-    parameters = replay(journal, anchor, journal.run(run_id).parent_run or anchor.digest)
+    start = journal.run(run_id).parent_run or anchor.digest
+    parameters = replay(journal, anchor, start, importance=importance)
     for generation in journal.generations(run_id):
         kept = np.delete(generation.rewards, sorted(positions), axis=1)
         taken = generation.step

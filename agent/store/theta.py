@@ -14,14 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.store.anchor import Anchor, listed, open_tensors
+from agent.learner.penalty import Penalty
+from agent.store.anchor import Anchor
+from agent.store.floats import Floats
+from agent.store.importance import read_importance
 from agent.store.tensorfile import (
     Spec,
     beside,
@@ -32,7 +32,6 @@ from agent.store.tensorfile import (
     write_tensors,
 )
 
-Floats = NDArray[np.float32]
 Moves = Mapping[str, tuple[float, float]]
 """Tensor name -> (sum delta^2 after a step, sum (delta after - before)^2), in float64."""
 
@@ -47,6 +46,8 @@ class Theta(ABC):
     """An anchor and a float32 delta, wherever delta lies; one thread at a time."""
 
     anchor: Anchor
+    importance: Path | None = None  # folder of weights that penalties name (``importance``)
+    _weights: tuple[str, Mapping[str, Floats]] = ("", {})
 
     @abstractmethod
     def rendered(
@@ -87,6 +88,15 @@ class Theta(ABC):
             layer_norms={layer: math.sqrt(math.fsum(held)) for layer, held in layers.items()},
         )
 
+    def weights(self, penalty: Penalty) -> Mapping[str, Floats]:
+        """The importance a penalty names, flat, by tensor name; read once. Nothing: all 1."""
+        digest = penalty.importance
+        if digest is None:
+            return {}
+        if self._weights[0] != digest:
+            self._weights = digest, read_importance(self.anchor, self.importance, digest)
+        return self._weights[1]
+
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of delta."""
         return {name: (shape, torch.float32) for name, (shape, _) in self.anchor.specs.items()}
@@ -107,22 +117,3 @@ class Theta(ABC):
             write_tensors(folder / path.name, self.specs(), tensors, metadata)
             (folder / path.name).replace(path)
         flush_folder(path.parent)
-
-
-def read_floats(anchor: Anchor, path: Path) -> dict[str, Floats]:
-    """One float32 array per tensor of the anchor, from a snapshot that belongs to it."""
-    handle = open_tensors(path)
-    if (handle.metadata() or {}).get("anchor", anchor.digest) != anchor.digest:
-        raise UserError(f"{path}: belongs to another anchor than {anchor.digest[:12]}")
-    names = set(handle.keys())
-    if names != set(anchor.names):
-        raise UserError(f"{path}: tensors differ: {listed(sorted(names ^ set(anchor.names)))}")
-    tensors = {name: handle.get_tensor(name) for name in anchor.names}
-    wrong = [
-        f"{name} is {tensor.dtype} {list(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if (tuple(tensor.shape), tensor.dtype) != (anchor.specs[name][0], torch.float32)
-    ]
-    if wrong:
-        raise UserError(f"{path}: {listed(wrong)}, allowed: float32 in the anchor's shapes")
-    return {name: np.array(tensor.numpy()) for name, tensor in tensors.items()}

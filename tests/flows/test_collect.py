@@ -1,4 +1,4 @@
-"""A round's rows follow from the traffic there was, not from when it came or who was drawn first."""
+"""A round's rows follow from the traffic there was, not from when it came."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def fill(opened: Service, rows: Sequence[Row], order: Sequence[int]) -> None:
 
 def collected(root: Path, order: Sequence[int], count: int = COUNT) -> tuple[Service, Collected]:
     opened = service(root)
-    rows = opened.rows("gsm8k", "train", 8 * COUNT)[-2 * COUNT :]  # none the round would take itself
+    rows = opened.rows("gsm8k", "train", 8 * COUNT)[-2 * COUNT :]  # not those taken anyway
     fill(opened, rows, order)
     return opened, collect_rows(opened, "gsm8k", count)
 

@@ -25,6 +25,7 @@ def test_options_travel_as_json() -> None:
         enforce_eager=True,
         max_logprobs=5,
         master_device="cuda",
+        importance=Path("/importance"),
         seed=9,
         log=Path("/logs/e"),
     )

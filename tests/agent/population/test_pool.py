@@ -57,6 +57,11 @@ class Plain:
         self._called("apply")
         return Applied(self._hash(), float(len(self.history)), 1.0, {})
 
+    def save(self, path: Path) -> str:
+        self._called("save")
+        path.write_text(self._hash())
+        return self._hash()
+
     def load(self, directory: Path) -> str:
         self._called("load")
         self.history.append(str(directory))

@@ -42,6 +42,10 @@ class Kept:
         self.call = ("apply", step)
         return Applied("hash", 1 / 3, 1e-300, {"model.layers.0": 0.1 + 0.2})
 
+    def save(self, path: Path) -> str:
+        self.call = ("save", path)
+        return "hash"
+
     def load(self, directory: Path) -> str:
         self.call = ("load", directory)
         if not directory.name:
@@ -115,6 +119,7 @@ def ends() -> Iterator[tuple[EngineProcess, Kept]]:
         ("restore", (None, [])),
         ("restore", (Path("s.safetensors"), [STEP, STEP])),
         ("apply", (STEP,)),
+        ("save", (Path("/snapshots/0123.safetensors"),)),
         ("load", (Path("/weights/0123"),)),
         ("generate", (PROMPTS, 5)),
         ("generate", (PROMPTS, [5, 6], (Address(2**62, 7, 1), -0.1), "rademacher")),

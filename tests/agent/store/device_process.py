@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from agent.learner import es
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.store.device import DeviceParameters
+from agent.store.importance import keep_importance
 from agent.store.tensorfile import raw
 from agent.store.theta import Theta
 from agent.store.weights import Anchor, Parameters, export, verify
@@ -22,13 +24,13 @@ from agent.store.weights import Anchor, Parameters, export, verify
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def steps() -> list[es.Step]:
+def steps(importance: str) -> list[es.Step]:
     draw = np.random.default_rng(0)
     rewards = [draw.normal(size=4), np.ones(4)]
     return [
         es.step(
             each, es.members(4, True), run_seed=3, generation=number, sigma=0.1, alpha=0.1,
-            penalty=Penalty("l2", 2.0),
+            penalty=Penalty("l2", 2.0, importance=importance),
         )
         for number, each in enumerate(rewards)
     ]  # fmt: skip
@@ -48,14 +50,18 @@ def same_tensors(one: Theta, other: Theta, scale: float) -> bool:
 
 
 def compare(anchor: Anchor, folder: Path, keep_anchor: bool) -> dict[str, bool]:
-    importance = {
-        name: np.linspace(0, 2, torch.Size(shape).numel(), dtype=np.float32)
+    weights = {
+        name: torch.linspace(0, 2, torch.Size(shape).numel()).view(shape)
         for name, (shape, _) in anchor.specs.items()
     }
-    host = Parameters.zeros(anchor, importance)
-    device = DeviceParameters(anchor, DEVICE, None, importance, keep_anchor=keep_anchor)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "weights.safetensors")
+    kept = folder / "importance"
+    digest, _ = keep_importance(anchor, folder / "weights.safetensors", kept)
+    host = Parameters.zeros(anchor, kept)
+    device = DeviceParameters(anchor, DEVICE, None, kept, keep_anchor=keep_anchor)
     found = {"zeros": device.digest() == anchor.digest}
-    for step in steps():
+    for step in steps(digest):
         one, other = host.apply(step), device.apply(step)
         found[f"delta {step.generation}"] = one.delta_hash == other.delta_hash
         found[f"norms {step.generation}"] = same_norms(one, other)

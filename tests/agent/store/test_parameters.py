@@ -14,6 +14,7 @@ from agent.learner.noise import Address, NoiseKind, normal, rademacher
 from agent.learner.penalty import Penalty, prox
 from agent.store import parameters as module
 from agent.store.anchor import Anchor
+from agent.store.importance import keep_importance
 from agent.store.parameters import Parameters
 from agent.store.tensorfile import raw
 from agent.store.theta import layer_of
@@ -169,13 +170,18 @@ def test_a_no_op_moves_nothing_and_still_reports(anchor: Anchor) -> None:
     assert parameters.digest() == digest
 
 
-def test_importance_weighs_the_penalty_of_each_parameter(anchor: Anchor) -> None:
+def test_importance_weighs_the_penalty_of_each_parameter(anchor: Anchor, tmp_path: Path) -> None:
     importance = {
         name: np.linspace(0, 2, delta.size, dtype=np.float32)
         for name, delta in Parameters.zeros(anchor).delta.items()
     }
-    penalty = Penalty("l2", 3.0)
-    free, weighted = Parameters.zeros(anchor), Parameters.zeros(anchor, importance)
+    file, kept = tmp_path / "importance.safetensors", tmp_path / "kept"
+    shaped = {n: torch.from_numpy(held).view(anchor.specs[n][0]) for n, held in importance.items()}
+    save_file(shaped, file)
+    digest, largest = keep_importance(anchor, file, kept)
+    assert largest == 2
+    penalty = Penalty("l2", 3.0, importance=digest)
+    free, weighted = Parameters.zeros(anchor), Parameters.zeros(anchor, kept)
     free.apply(a_step(0, Penalty("none")))
     weighted.apply(a_step(0, penalty))
     for name, delta in free.delta.items():

@@ -1,0 +1,62 @@
+"""Importance of each parameter in a penalty: a file of weights, kept by the sha256 of its bytes.
+
+A step names the sha256, so a journal replays with the weights its rounds had and with no other.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.errors import UserError
+from agent.learner.penalty import check_weights
+from agent.store.anchor import Anchor, listed
+from agent.store.floats import Floats, read_floats
+from agent.store.tensorfile import beside, flush_folder, sha256_of
+
+
+def importance_path(folder: Path, digest: str) -> Path:
+    """Where the weights of this sha256 are kept."""
+    return folder / f"{digest}.safetensors"
+
+
+def keep_importance(anchor: Anchor, source: Path, folder: Path) -> tuple[str, float]:
+    """Check a file of weights and keep a copy; returns its sha256 and its largest weight.
+
+    Raises:
+        UserError: Not safetensors, other names or shapes than the anchor's, not float32, negative
+            or not finite; nothing is kept then.
+    """
+    if not source.is_file():
+        raise UserError(f"importance {str(source)!r}: no such file, allowed: safetensors")
+    digest, largest = sha256_of(source), _largest(read_floats(anchor, source), source)
+    with beside(folder / "weights") as place:
+        copy = place / "weights.safetensors"
+        shutil.copyfile(source, copy)
+        if sha256_of(copy) != digest:
+            raise UserError(f"importance {str(source)!r}: changed while it was read")
+        copy.replace(importance_path(folder, digest))
+    flush_folder(folder)
+    return digest, largest
+
+
+def read_importance(anchor: Anchor, folder: Path | None, digest: str) -> Mapping[str, Floats]:
+    """The weights of this sha256, by tensor name, flat; UserError when they are not there."""
+    path = importance_path(folder, digest) if folder else None
+    if path is None or not path.is_file():
+        raise UserError(f"importance {digest[:12]}: is not kept in {folder}")
+    if (found := sha256_of(path)) != digest:
+        raise UserError(f"{path}: has sha256 {found[:12]}, the round was made with {digest[:12]}")
+    return {name: weights.reshape(-1) for name, weights in read_floats(anchor, path).items()}
+
+
+def _largest(weights: Mapping[str, Floats], source: Path) -> float:
+    """The largest weight; one line with every tensor that holds a bad one."""
+    bad, found = [], [0.0]
+    for name, held in weights.items():
+        try:
+            found.append(check_weights(held.reshape(-1), held.size))
+        except ValueError as error:
+            bad.append(f"{name}: {error}")
+    if bad:
+        raise UserError(f"{source}: {listed(bad)}")
+    return max(found)
