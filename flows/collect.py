@@ -91,7 +91,7 @@ def _intake(service: Service, target: str, count: int) -> Intake:
 
 
 def _place(row: ExperienceRow) -> tuple[str, ...]:
-    """What stands before what, whatever the clock said and the ids drawn; they settle draws."""
+    """Where a row stands, whatever the clock said; ids, drawn at random, only settle draws."""
     return row.row_hash, row.prompt_hash, row.principal, row.group_hash, row.inference_id
 
 

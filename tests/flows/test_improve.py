@@ -111,7 +111,7 @@ class Bench:
         self.recorder = Recorder()
         self.service.registry = self.recorder  # type: ignore[assignment]
         task = self.service.task("gsm8k")
-        rows = self.service.rows("gsm8k", "train", TINY["prompts"])
+        rows = self.service.training_rows("gsm8k").values()
         gold = {task.messages(row)[-1]["content"]: task.gold(row) for row in rows}
         self.log: list[Address] = []
         self.engine = Ruled(root, gold, self.log)
