@@ -106,6 +106,11 @@ class TaskSettings(Section):
         0, ge=0, description="Measure all tasks every so many generations of a round; 0: never."
     )
     curve_rows: int = Field(64, ge=1, description="Rows of each task in such a measurement.")
+    kl_rows: int = Field(
+        16,
+        ge=0,
+        description="Continuations a task on which KL(anchor || candidate) is taken; 0: off.",
+    )
     prompts: dict[str, str] = Field({}, description="Replacement prompt templates by task.")
 
 

@@ -17,6 +17,7 @@ from flows.pace import learner_share
 from flows.progress import Reporter
 from flows.report import RoundReport
 from flows.service import Service
+from flows.shift import Shift, shift
 
 STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}
 
@@ -91,7 +92,8 @@ def judge(
             replace(settings, confirmation=sealed.uses),
             _tables(drawn, kept),
         )
-    report = _report(service, run, decision, seen.by_model(), curve)
+    moved = _shifts(service, population, names, digests, progress)
+    report = _report(service, run, decision, seen.by_model(), curve, moved)
     _write(service, report, looks)
     return Judged(report, seen.by_model())
 
@@ -120,6 +122,22 @@ def gate_settings(service: Service, run: Run) -> GateSettings:
         retained=frozenset(_earlier_targets(service) - {run.target}),
         sequential=chosen.sequential,
     )
+
+
+def _shifts(
+    service: Service,
+    population: Population,
+    tasks: Sequence[str],
+    digests: Mapping[Who, str],
+    progress: Reporter,
+) -> dict[str, Shift]:
+    """KL to the anchor of the candidate, and of the champion where it is not the anchor."""
+    if not service.settings.tasks.kl_rows:
+        return {}
+    asked: list[Who] = ["candidate"]
+    if digests["champion"] != service.anchor.digest:
+        asked.append("champion")
+    return {who: shift(service, population, tasks, digests[who], progress) for who in asked}
 
 
 def _earlier_targets(service: Service) -> set[str]:
@@ -165,6 +183,7 @@ def _report(
     decision: Decision,
     paths: Mapping[Who, Sequence[Path]],
     curve: tuple[Point, ...],
+    moved: Mapping[str, Shift],
 ) -> RoundReport:
     told = decision.to_json()
     measured = {
@@ -186,6 +205,7 @@ def _report(
         tasks=told["tasks"],
         curve=curve,
         learner_share=learner_share(service, run.run_id),
+        shift=moved,
     )
 
 

@@ -73,6 +73,14 @@ def show_round(
     if told.curve:
         figure = plots.curve(told.curve, told.target, f"Round {told.round_id}: {told.target}")
         registry.log_figure(mlflow_run, figure, "plots/curve.png")
+    if told.shift:
+        registry.log_metrics(mlflow_run, _divergences(told))
+        values = {
+            who: {task: row["kl"] for task, row in tasks.items()}
+            for who, tasks in told.shift.items()
+        }
+        figure = plots.heat_map(values, "KL(anchor || version), nats a token")
+        registry.log_figure(mlflow_run, figure, "plots/shift.png")
     for who, paths in tables.items():
         for path in paths:
             registry.log_file(mlflow_run, path, f"samples/{who}")
@@ -81,6 +89,7 @@ def show_round(
     text = report.markdown(told, drift, report.examples(before, after))
     registry.log_text(mlflow_run, text, "report.md")
     verdict = {"verdict": told.verdict, "reasons": list(told.reasons), "tasks": dict(told.tasks)}
+    verdict |= {"shift": dict(told.shift)}
     registry.log_text(mlflow_run, json.dumps(verdict, indent=1), "verdict.json")
     parent = service.journal.run(told.round_id).parent_digest
     registry.register(
@@ -158,6 +167,14 @@ def _accuracies(told: report.RoundReport) -> dict[str, float]:
         for who in ("anchor", "champion", "candidate")
         if row[who] is not None
     }
+
+
+def _divergences(told: report.RoundReport) -> dict[str, float]:
+    """kl.<task> of the candidate and the ends of its interval, kl.<task>.low and .high."""
+    rows = told.shift.get("candidate", {})
+    means = {f"kl.{task}": row["kl"] for task, row in rows.items()}
+    ends = {f"kl.{task}.{end}": row[end] for task, row in rows.items() for end in ("low", "high")}
+    return means | ends
 
 
 def version_line(service: Service, digest: str) -> str:

@@ -27,6 +27,7 @@ class RoundReport:
     tasks: Figures
     curve: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     learner_share: float | None = None  # of a generation's wall time, median (``flows.pace``)
+    shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
 
     def to_json(self) -> dict[str, Any]:
         """The round's part of the demo's document (DESIGN: the CLI)."""
@@ -42,6 +43,7 @@ class RoundReport:
             "tasks": {
                 name: {key: row.get(key) for key in keys} for name, row in self.tasks.items()
             },
+            "shift": {who: dict(tasks) for who, tasks in self.shift.items()},
             "digest": self.digest,
         }
 
@@ -60,6 +62,9 @@ def table(report: RoundReport) -> Table:
     for column in ("n", "anchor %", "champion %", "candidate %", "difference (interval), points"):
         drawn.add_column(column, justify="right")
     drawn.add_column("gate")
+    moved = report.shift.get("candidate", {})
+    if moved:
+        drawn.add_column("KL to the anchor, nats a token", justify="right")
     for name, row in _target_first(report):
         style = "bold" if row["role"] == "target" else ""
         drawn.add_row(
@@ -68,6 +73,7 @@ def table(report: RoundReport) -> Table:
             *(percent(row[who]) for who in ("anchor", "champion", "candidate")),
             difference(row),
             row.get("outcome") or "-",
+            *([divergence(moved.get(name))] if moved else []),
             style=style,
         )
     return drawn
@@ -99,7 +105,25 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
         outcome = each.get("outcome") or "-"
         lines.append(f"| {name} | {each['n']} | {figures} | {difference(each)} | {outcome} |")
     lines += ["", "## Reasons", "", *(f"- {reason['text']}" for reason in report.decisive())]
+    if report.shift:
+        lines += ["", *_shift_lines(report)]
     return "\n".join([*lines, "", broken])
+
+
+def _shift_lines(report: RoundReport) -> list[str]:
+    """KL to the anchor by task, a column a version."""
+    lines = [
+        "## Distribution shift",
+        "",
+        "KL(anchor || version), nats a token on the anchor's own continuations (95 %).",
+        "",
+        f"| task | {' | '.join(report.shift)} |",
+        "|---" * (1 + len(report.shift)) + "|",
+    ]
+    for name, _ in _target_first(report):
+        told = " | ".join(divergence(tasks.get(name)) for tasks in report.shift.values())
+        lines.append(f"| {name} | {told} |")
+    return lines
 
 
 def examples(
@@ -136,6 +160,11 @@ def difference(row: Mapping[str, Any]) -> str:
         return "-"
     numbers = (100 * row[key] for key in ("difference", "low", "high"))
     return "{:+.1f} ({:+.1f} .. {:+.1f})".format(*numbers)
+
+
+def divergence(row: Mapping[str, float] | None) -> str:
+    """'0.0123 (0.0102 .. 0.0151)' nats a token; '-' where nothing was measured."""
+    return "-" if row is None else "{kl:.3g} ({low:.3g} .. {high:.3g})".format(**row)
 
 
 def _target_first(report: RoundReport) -> list[tuple[str, Mapping[str, Any]]]:
@@ -241,6 +270,7 @@ def demo_tables(told: Mapping[str, Any]) -> list[Table]:
             each["verdict"],
             findings,
             tasks,
+            shift=each["shift"],
         )
         shown = table(report)
         if each["verdict"] != "promote":

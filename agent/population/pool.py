@@ -132,6 +132,14 @@ class Population:
         by_part = {result.job: result.completions for result in results}
         return [completion for number in sorted(by_part) for completion in by_part[number]]
 
+    def ask(self, call: Callable[[Engine], T]) -> T:
+        """Make one call on one sound engine, mended if it breaks; the others stay as they are."""
+        for number, _ in self._sound():
+            if values := self._insist(self._slots[number], call):
+                return values[0]
+        self._sound()  # NoEngineError: none came through
+        raise AssertionError("an engine came back while nobody started one")
+
     def first(self) -> Engine:
         """One sound engine, for probes."""
         return self._sound()[0][1]

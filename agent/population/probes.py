@@ -37,7 +37,13 @@ def kl_per_token(anchor: Sequence[Sequence[float]], candidate: Sequence[Sequence
     given as log-probabilities of the same tokens under both. Unbiased; may be below 0 by chance.
     NaN for no tokens: undefined is not zero.
     """
-    pairs = [
-        pair for rows in zip(anchor, candidate, strict=True) for pair in zip(*rows, strict=True)
+    tokens = sum(map(len, anchor))
+    return sum(kl_sums(anchor, candidate)) / tokens if tokens else float("nan")
+
+
+def kl_sums(anchor: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> list[float]:
+    """The sum of log p - log q over each continuation's tokens: what a bootstrap resamples."""
+    return [
+        sum(p - q for p, q in zip(*rows, strict=True))
+        for rows in zip(anchor, candidate, strict=True)
     ]
-    return sum(p - q for p, q in pairs) / len(pairs) if pairs else float("nan")

@@ -170,7 +170,12 @@ class VllmEngine:
             {"max_tokens": max_tokens, "temperature": 1.0, "seed": seed + index}
             for index in range(len(prompts))
         ]
-        return [list(output.outputs[0].token_ids) for output in self._ask(prompts, rows)]
+        room = [self._limit_tokens - 1 - len(self._tokens(messages)) for messages in prompts]
+        outputs = self._ask(prompts, rows)
+        return [  # cut where the whole could not be asked again
+            list(output.outputs[0].token_ids)[: max(0, most)]
+            for output, most in zip(outputs, room, strict=True)
+        ]
 
     def top_logprobs(
         self, prompts: Sequence[Messages], k: int, positions: int = 1

@@ -36,3 +36,16 @@ def test_kl_estimate_meets_the_exact_value() -> None:
 
 def test_kl_of_no_tokens_is_undefined() -> None:
     assert math.isnan(kl_per_token([[]], [[]]))
+
+
+def test_kl_of_two_tokens_is_the_closed_form() -> None:
+    """On continuations that hold each token in its own proportion the estimate is exact."""
+    for p, q in ((0.8, 0.5), (0.5, 0.5), (0.2, 0.9)):
+        drawn = [[0, 0, 1, 0, 1], [1, 0, 1, 1, 0]] if p == 0.5 else [[0] * 4 + [1], [1] + [0] * 4]
+        drawn = [[1 - token for token in row] for row in drawn] if p == 0.2 else drawn
+        on_p, on_q = (
+            [[math.log((share, 1 - share)[token]) for token in row] for row in drawn]
+            for share in (p, q)
+        )
+        exact = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        assert math.isclose(kl_per_token(on_p, on_q), exact, abs_tol=1e-12)
