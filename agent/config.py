@@ -91,6 +91,15 @@ class LearnerSettings(Section):
     snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")
 
 
+class PromptSettings(Section):
+    """How a task is asked; what is left out stays as the task has it."""
+
+    template: str | None = Field(None, description="The question, with the task's {fields}.")
+    system: str | None = Field(None, description="A system message before it.")
+    prefill: str | None = Field(None, description="The assistant's first words, given.")
+    shots: int | None = Field(None, ge=0, description="Worked examples, for tasks that have any.")
+
+
 class TaskSettings(Section):
     """What is learnt, what must not be forgotten, and on which rows both are measured."""
 
@@ -111,7 +120,10 @@ class TaskSettings(Section):
         ge=0,
         description="Continuations a task on which KL(anchor || candidate) is taken; 0: off.",
     )
-    prompts: dict[str, str] = Field({}, description="Replacement prompt templates by task.")
+    prompts: dict[str, str | PromptSettings] = Field(
+        {}, description="Own prompts by task: a template, or a table of what is to be different."
+    )
+    revisions: dict[str, str] = Field({}, description="Commit of a task's data set, to pin it.")
 
 
 class GateSettings(Section):

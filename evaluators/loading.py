@@ -29,7 +29,6 @@ def rows(
     data_dir: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
-    revision: str | None = None,
 ) -> list[Row]:
     """The task's rows of a split, ranked by the seed and cut to ``limit``.
 
@@ -40,15 +39,13 @@ def rows(
         raise UserError(f"split {split!r}: allowed: train, eval")
     if split == "train" and task.source.train_split is None:
         raise UserError(f"task {task.name}: its rows are never trained on; allowed: eval")
-    found = _ranked(task, _split_rows(task, split, data_dir, revision), seed)
+    found = _ranked(task, _split_rows(task, split, data_dir), seed)
     if not found:
         raise UserError(f"task {task.name}: no {split} rows")
     return found[:limit]
 
 
-def examples(
-    task: Task, *, data_dir: Path | None = None, revision: str | None = None
-) -> Callable[[Row], list[Row]]:
+def examples(task: Task, *, data_dir: Path | None = None) -> Callable[[Row], list[Row]]:
     """A function from a row to its worked examples: the first ``task.shots`` of its group.
 
     Groups are in the order of the data; the row itself is never its own example.
@@ -57,7 +54,7 @@ def examples(
         return lambda row: []
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     group_of = task.shot_group or (lambda row: "")
-    for row in _named_rows(task, task.source.shots_split or "train", data_dir, revision):
+    for row in _named_rows(task, task.source.shots_split or "train", data_dir):
         groups[group_of(row)].append(row)
 
     def shots(row: Row) -> list[Row]:
@@ -66,7 +63,7 @@ def examples(
         if len(found) < task.shots:
             raise UserError(
                 f"task {task.name}: {len(found)} worked examples for {group!r}; "
-                f"{task.shots} wanted (settings: with_prompt(..., shots=))"
+                f"{task.shots} wanted (settings: tasks.prompts.{task.name}.shots)"
             )
         return found
 
@@ -91,7 +88,7 @@ def _ranked(task: Task, found: Iterable[Row], seed: int) -> list[Row]:
     return [by_key[key] for key in sorted(by_key, key=lambda key: (_rank(seed, key), key))]
 
 
-def _split_rows(task: Task, split: Split, data_dir: Path | None, revision: str | None) -> list[Row]:
+def _split_rows(task: Task, split: Split, data_dir: Path | None) -> list[Row]:
     """A split of its own where there is one, else its share by hash of the only split."""
     source = task.source
     single = source.train_split == source.eval_split
@@ -100,7 +97,7 @@ def _split_rows(task: Task, split: Split, data_dir: Path | None, revision: str |
         if not single or find_file(folder, _names(source, "eval")):
             return read_file(_found(folder, _names(source, split)))
     name = source.train_split if split == "train" else source.eval_split
-    everything = _named_rows(task, name or "train", data_dir, revision)
+    everything = _named_rows(task, name or "train", data_dir)
     if not single:
         return everything
     return [row for row in everything if in_eval_share(task.key(row)) == (split == "eval")]
@@ -114,12 +111,12 @@ def _names(source: Source, split: Split) -> list[str]:
     return list(dict.fromkeys([*(name for name in own if name), "eval", "test", "validation"]))
 
 
-def _named_rows(task: Task, name: str, data_dir: Path | None, revision: str | None) -> list[Row]:
+def _named_rows(task: Task, name: str, data_dir: Path | None) -> list[Row]:
     """The rows of one published split, wherever they lie."""
     if task.source.file is not None:
         return read_file(SHARED_DATA / task.source.file)  # an absolute path stays as it is
     if data_dir is None:
-        return _from_hub(task, name, revision or task.source.revision)
+        return _from_hub(task, name)
     return read_file(_found(data_dir / task.name, [name]))
 
 
@@ -164,17 +161,19 @@ def _parsed(path: Path, number: int, line: str) -> Row:
     return row
 
 
-def _from_hub(task: Task, split: str, revision: str) -> list[Row]:
+def _from_hub(task: Task, split: str) -> list[Row]:
     """One split through ``datasets``, which keeps its own cache."""
     import datasets
 
     source = task.source
     try:
-        loaded = datasets.load_dataset(source.hub_id, source.config, split=split, revision=revision)
+        loaded = datasets.load_dataset(
+            source.hub_id, source.config, split=split, revision=source.revision
+        )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"task {task.name}: cannot load {source.hub_id!r} at {revision} "
+            f"task {task.name}: cannot load {source.hub_id!r} at {source.revision} "
             f"({type(error).__name__}: {reason}); put rows into <data_dir>/{task.name}/"
             f"{split}.jsonl and set tasks.data_dir to use local files"
         ) from None

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
+from typing import Any
 
 from evaluators.errors import UserError
 from evaluators.resolve import resolve
 from evaluators.sandbox import Limits, sandboxed
-from evaluators.task import Row, Task, Verdict, judge
+from evaluators.task import Row, Task, Verdict, judge, with_prompt
 from evaluators.tasks import TASKS
 
 GROUP = "anchorage.tasks"
@@ -69,13 +70,12 @@ def load(spec: str, limits: Limits | None = None) -> Task:
 def tuned(
     tasks: Mapping[str, Task],
     *,
-    prompts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, Mapping[str, Any]] | None = None,
     max_tokens: int | None = None,
-    shots: int | None = None,
 ) -> dict[str, Task]:
-    """The tasks as the settings want them: other prompts by name, one longest answer, examples.
+    """The tasks as the settings want them: other prompts, no answer longer than this.
 
-    ``shots`` replaces the number of worked examples where a task has any.
+    ``prompts`` gives ``with_prompt``'s arguments by the task's name.
 
     Raises:
         UserError: a prompt for a task that does not exist.
@@ -85,12 +85,25 @@ def tuned(
         raise UserError(f"prompt for task {unknown[0]!r}; allowed: {', '.join(sorted(tasks))}")
     return {
         name: replace(
-            task,
-            template=words.get(name, task.template),
-            max_tokens=max_tokens or task.max_tokens,
-            shots=task.shots if shots is None or not task.shots else shots,
+            with_prompt(task, **words.get(name, {})),
+            max_tokens=min(task.max_tokens, max_tokens or task.max_tokens),
         )
         for name, task in tasks.items()
+    }
+
+
+def pinned(tasks: Mapping[str, Task], revisions: Mapping[str, str]) -> dict[str, Task]:
+    """The tasks with their data sets at these commits.
+
+    Raises:
+        UserError: a revision for a task that does not exist.
+    """
+    if unknown := sorted(revisions.keys() - tasks.keys()):
+        allowed = ", ".join(sorted(tasks))
+        raise UserError(f"revision for task {unknown[0]!r}; allowed: {allowed}")
+    sources = {name: replace(tasks[name].source, revision=at) for name, at in revisions.items()}
+    return {
+        name: replace(task, source=sources.get(name, task.source)) for name, task in tasks.items()
     }
 
 

@@ -69,13 +69,14 @@ class Task:
     shots: int = 0  # worked examples before the question
     shot_group: Callable[[Row], str] | None = None  # a row's examples come from its own group
     demonstrate: Callable[[Row], str] | None = None  # an example's answer; gold when None
+    system: str | None = None  # a message before all others
     prefill: str | None = None  # the assistant's first words, given
     version: str = EXTRACTION_VERSION  # of the extraction; part of the harness hash
 
     def messages(self, row: Row, shots: Sequence[Row] = ()) -> list[Message]:
         """The chat for one row: each example as a user and an assistant turn, then the question."""
         show = self.demonstrate or self.gold
-        chat = []
+        chat = [] if self.system is None else [{"role": "system", "content": self.system}]
         for shot in shots:
             chat.append({"role": "user", "content": render(self.template, self.fields(shot))})
             chat.append({"role": "assistant", "content": show(shot)})
@@ -105,11 +106,21 @@ def render(template: str, fields: Mapping[str, str]) -> str:
 
 
 def with_prompt(
-    task: Task, template: str, *, prefill: str | None = None, shots: int | None = None
+    task: Task,
+    template: str | None = None,
+    *,
+    system: str | None = None,
+    prefill: str | None = None,
+    shots: int | None = None,
 ) -> Task:
-    """The same task asked in other words (and given first words, or another number of examples)."""
-    count = task.shots if shots is None else shots
-    return replace(task, template=template, prefill=prefill, shots=count)
+    """The same task asked in other words; what is None stays as it is."""
+    told: dict[str, Any] = {
+        "template": template,
+        "system": system,
+        "prefill": prefill,
+        "shots": shots,
+    }
+    return replace(task, **{name: value for name, value in told.items() if value is not None})
 
 
 def training_reward(task: Task, verdict: Verdict) -> float:

@@ -41,9 +41,9 @@ def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
     return found[:opened], found[opened:]
 
 
-def first_stage(service: Service, names: Sequence[str], limit: int | None = None) -> Questions:
+def first_stage(service: Service, names: Sequence[str]) -> Questions:
     """The open evaluation rows of these tasks, in the order of their names."""
-    rows = [(service.task(name), pools(service, name)[0][:limit]) for name in sorted(names)]
+    rows = [(service.task(name), pools(service, name)[0]) for name in sorted(names)]
     return _questions(service, "first", rows)
 
 
@@ -53,6 +53,21 @@ def more_rows(service: Service, names: Sequence[str], look: int) -> Questions:
     start, end = (2 + look) * count, (3 + look) * count
     rows = [(service.task(name), service.rows(name, "eval", end)[start:]) for name in sorted(names)]
     return _questions(service, f"more-{look}", [each for each in rows if each[1]])
+
+
+def unsealed(service: Service, names: Sequence[str], limit: int | None) -> Questions:
+    """Up to ``limit`` rows a task that no sealed draw touches; None: those of the first stage."""
+    rows = [(service.task(name), _unsealed_rows(service, name, limit)) for name in sorted(names)]
+    return _questions(service, "asked", rows)
+
+
+def _unsealed_rows(service: Service, name: str, limit: int | None) -> list[Row]:
+    """The open rows, then those behind the sealed ones."""
+    opened, sealed = pools(service, name)
+    if limit is None or limit <= len(opened):
+        return opened[:limit]
+    behind = len(opened) + len(sealed)
+    return opened + service.rows(name, "eval", behind + limit - len(opened))[behind:]
 
 
 def sealed_stage(service: Service, names: Sequence[str], round_id: str, digest: str) -> Questions:

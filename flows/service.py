@@ -5,7 +5,6 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from agent.store.weights import Anchor, short, verify
 from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import resolve
 from evaluators.loading import Split, examples, rows
-from evaluators.plugins import all_tasks
+from evaluators.plugins import all_tasks, pinned, tuned
 from evaluators.runner import Shots
-from evaluators.task import Row, Task, with_prompt
+from evaluators.task import Row, Task
 from evaluators.tasks import TASKS
 
 
@@ -157,19 +156,12 @@ class Service:
     def tasks(self) -> Mapping[str, Task]:
         """The built-in tasks and the user's own, with the settings' prompts and lengths."""
         chosen = self.settings.tasks
-        tasks = all_tasks(chosen.files)
-        unknown = sorted(set(chosen.prompts) - set(tasks))
-        if unknown:
-            raise UserError(f"tasks.prompts: unknown task {unknown}; allowed: {sorted(tasks)}")
-        for name, template in chosen.prompts.items():
-            tasks[name] = with_prompt(tasks[name], template)
-        if chosen.max_tokens is not None:
-            longest = chosen.max_tokens
-            tasks = {
-                name: replace(task, max_tokens=min(task.max_tokens, longest))
-                for name, task in tasks.items()
-            }
-        return tasks
+        prompts = {
+            name: {"template": words} if isinstance(words, str) else words.model_dump()
+            for name, words in chosen.prompts.items()
+        }
+        known = pinned(all_tasks(chosen.files), chosen.revisions)
+        return tuned(known, prompts=prompts, max_tokens=chosen.max_tokens)
 
     def task(self, name: str) -> Task:
         """A task by its name.

@@ -96,19 +96,50 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="anchor, champion, a digest's beginning, a directory, or a URL.")
     ] = "champion",
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", help="Tasks; all if none.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows of each task.")] = None,
-    twice: Annotated[bool, typer.Option(help="Ask twice and print the A/A discordance.")] = False,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", help="Tasks, by commas or repeated; all if none.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    twice: Annotated[bool, typer.Option(help="Ask twice; keep and print A/A discordance.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Folder for the samples as lm-evaluation-harness logs them.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="The name a URL knows the model by; else model.name.")
+    ] = None,
+    key_env: Annotated[
+        str, typer.Option(help="The environment variable that holds a URL's key.")
+    ] = "OPENAI_API_KEY",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of any model on any tasks; a finished table is not asked again."""
-    from flows.measure import evaluate_model
+    """Accuracy of any model on any tasks; rows that weights have answered are not asked again."""
+    from flows.measure import Endpoint, evaluate_model
     from flows.report import summary_table
 
+    names = [name for each in tasks or [] for name in each.split(",") if name]
+    endpoint = Endpoint(model_name, key_env)
     with reporter(as_json) as bars:
-        told = evaluate_model(home, model, tasks, limit, twice, bars)
+        told = evaluate_model(
+            home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
+        )
     show(told, as_json, summary_table(told))
+
+
+@app.command()
+def rescore(
+    table: Annotated[Path, typer.Argument(help="Samples, a parquet file of evaluate.")],
+    out: Annotated[Path | None, typer.Option(help="Where the rescored table is written.")] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge old answers by the extraction of today, without a model; lists what changed."""
+    from flows.measure import rescore_table
+    from flows.report import summary_table
+
+    told = rescore_table(home, table, out)
+    shown = summary_table(told | {"model": f"{table.name}, {len(told['changed'])} rows changed"})
+    show(told, as_json, shown)
 
 
 @app.command()

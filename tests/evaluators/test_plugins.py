@@ -161,16 +161,20 @@ def test_a_spec_that_names_no_new_task_is_told_in_one_line(spec: str, told: str)
 
 
 def test_the_settings_change_prompts_and_lengths_and_nothing_else() -> None:
-    found = tuned(TASKS, prompts={"piqa": "{goal}\n{solutions}\n?"}, max_tokens=48, shots=0)
+    found = tuned(TASKS, prompts={"piqa": {"template": "{goal}\n{solutions}\n?"}}, max_tokens=48)
     assert list(found) == list(TASKS)
-    assert {task.max_tokens for task in found.values()} == {48}
+    assert all(found[name].max_tokens == min(48, TASKS[name].max_tokens) for name in TASKS)
     assert [name for name in TASKS if found[name].template != TASKS[name].template] == ["piqa"]
-    assert found["mmlu_pro"].shots == 0
     assert tuned(TASKS) == TASKS
-    assert tuned(TASKS, shots=2)["mmlu_pro"].shots == 2
-    assert tuned(TASKS, shots=2)["gsm8k"].shots == 0
+    words = {"system": "Be brief.", "prefill": "The answer is (", "shots": 0}
+    asked = tuned(TASKS, prompts={"mmlu_pro": words})["mmlu_pro"]
+    row = rows(TASKS["mmlu_pro"], "eval", data_dir=ROWS, limit=1)[0]
+    roles = [(message["role"], message["content"]) for message in asked.messages(row)]
+    assert [roles[0], roles[-1]] == [("system", "Be brief."), ("assistant", "The answer is (")]
+    assert roles[1] == ("user", TASKS["mmlu_pro"].messages(row)[0]["content"])
+    assert judge(asked, f"{row['answer']})", row).reward == 1.0
     with pytest.raises(UserError, match="prompt for task 'pika'; allowed: arc_challenge, "):
-        tuned(TASKS, prompts={"pika": "?"})
+        tuned(TASKS, prompts={"pika": {"template": "?"}})
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "refusal"])
