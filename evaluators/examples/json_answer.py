@@ -1,13 +1,17 @@
 """An own task to copy: the answer is one exact JSON value.
 
-Use it with ``tasks.files = ["path/to/json_answer.py:TASK"]`` and try it with
-``anchorage task check path/to/json_answer.py:TASK``. Rows lie beside this file, one JSON object a
-line: ``{"id", "question", "answer"}``. Whatever the model says around it, the last line that holds
-a JSON object or array is read.
+Copy this file and its rows, name the copy in the settings, and train on it:
+
+    [tasks]
+    target = "json_answer"
+    files = ["my_tasks/json_answer.py:TASK"]
+
+``anchorage task check my_tasks/json_answer.py:TASK`` says whether the copy keeps a task's contract.
+Rows lie beside the file, one JSON object a line: ``{"id", "question", "answer"}``. Whatever the
+model says before it, the last line that is JSON is read.
 """
 
 import json
-import re
 from typing import Any
 
 from evaluators.task import Row, Source, Task, Verdict
@@ -15,19 +19,18 @@ from evaluators.task import Row, Source, Task, Verdict
 MAX_CHARS = 2000  # of the line that is parsed
 MAX_BRACKETS = 200  # of one kind, which bounds the depth
 
-_LINE = re.compile(r"(?m)^[ \t]*([\[{][^\n]*[\]}])[ \t]*$")
-
 
 def last_value(completion: str) -> tuple[str | None, Any]:
-    """The text and the value of the last line that is JSON between brackets; (None, None) else."""
-    lines = _LINE.findall(completion[-2 * MAX_CHARS :])
-    text = lines[-1] if lines else ""
-    if not text or len(text) > MAX_CHARS or max(map(text.count, "[{")) > MAX_BRACKETS:
-        return None, None
-    try:
-        return text, json.loads(text)
-    except ValueError:
-        return None, None
+    """The text and the value of the last line that is JSON; (None, None) without one."""
+    whole = slice(int(len(completion) > 2 * MAX_CHARS), None)  # not a first line cut in two
+    for line in reversed(completion[-2 * MAX_CHARS :].split("\n")[whole]):
+        text = line.strip()
+        if text and len(text) <= MAX_CHARS and max(map(text.count, "[{")) <= MAX_BRACKETS:
+            try:
+                return text, json.loads(text)
+            except ValueError:
+                continue
+    return None, None
 
 
 def same(value: Any, wanted: Any) -> bool:

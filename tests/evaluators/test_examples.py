@@ -36,6 +36,26 @@ def test_json_answers(completion: str, reward: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("7", 1.0),
+        ("It is\n 7 \nas asked.", 1.0),
+        ("7\n8", 0.0),
+        ("7.0", 0.0),
+        ('"7"', 0.0),
+        ("[7]", 0.0),
+        ("It is 7", 0.0),
+        ("٧", 0.0),
+        ("1" * 4000 + "\n" + "7" * 2001, 0.0),
+        ("-" + "7\n" + "x" * 3998, 0.0),  # the line is cut in two
+    ],
+)
+def test_a_json_answer_may_be_a_plain_value(completion: str, reward: float) -> None:
+    verdict = judge(json_answer.TASK, completion, JSON_ROW | {"answer": 7})
+    assert (verdict.reward, verdict.error) == (reward, None)
+
+
+@pytest.mark.parametrize(
     ("query", "reward"),
     [
         ("SELECT w FROM t", 1.0),

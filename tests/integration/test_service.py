@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,8 +17,12 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from evaluators import examples
+from flows.service import Service
+
 pytestmark = pytest.mark.integration
 
+EXAMPLES = Path(examples.__file__).parent
 SETTINGS = """
 [learner]
 generations = 2
@@ -25,9 +30,11 @@ population = 4
 prompts = 16
 
 [tasks]
+files = ["{own}/json_answer.py:TASK"]
 rows = 24
 curve_every = 2
 curve_rows = 8
+kl_rows = 8
 priors = ["piqa", "refusal"]
 
 [review]
@@ -82,7 +89,9 @@ def of_home(home: Path) -> list[psutil.Process]:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     home = tmp_path_factory.mktemp("service") / "home"
     config = home.parent / "anchorage.toml"
-    config.write_text(SETTINGS, encoding="utf-8")
+    for name in ("json_answer.py", "json_answer.jsonl"):  # as a user copies the example
+        shutil.copy(EXAMPLES / name, home.parent)
+    config.write_text(SETTINGS.format(own=home.parent), encoding="utf-8")
     status = as_json("up", "--config", str(config), home=home)
     try:
         url = f"{status['endpoint']}/v1"
@@ -95,8 +104,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def candidate(running: Running) -> dict[str, Any]:
-    """One learnt and judged round."""
-    told: dict[str, Any] = as_json("improve", "--target", "gsm8k", home=running.home)
+    """One learnt and judged round on the copied example task."""
+    told: dict[str, Any] = as_json("improve", "--target", "json_answer", home=running.home)
     return told
 
 
@@ -192,6 +201,40 @@ def test_a_second_up_and_a_used_port_are_one_line(running: Running, tmp_path: Pa
     assert of_home(tmp_path / "other") == []
 
 
+def test_the_copied_example_task_trains_in_the_loop(
+    running: Running, candidate: dict[str, Any]
+) -> None:
+    assert candidate["target"] == "json_answer"
+    assert candidate["verdict"] in ("promote", "hold", "reject")
+    assert candidate["digest"] != running.status["champion"]
+    service = Service.at(running.home)
+    assert candidate["generations"] == 2
+    for generation in service.journal.generations(candidate["round"]):
+        assert generation.rewards.std(axis=0).max() > 0  # members differ on the user's own rows
+        assert not generation.step.no_op
+    measured = candidate["tasks"]["json_answer"]
+    assert measured["n"] == 24
+    assert 0.2 < measured["anchor"] < 0.9
+
+
+def test_lm_evaluation_harness_runs_against_the_endpoint(running: Running, tmp_path: Path) -> None:
+    model = f"model=anchorage,base_url={running.endpoint}/v1/chat/completions"
+    out = tmp_path / "results"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions"]
+    command += ["--model_args", model, "--tasks", "anchorage_choices", "--include_path", "."]
+    command += ["--apply_chat_template", "--log_samples", "--output_path", str(out)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        command, cwd=EXAMPLES / "lm_eval", capture_output=True, text=True, env=os.environ | offline
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    [samples] = out.glob("*/samples_anchorage_choices_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(rows) == len((EXAMPLES / "lm_eval" / "choices.jsonl").read_text().splitlines())
+    assert sum(row["exact_match"] for row in rows) / len(rows) > 0.9  # it knows these
+    assert {row["resps"][0][0] for row in rows} == {"1", "2"}
+
+
 def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
     running: Running, candidate: dict[str, Any]
 ) -> None:
@@ -210,6 +253,14 @@ def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
     run = next(r for r in runs if r.data.tags["mlflow.runName"] == f"round {candidate['round']}")
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert {"plots", "samples", "report.md", "verdict.json"} <= files
+    plots = {f.path for f in client.list_artifacts(run.info.run_id, "plots")}
+    assert "plots/shift.png" in plots
+    moved = candidate["shift"]["candidate"]
+    assert set(moved) == {"json_answer", "piqa", "refusal"}
+    assert {task: run.data.metrics[f"kl.{task}"] for task in moved} == {
+        task: row["kl"] for task, row in moved.items()
+    }
+    assert any(row["kl"] != 0.0 for row in moved.values())
     versions = client.search_model_versions("name = 'anchorage'")
     assert candidate["digest"] in {version.tags["anchorage.digest"] for version in versions}
     flow_runs = httpx.post(f"{running.status['prefect']}/api/flow_runs/filter", json={}).json()
