@@ -20,7 +20,7 @@ TEMPLATE = """\
 Think step by step, then end with "#### number"."""
 
 _STRIPPED = str.maketrans("", "", ",$%")
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _FRACTION = re.compile(r"\s*([-+]?[0-9]+)\s*/\s*([-+]?[0-9]+)\s*")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -40,12 +40,25 @@ def after_hashes(region: str) -> str | None:
     return None
 
 
+def last_boxed(region: str) -> str | None:
+    """The inside of the last ``\\boxed{...}`` that is closed, braces balanced; one pass."""
+    opened: list[tuple[int, bool]] = []  # where an inside begins, whether a box's
+    last = (-1, -1)
+    for brace in _BRACE.finditer(region):
+        if brace.group() != "}":
+            opened.append((brace.end(), brace.group() != "{"))
+        elif opened:
+            start, boxed = opened.pop()
+            last = max(last, (start, brace.start())) if boxed else last
+    return region[last[0] : last[1]] if last[0] >= 0 else None
+
+
 def answer_text(region: str) -> str:
     """The most explicit answer: after ####, else boxed, else in a block, else everything."""
     if (line := after_hashes(region)) is not None:
         return line
-    if boxed := _BOXED.findall(region):
-        return str(boxed[-1])
+    if (boxed := last_boxed(region)) is not None:
+        return boxed
     block = last_block(region)
     return region if block is None else block
 

