@@ -1,8 +1,11 @@
 """The gateway's process, put together from the parts of one home."""
 
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.keys import KeyStore
@@ -11,7 +14,9 @@ from agent.gateway.settings import GatewaySettings
 from deploy.serving.control import ADMIN
 from deploy.serving.served import read_served, socket_of
 from deploy.serving.watchdog import settled
+from evaluators.errors import UserError as EvaluatorError
 from evaluators.task import Verdict, judge
+from evaluators.tasks import TASKS
 from flows.service import Service
 
 
@@ -37,6 +42,7 @@ def run(service: Service, port: int) -> None:
         recover=lambda _before: settled(service.home),
         kept=lambda: tuple(service.kept()),
     )
+    threading.Thread(target=warm, args=[service], name="warm", daemon=True).start()
     admin_socket = service.home.sockets / ADMIN
     serve(public, create_admin(public), host=chosen.host, port=port, admin_socket=admin_socket)
 
@@ -54,6 +60,19 @@ def verify(
     if verdict.error is not None:
         raise ValueError(verdict.error)
     return verdict
+
+
+def warm(service: Service) -> None:
+    """Do now what a first verification would wait for: rows are read, own verifiers started.
+
+    Only of the target and of own tasks; what is not to be had now is told to whoever asks for it.
+    """
+    target = service.settings.tasks.target
+    for name, task in service.tasks.items():
+        if name == target or (task.target and name not in TASKS):
+            with suppress(UserError, EvaluatorError):
+                rows = service.training_rows(name)
+                judge(task, "", next(iter(rows.values()), {}))
 
 
 def known_row(service: Service, task: str, example_id: str) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The pictures of a round: what was learnt, how far it drifted, what became of every task."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -125,10 +126,13 @@ def heat_map(values: Mapping[str, Mapping[str, float]], title: str) -> Figure:
     figure, axes = _figure(title, "", "")
     rows, columns = list(values), sorted({task for row in values.values() for task in row})
     grid = [[row.get(task, float("nan")) for task in columns] for row in values.values()]
-    image = axes.imshow(grid, cmap="YlOrRd", vmin=0, aspect="auto")
+    top = max((value for row in grid for value in row if value > 0), default=1.0)
+    image = axes.imshow(grid, cmap="YlOrRd", vmin=0, vmax=top, aspect="auto")
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=INK)
+            shown = f"{value:.3g}" if isfinite(value) else "-"
+            colour = "white" if value > top / 2 else INK
+            axes.text(x, y, shown, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(visible=False)

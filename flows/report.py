@@ -64,7 +64,7 @@ def table(report: RoundReport) -> Table:
     drawn.add_column("gate")
     moved = report.shift.get("candidate", {})
     if moved:
-        drawn.add_column("KL to the anchor, nats a token", justify="right")
+        drawn.add_column("KL to the anchor", justify="right")
     for name, row in _target_first(report):
         style = "bold" if row["role"] == "target" else ""
         drawn.add_row(

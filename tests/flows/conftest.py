@@ -85,6 +85,20 @@ class PlantedEngine:
             told.append(Completion(gold if moved[task] >= wanted else wrong, 3, "stop"))
         return told
 
+    def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
+        return [[0, 1] for _ in prompts]
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """The less likely, the further the tensor of the prompt's task has moved."""
+        moved = self._moved(None, "normal")
+        tasks = [self._answers[json.dumps(prompt)][0] for prompt in prompts]
+        return [
+            [-1.0 - abs(moved[task]) for _ in ids]
+            for task, ids in zip(tasks, continuations, strict=True)
+        ]
+
     def _moved(self, member: tuple[Address, float] | None, noise: NoiseKind) -> dict[str, float]:
         """How far the mean of each task's tensor is from the anchor's."""
         address, scale = member or (None, 0.0)

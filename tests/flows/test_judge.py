@@ -32,11 +32,13 @@ def test_rows_are_added_until_the_priors_are_decided(planted):
     assert f"rows added {len(looks)} times" in entry.why
     assert decided.tasks["piqa"]["n"] == 20 * (len(looks) + 1)
     assert decided.tasks["piqa"]["interval"]["candidate"][0] > 0
+    moved = decided.shift["candidate"]
+    assert moved["gsm8k"]["kl"] > max(moved["piqa"]["kl"], moved["countdown"]["kl"]) >= 0
     folder = service.home.evaluations / decided.digest
-    asked = [row["example_id"] for path in folder.iterdir() for row in read_samples(path)]
+    asked = [row["example_id"] for path in folder.glob("*.parquet") for row in read_samples(path)]
     assert len(asked) == len(set(asked)), "no row is asked twice"
     held_out = {service.task("gsm8k").key(row) for row in evaluation_pool(service, "gsm8k")}
-    assert {row["example_id"] for p in folder.iterdir() for row in samples(p)} <= held_out
+    assert {row["example_id"] for p in folder.glob("*.parquet") for row in samples(p)} <= held_out
 
 
 def samples(path):
