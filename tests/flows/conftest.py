@@ -67,6 +67,10 @@ class PlantedEngine:
         self._loaded = None
         return self._theta.apply(step)
 
+    def save(self, path: Path) -> str:
+        self._theta.save(path)
+        return self._theta.delta_hash()
+
     def load(self, directory: Path) -> str:
         self._loaded = Anchor.open(directory)
         return self._loaded.digest
