@@ -92,7 +92,7 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
     lines = [
         f"# Round {report.round_id}: {report.verdict}",
         "",
-        f"Target **{report.target}**: {percent(row['champion'])} % -> "
+        f"**Did it learn?** {_learnt(row)} {report.target}: {percent(row['champion'])} % -> "
         f"{percent(row['candidate'])} %, {difference(row)} points on {row['n']} rows.",
         f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
         f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
@@ -165,6 +165,15 @@ def difference(row: Mapping[str, Any]) -> str:
 def divergence(row: Mapping[str, float] | None) -> str:
     """'0.0123 (0.0102 .. 0.0151)' nats a token; '-' where nothing was measured."""
     return "-" if row is None else "{kl:.3g} ({low:.3g} .. {high:.3g})".format(**row)
+
+
+def _learnt(row: Mapping[str, Any]) -> str:
+    """Yes, no or unknown, by the interval of the target's difference."""
+    if row.get("difference") is None:
+        return "Nothing was compared."
+    if row["low"] > 0:
+        return "Yes."
+    return "No, it lost." if row["high"] < 0 else "Not shown."
 
 
 def _target_first(report: RoundReport) -> list[tuple[str, Mapping[str, Any]]]:

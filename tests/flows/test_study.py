@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from agent.errors import UserError
+from agent.store.weights import Anchor
 from flows.judge import gate_settings
 from flows.progress import Advance, Silent
 from flows.study import Plan, study, study_now
@@ -31,6 +33,8 @@ class Killer(Silent):
 
 
 @pytest.mark.integration
+@pytest.mark.filterwarnings("ignore:.*(type hint|deprecat):UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_targets_in_turn_keep_what_earlier_ones_gained(planted, scale, tmp_path: Path) -> None:
     """Three planted rounds; in full, twenty on the embedded model with vLLM."""
     if scale(0, 1):
@@ -53,6 +57,7 @@ def test_targets_in_turn_keep_what_earlier_ones_gained(planted, scale, tmp_path:
         first, again = (rows_of(service, told["rounds"][place]["round"]) for place in (0, 2))
         assert len(first) == len(again) == 24
         assert not set(first) & set(again), "rounds on one target take its rows in turn"
+        shown(service, told)
         opened.close()
     targets = [row["target"] for row in told["rounds"]]
     assert targets == (targets[:2] * len(targets))[: len(targets)]
@@ -62,6 +67,41 @@ def test_targets_in_turn_keep_what_earlier_ones_gained(planted, scale, tmp_path:
     assert told["within"]
     assert told["final"]["gsm8k"]["difference"] > 0.1
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def shown(service, told):
+    """What a reviewer finds in MLflow: a run a round, a version a candidate, aliases, weights."""
+    import mlflow
+
+    client = mlflow.MlflowClient(service.registry.uri)
+    row = told["rounds"][1]
+    experiment = client.get_experiment_by_name(service.settings.model.name)
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    run = runs[f"round {row['round']}"]
+    params = service.journal.run(row["round"]).plan
+    assert run.data.params["sigma"] == str(params["sigma"])
+    assert run.data.params["parent"] == told["rounds"][0]["digest"]
+    norms = [m.value for m in client.get_metric_history(run.info.run_id, "norm")]
+    drift = [each.drift["norm"] for each in service.journal.generations(row["round"])]
+    assert norms == pytest.approx(drift)
+    assert run.data.metrics["accuracy.countdown.candidate"] == row["after"]
+    files = {f.path for name in ("", "plots") for f in client.list_artifacts(run.info.run_id, name)}
+    assert files >= {"report.md", "verdict.json", "plots/drift.png", "plots/accuracy.png"}
+    report = client.download_artifacts(run.info.run_id, "report.md")
+    assert "**Did it learn?** Yes. countdown" in Path(report).read_text()
+    version = next(v for v in service.registry.versions() if v.digest == row["digest"])
+    registered = client.get_model_version(service.registry.name, version.number)
+    assert registered.tags["anchorage.parent"] == told["rounds"][0]["digest"]
+    assert registered.tags["anchorage.verdict"] == "promote"
+    assert registered.description.startswith(f"# Round {row['round']}: promote")
+    aliases = service.registry.aliases()
+    assert aliases["champion"] == told["champion"]
+    assert aliases["anchor"] == told["anchor"]
+    assert aliases["previous"] == service.ledger.previous()
+    loaded = mlflow.transformers.load_model(f"models:/{service.registry.name}@champion")
+    weights = dict(Anchor.open(service.directory(told["champion"])).tensors())
+    held = loaded.model.state_dict()
+    assert all(torch.equal(held[name].cpu(), weights[name]) for name in weights)
 
 
 def rows_of(service, run_id):
