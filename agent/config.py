@@ -178,6 +178,20 @@ class GatewaySettings(Section):
     )
     retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
     experience_url: str | None = Field(None, description="SQLAlchemy URL; None: SQLite in home.")
+    rate: str = Field(
+        "", description="Requests of one principal, such as '600/minute'; empty: no limit."
+    )
+    token_quota: str = Field(
+        "", description="Tokens of one principal, such as '1000000/day'; empty: no limit."
+    )
+    quota_storage: str = Field(
+        "async+memory://", description="Where rates and quotas are counted, a URL of `limits`."
+    )
+    max_body_bytes: int = Field(1 << 20, gt=0, description="Largest body of a request.")
+    max_in_flight: int = Field(64, gt=0, description="Requests inside the engine at once.")
+    max_queued: int = Field(256, gt=0, description="Requests that may wait for such a place.")
+    queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for such a place.")
+    answer_timeout_s: float = Field(600.0, gt=0, description="Longest time for a whole answer.")
 
 
 class EngineSettings(Section):
@@ -191,6 +205,9 @@ class EngineSettings(Section):
     max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch; fixed for pairing.")
     master_device: Literal["cpu", "cuda"] = Field(
         "cpu", description="Where delta lies: on the host, or 4 bytes a parameter on the GPU."
+    )
+    swap: Literal["in_place", "blue_green"] = Field(
+        "in_place", description="Reload the one engine, or start a second one and flip to it."
     )
     swap_deadline_s: float = Field(60.0, gt=0, description="Longest a swap may take.")
 

@@ -8,7 +8,6 @@ from typing import Any
 from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
-from agent.gateway.keys import KeyStore
 from agent.gateway.serve import serve
 from agent.gateway.settings import GatewaySettings
 from deploy.serving.control import ADMIN
@@ -22,29 +21,40 @@ from flows.service import Service
 
 def run(service: Service, port: int) -> None:
     """Serve the endpoint until a signal ends it."""
-    chosen = service.settings.gateway
-    settings = GatewaySettings(
-        model=service.settings.model.name,
-        host=chosen.host,
-        tasks=frozenset(service.tasks),
-        max_tokens=service.settings.model.max_model_len,
-        retention_days=chosen.retention_days,
-    )
     served = read_served(service.home)
-    keys = KeyStore(service.experience)
     public = create_app(
-        settings,
+        gateway_settings(service),
         upstream=socket_of(service.home, served.slot),
         verify=lambda task, example, completion: verify(service, task, example, completion),
         experience=service.experience,
         version=served.digest,
-        keys=keys if keys.list_keys() else None,
         recover=lambda _before: settled(service.home),
         kept=lambda: tuple(service.kept()),
     )
     threading.Thread(target=warm, args=[service], name="warm", daemon=True).start()
     admin_socket = service.home.sockets / ADMIN
-    serve(public, create_admin(public), host=chosen.host, port=port, admin_socket=admin_socket)
+    host = service.settings.gateway.host
+    serve(public, create_admin(public), host=host, port=port, admin_socket=admin_socket)
+
+
+def gateway_settings(service: Service) -> GatewaySettings:
+    """What the service's settings say to its gateway."""
+    chosen = service.settings.gateway
+    return GatewaySettings(
+        model=service.settings.model.name,
+        tasks=frozenset(service.tasks),
+        max_tokens=service.settings.model.max_model_len,
+        host=chosen.host,
+        retention_days=chosen.retention_days,
+        rate=chosen.rate,
+        token_quota=chosen.token_quota,
+        quota_storage=chosen.quota_storage,
+        max_body_bytes=chosen.max_body_bytes,
+        max_in_flight=chosen.max_in_flight,
+        max_queued=chosen.max_queued,
+        queue_timeout_s=chosen.queue_timeout_s,
+        answer_timeout_s=chosen.answer_timeout_s,
+    )
 
 
 def verify(

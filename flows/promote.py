@@ -200,6 +200,7 @@ def _swap(session: Session, digest: str, record: Record, why: str) -> Outcome:
         anchor=service.anchor,
         record=record,
         why=why,
+        strategy=service.settings.engines.swap,
         lease_s=service.settings.engines.swap_deadline_s,
     )
     state = "SWAPPED" if done.swapped else "ROLLED_BACK"

@@ -52,12 +52,13 @@ def create_app(
     """The public application; its ``state.service`` is what ``admin.create_admin`` works on.
 
     upstream: the engine's socket, or a transport that plays the engine. verify: see
-    ``verify.Verify``. version: digest of the weights the engine serves now. keys: None only where
-    the gateway listens on this machine. recover: called with that digest when a hold runs out;
-    it restores the engine and returns the digest served then. kept: digests to list beside the
-    champion. UserError where the settings contradict each other.
+    ``verify.Verify``. version: digest of the weights the engine serves now. keys: where None, those
+    of ``experience``; beyond this machine there must be one from the start. recover: called with
+    that digest when a hold runs out; it restores the engine and returns the digest served then.
+    kept: digests to list beside the champion. UserError where the settings contradict each other.
     """
-    if keys is None and not settings.loopback:
+    keys = keys or KeyStore(experience, open_until_first=settings.loopback)
+    if not settings.loopback and not keys.list_keys():
         raise UserError(f"host: {settings.host} without keys; allowed: 127.0.0.1, or create a key")
     metrics = Metrics()
     service = Service(
@@ -140,7 +141,7 @@ def _application(service: Service) -> Starlette:
         Doorkeeper,
         metrics=service.metrics,
         version=lambda: service.admission.route.version,
-        loopback_only=service.keys is None,
+        loopback_only=lambda: service.keys.open,
     )
     app = Starlette(
         routes=routes,
@@ -157,11 +158,15 @@ def _application(service: Service) -> Starlette:
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     service: Service = app.state.service
     await service.capture.start()
-    retention = asyncio.create_task(_retention(service))
+    background = [
+        asyncio.create_task(_retention(service)),
+        asyncio.create_task(service.keys.until_closed()),
+    ]
     try:
         yield
     finally:
-        retention.cancel()
+        for task in background:
+            task.cancel()
         service.admission.drain()
         await service.capture.stop(STOP_S)
         for route in (service.admission.route, *service.admission.warm.values()):

@@ -37,7 +37,12 @@ class Doorkeeper:
     """ASGI middleware: path and host allow-list, ids and version on all responses, one log line."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, version: Callable[[], str], loopback_only: bool
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        version: Callable[[], str],
+        loopback_only: Callable[[], bool],
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -76,7 +81,7 @@ class Doorkeeper:
     def _check(self, scope: Scope, endpoint: str | None) -> None:
         if endpoint is None:
             raise ApiError(404, "no such path", code="not_found")
-        if self._loopback_only and _host(scope) not in LOOPBACK_NAMES:
+        if self._loopback_only() and _host(scope) not in LOOPBACK_NAMES:
             raise ApiError(421, "host: not this machine", code="wrong_host")
 
     def _note(self, endpoint: str, status: int, began: float, scope: Scope) -> None:

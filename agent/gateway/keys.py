@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
@@ -21,7 +21,8 @@ SCOPES = frozenset({"infer", "submit_task", "feedback", "review", "admin"})
 TOKEN = re.compile(r"ank-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}")
 NOBODY = hashlib.sha256(b"").hexdigest()  # compared against when the key id is unknown
-FRESH_S = 5.0  # a new or revoked key is noticed within this time
+FRESH_S = 1.0  # a revoked key, or the first key of all, is noticed within this time
+AGAIN_S = 0.1  # a token that is refused was compared with keys no older than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,20 @@ class _Known(NamedTuple):
 
 
 class KeyStore:
-    """Keys in the experience store's database, read again every few seconds."""
+    """Keys in the experience store's database, read again while the gateway runs.
 
-    def __init__(self, store: ExperienceStore, fresh_s: float = FRESH_S) -> None:
+    open_until_first: until a first key is made everyone is ``LOCAL``; for a gateway that only this
+    machine reaches. From then on a key is needed, also when all were revoked.
+    """
+
+    def __init__(
+        self, store: ExperienceStore, fresh_s: float = FRESH_S, *, open_until_first: bool = False
+    ) -> None:
         self._engine = store.engine
         self._store = store
         self._fresh_s = fresh_s
         self._known: dict[str, _Known] = {}
+        self._open = open_until_first and not self.list_keys()
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()
 
@@ -106,14 +114,31 @@ class KeyStore:
             rows = connection.execute(select(*columns).order_by(keys.c.created)).all()
         return [dict(row._mapping) for row in rows]
 
+    @property
+    def open(self) -> bool:
+        """Whether nobody needs a key yet."""
+        return self._open
+
+    async def until_closed(self) -> None:
+        """Return once keys are needed."""
+        while self._open:
+            await self._refresh(self._fresh_s)
+            await asyncio.sleep(self._fresh_s)
+
     async def principal(self, authorization: str | None) -> Principal:
         """The owner of the bearer token; ApiError 401 for none or a wrong one."""
         scheme, _, token = (authorization or "").partition(" ")
-        match = TOKEN.fullmatch(token.strip()) if scheme.lower() == "bearer" else None
-        await self._refresh()
-        row = self._known.get(match[1]) if match else None
-        right = hmac.compare_digest(hash_of(token.strip()), row.token_hash if row else NOBODY)
-        if row is None or not right:
+        token = token.strip() if scheme.lower() == "bearer" else ""
+        await self._refresh(self._fresh_s)
+        if self._open and TOKEN.fullmatch(token):  # somebody made a key
+            await self._refresh(0.0)
+        if self._open:
+            return LOCAL
+        row = self._owner(token)
+        if row is None:  # made a moment ago, perhaps
+            await self._refresh(AGAIN_S)
+            row = self._owner(token)
+        if row is None:
             raise ApiError(
                 401,
                 "Incorrect API key provided.",
@@ -122,19 +147,33 @@ class KeyStore:
             )
         return Principal(row.owner, frozenset(row.scopes.split()))
 
-    async def _refresh(self) -> None:
-        async with self._reading:
-            if time.monotonic() - self._read_at > self._fresh_s:
-                self._known = await asyncio.to_thread(self._read)
-                self._read_at = time.monotonic()
+    def _owner(self, token: str) -> _Known | None:
+        """The key of a token: the same work whether its id or its secret is wrong."""
+        match = TOKEN.fullmatch(token)
+        row = self._known.get(match[1]) if match else None
+        right = hmac.compare_digest(hash_of(token), row.token_hash if row else NOBODY)
+        return row if right else None
 
-    def _read(self) -> dict[str, _Known]:
+    async def _refresh(self, age_s: float) -> None:
+        """Read the keys again where they are older than this."""
+        if time.monotonic() - self._read_at <= min(age_s, self._fresh_s):
+            return
+        async with self._reading:
+            if time.monotonic() - self._read_at > min(age_s, self._fresh_s):
+                began = time.monotonic()
+                self._known, made = await asyncio.to_thread(self._read)
+                self._open = self._open and made == 0
+                self._read_at = began
+
+    def _read(self) -> tuple[dict[str, _Known], int]:
+        """Valid keys by id, and how many were ever made."""
         query = select(keys.c.key_id, keys.c.owner, keys.c.scopes, keys.c.token_hash)
         now = time.time()
         valid = keys.c.revoked.is_(None) & (keys.c.expires.is_(None) | (keys.c.expires > now))
         with self._engine.connect() as connection:
             rows = connection.execute(query.where(valid)).all()
-        return {row.key_id: _Known(row.owner, row.scopes, row.token_hash) for row in rows}
+            made = connection.execute(select(func.count()).select_from(keys)).scalar_one()
+        return {row.key_id: _Known(row.owner, row.scopes, row.token_hash) for row in rows}, made
 
 
 def hash_of(token: str) -> str:

@@ -15,7 +15,7 @@ from agent.gateway import openapi
 from agent.gateway.errors import ApiError
 from agent.gateway.exchange import Exchange, Gateway, unknown_model
 from agent.gateway.fields import FeedbackRequest
-from agent.gateway.keys import LOCAL, KeyStore, Principal
+from agent.gateway.keys import KeyStore, Principal
 from agent.gateway.leaving import ClientGoneError
 from agent.gateway.requests import Call, parse
 from agent.gateway.settings import GatewaySettings
@@ -38,7 +38,7 @@ class Service(Gateway):
     """The parts behind every path."""
 
     store: ExperienceStore
-    keys: KeyStore | None
+    keys: KeyStore
     kept: Kept
 
 
@@ -127,8 +127,7 @@ async def health(request: Request) -> Response:
 
 async def metrics_text(request: Request) -> Response:
     """Prometheus' text format."""
-    if request.app.state.service.keys is not None:
-        await _principal(request, "review")
+    await _principal(request, "review")
     return Response(
         request.app.state.service.metrics.exposition(),
         media_type="text/plain; version=0.0.4; charset=utf-8",
@@ -142,8 +141,8 @@ async def description(request: Request) -> Response:
 
 async def _principal(request: Request, *scopes: str) -> Principal:
     """Who asks, with at least one of the scopes; ApiError 401 or 403."""
-    keys: KeyStore | None = request.app.state.service.keys
-    who = LOCAL if keys is None else await keys.principal(request.headers.get("authorization"))
+    keys: KeyStore = request.app.state.service.keys
+    who = await keys.principal(request.headers.get("authorization"))
     request.state.principal = who.owner
     _allow(who, *scopes)
     return who

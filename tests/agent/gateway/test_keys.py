@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
-from agent.gateway.keys import KeyStore, hash_of
+from agent.gateway.keys import AGAIN_S, FRESH_S, KeyStore, hash_of
 from agent.store.experience_tables import keys as key_table
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -72,6 +72,7 @@ def test_a_key_nobody_could_mean_is_not_made(
 def guarded(start: Any, store: Any) -> Any:
     """A gateway beyond loopback's trust, and a client for any set of scopes."""
     keys = KeyStore(store, fresh_s=0)
+    keys.create_key("first", {"review"})
     running = start(keys=keys, host="0.0.0.0")
 
     def client(*scopes: str, owner: str = "ann") -> Any:
@@ -153,3 +154,53 @@ def test_caches_are_not_shared_between_principals(guarded: Any) -> None:
             client.post("/v1/chat/completions", json=ASK)
     first, second = (body["cache_salt"] for _, body in guarded.engine.seen)
     assert first != second
+
+
+def test_the_first_key_closes_a_running_gateway_and_every_later_one_counts_at_once(
+    start: Any, store: Any
+) -> None:
+    running = start(keys=KeyStore(store, open_until_first=True))
+    path = "/v1/chat/completions"
+    with running.http() as nobody:
+        assert nobody.post(path, json=ASK).status_code == 200
+        assert nobody.get("/healthz", headers={"host": "proxy.example"}).status_code == 421
+    elsewhere = KeyStore(store)  # the command line, in another process
+    ann = elsewhere.create_key("ann", {"infer"})
+    bob = elsewhere.create_key("bob", {"feedback"})
+    with running.http(authorization=f"Bearer {ann.token}") as client:
+        assert client.post(path, json=ASK).status_code == 200
+    with running.http(authorization=f"Bearer {bob.token}") as client:
+        assert client.post(path, json=ASK).status_code == 403
+    with running.http() as nobody:
+        assert nobody.post(path, json=ASK).status_code == 401
+        assert nobody.get("/healthz", headers={"host": "proxy.example"}).status_code == 200
+    late = elsewhere.create_key("late", {"infer"})
+    time.sleep(2 * AGAIN_S)
+    with running.http(authorization=f"Bearer {late.token}") as client:
+        assert client.post(path, json=ASK).status_code == 200
+    for key in (ann, bob, late):
+        elsewhere.revoke(key.key_id)
+    time.sleep(1.2 * FRESH_S)
+    with running.http(authorization=f"Bearer {ann.token}") as client:
+        assert client.post(path, json=ASK).status_code == 401  # and not open again
+
+
+def test_a_wrong_id_and_a_wrong_secret_are_the_same_work(store: Any) -> None:
+    """Every refusal compares two hashes, whatever is wrong with the token."""
+
+    class Counting(KeyStore):
+        compared = 0
+
+        def _owner(self, token: str) -> Any:
+            self.compared += 1
+            return super()._owner(token)
+
+    keys = Counting(store)
+    made = keys.create_key("ann", {"infer"})
+    asked = []
+    for token in (made.token[:-1] + "-", f"ank-{'0' * 16}-{'A' * 43}", "sk-other", ""):
+        keys.compared = 0
+        with pytest.raises(ApiError):
+            who(keys, token)
+        asked.append(keys.compared)
+    assert asked == [2, 2, 2, 2]
