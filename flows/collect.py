@@ -65,6 +65,8 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
         name: len(getattr(intake, name))
         for name in ("duplicates", "overlapping", "quarantined", "over_cap", "gate", "sealed")
     }
+    keys = [task.key(row) for row in (_row_of(each, known) for each in intake.train) if row]
+    set_aside["overlapping"] += len(held_out.intersection(keys))  # the very rows that judge it
     used = tuple(each for _, each in live.values())
     return Collected(tuple(rows.values()), len(used), used, set_aside)
 

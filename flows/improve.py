@@ -32,6 +32,7 @@ from flows.curve import Curve, Point, chats, points_of
 from flows.pace import Pace
 from flows.plan import chosen, plan_of, settled
 from flows.progress import Reporter
+from flows.retention import sweep
 from flows.service import Service
 from flows.snapshots import NEWEST, keep_snapshots
 
@@ -76,7 +77,7 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
     for run in service.journal.runs():
         asked = {key: run.plan.get(key) for key in plan}
         same = run.target == task.name and run.parent_digest == service.champion()
-        if run.digest is None and same and asked == plan:
+        if run.digest is None and same and asked == plan and "replayed" not in run.plan:
             done = service.journal.next_generation(run.run_id)
             progress.say(f"round {run.run_id}: goes on at generation {done}")
             return run
@@ -87,6 +88,7 @@ def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[s
     """Check what was asked, collect rows, keep them beside the round, then open it."""
     made = settled(service, task.name, learner)
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
+    sweep(service)
     collected = collect_rows(service, task.name, learner.prompts)
     text = json.dumps(list(collected.rows), default=str)
     folder = service.home.runs / run_id
@@ -161,6 +163,7 @@ class Driver:
         )
         digest = export(parameters, service.home.weights).name
         service.journal.finish(run_id, digest, outcome.reason, time.time())
+        service.experience.name_candidate(run_id, digest)
         if service.ledger.state(digest) is None:
             service.record(digest, "PROPOSED", f"round {run_id} ended: {outcome.reason}")
         return Round(run_id, digest, outcome, points_of(service, run_id))

@@ -1,6 +1,6 @@
 """Commands that act on the loop: as Prefect flows where the stack is up, else directly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,20 @@ def improve_now(
             told = loop.weigh(opened, learnt.run_id).report.to_json()
         promote.act(opened, told["digest"])
         return told | {"state": opened.service.ledger.state(told["digest"])}
+
+
+def weigh_now(home: Path | None, digests: Sequence[str], progress: Reporter) -> dict[str, str]:
+    """Have the gate judge candidates that were proposed without a round: digest -> its state."""
+    place = Home.at(home)
+    told: dict[str, str] = {}
+    with connected(place), session(place.root, progress) as opened:
+        ledger = opened.service.ledger
+        for digest in digests:
+            if ledger.state(digest) == "PROPOSED":
+                loop.weigh(opened, opened.service.journal.candidate(digest).run_id)
+                promote.act(opened, digest)
+            told[digest] = str(ledger.state(digest))
+    return told
 
 
 def promote_now(home: Path | None, digest: str, progress: Reporter) -> dict[str, Any]:

@@ -67,6 +67,21 @@ def rounds_of(store: ExperienceStore, principal: str) -> tuple[RoundUse, ...]:
         return _rounds(connection, principal)
 
 
+def gone(store: ExperienceStore) -> dict[str, tuple[int, ...]]:
+    """Places of rounds' training rows whose interactions are no longer kept."""
+    kept = select(interactions.c.inference_id)
+    query = (
+        select(rounds_used.c.round_id, rounds_used.c.position)
+        .where(rounds_used.c.pool == "train", rounds_used.c.inference_id.not_in(kept))
+        .order_by(rounds_used.c.id)
+    )
+    places: dict[str, list[int]] = {}
+    with store.engine.connect() as connection:
+        for round_id, position in connection.execute(query):
+            places.setdefault(round_id, []).append(position)
+    return {round_id: tuple(positions) for round_id, positions in places.items()}
+
+
 def _rounds(connection: Connection, principal: str) -> tuple[RoundUse, ...]:
     used = rounds_used.c
     query = select(used.round_id, used.digest, used.pool, used.position)

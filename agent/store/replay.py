@@ -4,18 +4,18 @@ A snapshot is a file ``<delta hash>.safetensors``; one whose content has another
 so that it only ever saves time.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from agent.errors import UserError
-from agent.learner.es import Shaping, members, step
+from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
 from agent.store.journal import Journal
 from agent.store.parameters import Parameters
-from agent.store.records import DamagedError, Generation
+from agent.store.records import DamagedError, Generation, Rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +129,42 @@ def replay_without(
 ) -> Parameters:
     """A run's weights had the examples at these positions earned nothing (``forget``).
 
-    Every step is taken anew from the recorded rewards less those columns, beginning where the run
-    began. ``mirrored`` and ``shaping`` are the run's. Members stay those that were evaluated: it
-    is what the other examples asked for, not another search. No example left: nothing moves.
+    It begins where the run began; see ``steps_without``.
     """
-    journal.verify(run_id)
     start = journal.run(run_id).parent_run or anchor.digest
     parameters = replay(journal, anchor, start, importance=importance)
+    for taken, _ in steps_without(journal, run_id, positions, mirrored=mirrored, shaping=shaping):
+        parameters.apply(taken)
+    return parameters
+
+
+def steps_without(
+    journal: Journal,
+    run_id: str,
+    positions: Collection[int],
+    *,
+    mirrored: bool,
+    shaping: Shaping,
+) -> Iterator[tuple[Step, Rewards]]:
+    """A run's steps taken anew from the recorded rewards less these columns, and those rewards.
+
+    ``mirrored`` and ``shaping`` are the run's. Members stay those that were evaluated: it is what
+    the other examples asked for, not another search. No example left: every step is a no-op.
+    """
+    journal.verify(run_id)
     for generation in journal.generations(run_id):
         kept = np.delete(generation.rewards, sorted(positions), axis=1)
         taken = generation.step
         rewards = kept if kept.size else np.zeros((len(kept), 1))
-        parameters.apply(
-            step(
-                rewards,
-                members(len(rewards), mirrored),
-                run_seed=taken.run_seed,
-                generation=taken.generation,
-                sigma=taken.sigma,
-                alpha=taken.alpha,
-                shaping=shaping,
-                penalty=taken.penalty,
-                noise=taken.noise,
-            )
+        again = step(
+            rewards,
+            members(len(rewards), mirrored),
+            run_seed=taken.run_seed,
+            generation=taken.generation,
+            sigma=taken.sigma,
+            alpha=taken.alpha,
+            shaping=shaping,
+            penalty=taken.penalty,
+            noise=taken.noise,
         )
-    return parameters
+        yield again, rewards

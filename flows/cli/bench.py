@@ -8,7 +8,7 @@ import typer
 from flows.cli.options import AsJson
 from flows.terminal import reporter, show
 
-app = typer.Typer(help="Measure: the learner, the gate.", no_args_is_help=True)
+app = typer.Typer(help="Measure: the learner, the gate, the endpoint.", no_args_is_help=True)
 
 
 @app.command()
@@ -40,5 +40,21 @@ def gate(
         told = bench_gate(Bench(draws=draws, seed=seed), bars)
     if plot is not None:
         told["plot"] = str(plot_gate(told, plot))
+    show(told, as_json, table(told))
+    raise typer.Exit(0 if told["within"] else 1)
+
+
+@app.command()
+def endpoint(
+    turns: Annotated[int, typer.Option(min=1, help="Bursts of each kind at each door.")] = 6,
+    requests: Annotated[int, typer.Option(min=4, help="Answers of a burst.")] = 64,
+    swaps: Annotated[int, typer.Option(min=0, help="Swaps idle, and as many under load.")] = 40,
+    as_json: AsJson = False,
+) -> None:
+    """The gateway beside the bare engine, and the swap's pause; exit code 1 over a bound."""
+    from flows.bench.endpoint import Bench, bench_endpoint, table
+
+    with reporter(as_json) as bars:
+        told = bench_endpoint(Bench(turns=turns, requests=requests, swaps=swaps), bars)
     show(told, as_json, table(told))
     raise typer.Exit(0 if told["within"] else 1)

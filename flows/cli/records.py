@@ -1,6 +1,5 @@
 """What a home remembers: ledger, journal, keys, and what is to be forgotten."""
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, Home
-from flows.terminal import pairs, show
+from flows.terminal import pairs, reporter, show
 
 app = typer.Typer()
 key_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
@@ -59,14 +58,20 @@ def export(
 @app.command()
 def forget(
     principal: Annotated[str, typer.Argument(help="Owner of the keys whose rows go.")],
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Learn those rounds again without its rewards.")
+    ] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a principal's text and rows; lists the rounds that learnt from them."""
-    from agent.store.forget import forget as forget_rows
-    from flows.service import Service
+    """Delete a principal's text and rows; lists the rounds and versions that learnt from them."""
+    from flows.forget import forget_now
+    from flows.runs import weigh_now
 
-    told = asdict(forget_rows(Service.at(home).experience, principal, time.time()))
+    with reporter(as_json) as bars:
+        told = forget_now(home, principal, replay, bars)
+        if replay:
+            told["verdicts"] = weigh_now(home, [*told["replayed"].values()], bars)
     show(told, as_json, pairs("forgotten", told))
 
 
