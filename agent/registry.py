@@ -35,6 +35,15 @@ class Version:
     run_id: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The training rows of a round: each row's hash in order, the first of them from traffic."""
+
+    sha256: str  # of the file that holds them
+    hashes: tuple[str, ...]
+    from_traffic: int
+
+
 class Registry:
     """One registered model and one experiment of the same name.
 
@@ -59,8 +68,13 @@ class Registry:
 
     # -- rounds -----------------------------------------------------------------------------
 
-    def start_round(self, round_id: str, params: Mapping[str, Any]) -> str:
-        """The MLflow run of a round, made on first call and found again afterwards."""
+    def start_round(
+        self, round_id: str, params: Mapping[str, Any], rows: Rows | None = None
+    ) -> str:
+        """The MLflow run of a round, made on first call and found again afterwards.
+
+        ``rows`` become its training dataset: their hash, number and origin, never their text.
+        """
         found = self._client.search_runs(
             [self._experiment], filter_string=f"tags.`{ROUND}` = '{round_id}'", max_results=1
         )
@@ -71,6 +85,8 @@ class Registry:
         )
         for key, value in params.items():
             self._client.log_param(run.info.run_id, key, value)
+        if rows is not None:
+            self._client.log_inputs(run.info.run_id, datasets=[_dataset_input(round_id, rows)])
         return str(run.info.run_id)
 
     def log_generation(
@@ -237,6 +253,28 @@ def _version(found: Any) -> Version:
         tags.get(REVIEW),
         found.run_id or None,
     )
+
+
+def _dataset_input(round_id: str, rows: Rows) -> Any:
+    """The rows as a dataset version, by their hashes: a client's text is not MLflow's to keep."""
+    import datasets
+    import mlflow.data
+    from mlflow.entities import DatasetInput, InputTag
+
+    origin = ["traffic"] * rows.from_traffic
+    origin += ["dataset"] * (len(rows.hashes) - rows.from_traffic)
+    table = datasets.Dataset.from_dict({"sha256": list(rows.hashes), "origin": origin})
+    version = mlflow.data.from_huggingface(
+        table, name=f"rows of round {round_id}", digest=rows.sha256[:12]
+    )
+    tags = {
+        "mlflow.data.context": "training",
+        "anchorage.rows_sha256": rows.sha256,
+        "anchorage.rows": str(len(rows.hashes)),
+        "anchorage.from_traffic": str(rows.from_traffic),
+    }
+    entity = version._to_mlflow_entity()
+    return DatasetInput(entity, [InputTag(key, value) for key, value in tags.items()])
 
 
 def _log_model(directory: Path, digest: str) -> tuple[str, str]:

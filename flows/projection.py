@@ -4,13 +4,14 @@ A projection can be made again at any time from what the home owns, so MLflow ma
 wiped without a round noticing; ``catch_up`` brings it level.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.registry import NOTE, VERDICT, Alias
+from agent.registry import NOTE, VERDICT, Alias, Rows
 from agent.store.weights import short
 from deploy.serving.served import write_atomically
 from flows import plots, report
@@ -36,7 +37,18 @@ def show_plan(service: Service, run_id: str) -> str:
     run = service.journal.run(run_id)
     params = {key: value for key, value in run.plan.items() if not isinstance(value, dict | list)}
     params |= {"target": run.target, "anchor": run.anchor_digest, "parent": run.parent_digest}
-    return service.registry.start_round(run_id, params)
+    return service.registry.start_round(run_id, params, rows_of(service, run_id))
+
+
+def rows_of(service: Service, run_id: str) -> Rows | None:
+    """What is told of a round's training rows; None for one that was replayed from another."""
+    path = service.home.runs / run_id / "rows.json"
+    plan = service.journal.run(run_id).plan
+    if not path.is_file() or "rows" not in plan:
+        return None
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    hashes = (hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows)
+    return Rows(plan["rows_sha256"], tuple(hashes), int(plan["rows"]["from_traffic"]))
 
 
 def show_generation(

@@ -1,6 +1,5 @@
 """Commands that start, stop and look at the stack, and its processes."""
 
-import time
 from typing import Annotated
 
 import typer
@@ -51,7 +50,9 @@ def down(home: Home = None, as_json: AsJson = False) -> None:
 @app.command()
 def status(
     home: Home = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Redraw every second.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="A live view: requests, latency, rewards, queue, swaps.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What runs, where, and which version is served."""
@@ -63,10 +64,12 @@ def status(
         return
     from rich.live import Live
 
-    with Live(status_table(state(home)), screen=False) as live:
-        while True:
-            time.sleep(1.0)
-            live.update(status_table(state(home)))
+    from flows.watch import views
+
+    looks = views(home)
+    with Live(next(looks), screen=False) as live:
+        for look in looks:
+            live.update(look)
 
 
 @app.command()
