@@ -10,6 +10,7 @@ does the same in less time for the members of a small dense model.
 """
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,8 +98,10 @@ class WeightsExtension:
         """
         weights = Anchor.open(Path(directory))
         refuse_other_tensors(weights, self._anchorage_own())
-        digest = weights.digest
-        self._anchorage_put(weights.tensors(), repack_head, short_way=False)
+        with ThreadPoolExecutor(1) as beside:  # hashing is as long as loading, and needs no GIL
+            hashed = beside.submit(lambda: weights.digest)
+            self._anchorage_put(weights.tensors(), repack_head, short_way=False)
+            digest = hashed.result()
         self._anchorage_served = digest
         return {"digest": digest}
 

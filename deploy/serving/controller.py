@@ -18,7 +18,7 @@ from deploy.serving import swap
 from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.engines import Engines, engines_of
 from deploy.serving.lease import Lease, Leases
-from deploy.serving.probes import difference, read_probes, require_equal
+from deploy.serving.probes import Probes, difference, read_probes, require_equal
 from deploy.serving.served import (
     BLUE,
     GREEN,
@@ -117,7 +117,8 @@ class Controller:
         self._hold: str | None = None
         self._engine: EngineControl | None = None
         self._model = ""
-        self._ids: list[list[int]] = []  # the probes' prompts as tokens
+        self._probes: Probes | None = None  # of the target
+        self._ids: list[list[int]] = []  # their prompts as tokens
 
     def __enter__(self) -> Self:
         return self
@@ -175,11 +176,13 @@ class Controller:
         found = digest_of(directory)
         if found != target.digest:
             raise UserError(f"{directory}: the weights are {found}, asked for {target.digest}")
-        read_probes(self._home, target.digest)
+        self._probes = read_probes(self._home, target.digest)
 
     def _begin(self, previous: Served, target: Served) -> None:
         """What the engine is asked later is prepared now, while it still serves."""
-        self._tie(previous.slot)
+        engine = self._tie(previous.slot)
+        assert self._probes is not None  # every protocol begins with Preflight
+        self._ids = [engine.tokens(prompt) for prompt in self._probes.prompts]
         self._lease = self._leases.begin(
             previous,
             target,
@@ -188,10 +191,11 @@ class Controller:
             engine_pid=self._engines.pid(previous.slot),
         )
 
-    def _tie(self, slot: str) -> None:
+    def _tie(self, slot: str) -> EngineControl:
         """Speak with the process in a slot from now on."""
-        self._engine = self._open.enter_context(self._connect(slot))
-        self._model = self._engine.model()
+        engine = self._engine = self._open.enter_context(self._connect(slot))
+        self._model = engine.model()
+        return engine
 
     def _load(self, target: Served) -> None:
         lease = self._lease = self._leases.advance(self._the_lease(), "loading", self._clock())
@@ -200,9 +204,9 @@ class Controller:
             raise ControlError(f"load: the engine has {found}, asked for {target.digest}")
 
     def _verify(self, target: Served) -> None:
-        probes = read_probes(self._home, target.digest)
-        ids = [self._the_engine().tokens(prompt) for prompt in probes.prompts]
-        require_equal(difference(self._the_engine(), self._model, ids, probes), target.digest)
+        assert self._probes is not None
+        found = difference(self._the_engine(), self._model, self._ids, self._probes)
+        require_equal(found, target.digest)
 
     def _stamp(self, served: Served) -> None:
         """serving.json first: a crash between the two is a cold start on the old version."""

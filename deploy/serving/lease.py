@@ -114,11 +114,14 @@ class Leases:
             return self._write(taken)
 
     def current(self) -> Lease | None:
-        """The lease on disk."""
+        """The lease on disk; none where a power cut left the file without its content."""
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            text = self._path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
+        if not text.strip("\0"):
+            return None
+        found = json.loads(text)
         served = {name: Served(**found[name]) for name in ("previous", "target")}
         return Lease(**(found | served))
 
@@ -132,7 +135,8 @@ class Leases:
             )
 
     def _write(self, lease: Lease) -> Lease:
-        write_atomically(self._path, json.dumps(asdict(lease)))
+        """Not flushed: a power cut ends the engine too, which then starts on serving.json."""
+        write_atomically(self._path, json.dumps(asdict(lease)), durably=False)
         return lease
 
     @contextmanager

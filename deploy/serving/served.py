@@ -52,14 +52,23 @@ def socket_of(home: Home, slot: str = BLUE) -> Path:
     return home.sockets / f"{slot}.sock"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content: written beside it, flushed, renamed, the folder flushed."""
+def write_atomically(path: Path, text: str, *, durably: bool = True) -> None:
+    """Replace a file's content: written beside it, flushed, renamed, the folder flushed.
+
+    Without ``durably`` nothing is flushed: processes that die change nothing, a power cut may.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durably:
+            os.fsync(file.fileno())
     beside.rename(path)
+    if durably:
+        _flush_folder(path)
+
+
+def _flush_folder(path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -111,3 +111,11 @@ def test_expiry_survives_a_clock_that_is_set_back(now: float, lease_s: float, la
     at = now + later
     assert lease.expired(at) == (at >= lease.deadline or at < lease.deadline - 2 * lease_s)
     assert not lease.expired(now + lease_s / 2) or lease_s < 1e-5 * now
+
+
+@pytest.mark.parametrize("left", ["", "\0" * 200])
+def test_a_file_that_a_power_cut_emptied_is_no_lease(tmp_path: Path, left: str) -> None:
+    (tmp_path / "swap.json").write_text(left)
+    leases = Leases(Home(tmp_path))
+    assert leases.current() is None
+    assert leases.take(now=1.0) is None
