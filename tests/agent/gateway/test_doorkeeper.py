@@ -2,7 +2,10 @@
 
 import json
 import logging
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,41 @@ def test_no_spelling_of_an_engine_path_gets_through(running: Any) -> None:
         for method in ("POST", "GET"):
             status = raw(running.port, method, target, body)
             assert status in (400, 404), (method, target, status)
+    assert running.engine.seen == []
+
+
+ROUTES = """
+import json, os
+os.environ.update(VLLM_SERVER_DEV_MODE="1", VLLM_LOGGING_LEVEL="ERROR")
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.tasks import POOLING_TASKS
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+app = build_app(args, ("generate", "transcription", "realtime", *POOLING_TASKS))
+def paths(routes):
+    for route in routes:
+        yield from paths(getattr(route, "routes", None) or ())
+        if getattr(route, "path", ""):
+            yield route.path
+print(json.dumps(sorted(set(paths(app.routes)))))
+"""
+OURS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/openapi.json"}
+
+
+@pytest.mark.integration
+def test_no_route_of_the_engine_gets_through_whatever_vllm_adds(running: Any) -> None:
+    """The list is the installed server's own, every kind of model and the control routes on."""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ROUTES], capture_output=True, text=True, check=True
+    )
+    routes = set(json.loads(told.stdout.splitlines()[-1]))
+    assert {"/pause", "/collective_rpc", "/tokenize", "/v1/chat/completions"} <= routes
+    assert len(routes) > 40
+    for path in sorted(routes - OURS):
+        target = re.sub(r"\{[^}]*\}", "x", path)
+        for method in ("POST", "GET"):
+            assert raw(running.port, method, target) in (400, 404), (method, target)
     assert running.engine.seen == []
 
 
