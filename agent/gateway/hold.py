@@ -120,12 +120,14 @@ class Admission:
         """Admit nobody and wait until nobody is inside; the lease's id.
 
         HoldConflictError, with admission open again, when answers take longer than ``max_wait_s``.
-        ``wait=False`` is for engines that keep running requests over the swap: answers that then
-        span two versions are failed and counted.
+        ``wait=False`` is for engines that keep running requests over the swap: whoever is inside
+        is failed and counted, because nobody here can tell which weights end its answer.
         """
         if self.held:
             raise HoldConflictError("held by another lease")
         lease = self._begin(deadline_s)
+        for ticket in self._inside:
+            ticket.mixed |= not wait
         try:
             async with asyncio.timeout(max_wait_s):
                 while wait and self._inside and self.lease is lease:
