@@ -84,7 +84,7 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
     """Journal, weights and ledger of one round without some of its rows; its digest."""
     journal = service.journal
     run = _opened(service, old, parent, positions)
-    parameters = replay(journal, service.anchor, run.run_id)
+    parameters = replay(journal, service.anchor, run.run_id, importance=service.home.importance)
     done = journal.generations(run.run_id)
     norm = float(done[-1].drift["predicted_norm"]) if done else _norm_of(service, run)
     predicted = Prediction(norm, norm)

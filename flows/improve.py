@@ -32,7 +32,7 @@ from flows.curve import Curve, Point, chats, points_of
 from flows.pace import Pace
 from flows.plan import chosen, plan_of, settled
 from flows.progress import Reporter
-from flows.retention import sweep
+from flows.retention import given_up, sweep
 from flows.service import Service
 from flows.snapshots import NEWEST, keep_snapshots
 
@@ -77,7 +77,8 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
     for run in service.journal.runs():
         asked = {key: run.plan.get(key) for key in plan}
         same = run.target == task.name and run.parent_digest == service.champion()
-        if run.digest is None and same and asked == plan and "replayed" not in run.plan:
+        mine = run.digest is None and same and asked == plan and "replayed" not in run.plan
+        if mine and not given_up(service, run):
             done = service.journal.next_generation(run.run_id)
             progress.say(f"round {run.run_id}: goes on at generation {done}")
             return run

@@ -9,10 +9,12 @@ import time
 from collections.abc import Collection
 
 from agent.store.forget import expire, gone
+from agent.store.records import Run
 from deploy.serving.served import write_atomically
 from flows.service import Service
 
 DAY_S = 86_400.0
+GIVEN_UP = "given_up"  # a file beside a round's rows
 
 
 def sweep(service: Service) -> int:
@@ -25,19 +27,22 @@ def sweep(service: Service) -> int:
 
 
 def blank(service: Service, round_id: str, positions: Collection[int]) -> None:
-    """Take rows out of a round's file, where they stand; an interrupted round goes on without.
+    """Take rows out of a round's file; the others keep their places.
 
-    Columns keep their places: a finished round has nothing there, an open one asks another of its
-    rows instead.
+    A round that is not finished cannot be taken up any more: it is marked, and a new one begins.
     """
-    path = service.home.runs / round_id / "rows.json"
+    folder = service.home.runs / round_id
+    path = folder / "rows.json"
     if not path.is_file():
         return
     rows = json.loads(path.read_text(encoding="utf-8"))
-    open_round = service.journal.run(round_id).digest is None
-    others = [row for place, row in enumerate(rows) if place not in positions]
-    found = list(rows)
-    for place in positions:
-        found[place] = others[place % len(others)] if open_round and others else None
-    if found != rows:
-        write_atomically(path, json.dumps(found))
+    left = [None if place in positions else row for place, row in enumerate(rows)]
+    if left != rows:
+        if service.journal.run(round_id).digest is None:
+            (folder / GIVEN_UP).touch()
+        write_atomically(path, json.dumps(left))
+
+
+def given_up(service: Service, run: Run) -> bool:
+    """Whether an open round lost rows that somebody wanted forgotten."""
+    return (service.home.runs / run.run_id / GIVEN_UP).exists()

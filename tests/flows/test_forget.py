@@ -16,7 +16,7 @@ from agent.store.replay import replay, replay_without
 from agent.store.weights import Parameters, export
 from flows.forget import forget_now
 from flows.progress import Silent
-from flows.retention import sweep
+from flows.retention import given_up, sweep
 from flows.service import Service
 
 SECRET = "a sentence that only ann has written"
@@ -123,3 +123,20 @@ def test_text_that_is_too_old_leaves_the_files_of_rounds_too(tmp_path: Path) -> 
     assert sweep(made) == 1
     assert texts(made, f"{SECRET} 0") == []
     assert texts(made, f"{SECRET} 1") != []
+
+
+def test_an_open_round_that_lost_rows_is_not_taken_up(service: Service) -> None:
+    journal, parent = service.journal, service.anchor.digest
+    run = journal.open_run(
+        "0003-gsm8k", anchor_digest=parent, parent_digest=parent, target="gsm8k", run_seed=1,
+        plan=PLAN, now=0.0,
+    )  # fmt: skip
+    rows = service.home.runs / run.run_id / "rows.json"
+    rows.parent.mkdir()
+    rows.write_text(json.dumps([{"question": SECRET}, {"question": "ours"}]))
+    service.experience.use(run.run_id, "train", service.experience.rows("gsm8k")[:1])
+    assert not given_up(service, run)
+    told = forget_now(service.home.root, "ann", True, Silent())
+    assert given_up(service, run)
+    assert run.run_id not in told["replayed"]  # it has made nothing
+    assert json.loads(rows.read_text()) == [None, {"question": "ours"}]

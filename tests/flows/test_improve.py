@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self) -> None:
         self.metrics: dict[int, Mapping[str, float]] = {}
 
-    def start_round(self, round_id: str, params: Changes) -> str:
+    def start_round(self, round_id: str, params: Changes, rows: object = None) -> str:
         return round_id
 
     def log_generation(self, run: str, generation: int, metrics: Changes, tags: Changes) -> None:
