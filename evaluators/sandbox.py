@@ -2,8 +2,9 @@
 
 The parent sends one JSON line a completion and waits a bounded time for one JSON line back. The
 worker asks the kernel for its limits before it runs foreign code: a CPU timer whose signal ends the
-process (nothing in Python can catch it), an address-space limit, no file growth, few open files.
-A worker that dies costs its row (an error, reward 0) and is started again for the next one.
+process (nothing in Python can catch it), an address-space limit, no file growth, few open files;
+starting another process, which would escape them, is refused. A worker that dies, or answers
+anything but the question, costs its row (an error, reward 0) and is started again for the next.
 """
 
 import json
@@ -17,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
@@ -25,6 +27,11 @@ from evaluators.resolve import resolve
 from evaluators.task import Row, Task, Verdict, failed, judge
 
 MAX_REPLY_BYTES = 1_000_000
+END_S = 2.0  # how long a worker that hung up may take to end
+BARRED = frozenset(  # audit events of what starts a process
+    {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn"}
+    | {"subprocess.Popen"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +53,17 @@ class Sandbox:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
+        self._asked = 0
 
     def verify(self, completion: str, row: Row) -> Verdict:
         """The worker's verdict, or an error verdict when it failed, hung or grew too large."""
         with self._lock:
-            line = json.dumps({"completion": completion, "row": dict(row)}, default=str)
+            self._asked += 1
+            asked = {"number": self._asked, "completion": completion, "row": dict(row)}
             worker = self._running()
-            reply = _exchange(worker, line, self.limits.wall_s)
-            if isinstance(reply, Mapping):
-                return Verdict(**reply)
+            reply = _exchange(worker, json.dumps(asked, default=str), self.limits.wall_s)
+            if isinstance(reply, Mapping) and reply.get("number") == self._asked:
+                return Verdict(**reply["verdict"])
             self._stop()
             return failed(f"verifier {self.spec}: {_ending(worker, reply, self.limits)}")
 
@@ -100,7 +109,9 @@ def _start(spec: str, limits: Limits) -> "subprocess.Popen[bytes]":
 
 
 def _end(worker: "subprocess.Popen[bytes]") -> None:
-    worker.kill()
+    """Kill the worker and whatever it may have started; it leads a session of its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     for pipe in (worker.stdin, worker.stdout):
         if pipe is not None:
@@ -110,7 +121,7 @@ def _end(worker: "subprocess.Popen[bytes]") -> None:
 def _exchange(
     worker: "subprocess.Popen[bytes]", line: str, wall_s: float
 ) -> Mapping[str, Any] | bytes | None:
-    """The reply as an object; b"" when the worker ended, None when it was too slow."""
+    """The reply as it was parsed; b"" when the worker ended, None when it was too slow."""
     assert worker.stdin is not None
     left = memoryview(line.encode("ascii") + b"\n")
     try:
@@ -119,10 +130,16 @@ def _exchange(
     except OSError:  # it ended since its last verdict
         return b""
     reply = _read_line(worker.stdout, wall_s)
+    if reply == b"":
+        with suppress(subprocess.TimeoutExpired):
+            worker.wait(END_S)  # so that its own end is told, not ours
     if not reply:
         return reply
-    value: Mapping[str, Any] = json.loads(reply)
-    return value
+    try:
+        value = json.loads(reply)
+    except ValueError:  # two lines, or what is no JSON
+        return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _read_line(pipe: IO[bytes] | None, wall_s: float) -> bytes | None:
@@ -142,8 +159,12 @@ def _read_line(pipe: IO[bytes] | None, wall_s: float) -> bytes | None:
     return read
 
 
-def _ending(worker: "subprocess.Popen[bytes]", reply: bytes | None, limits: Limits) -> str:
+def _ending(
+    worker: "subprocess.Popen[bytes]", reply: Mapping[str, Any] | bytes | None, limits: Limits
+) -> str:
     """Why there is no verdict, in words."""
+    if isinstance(reply, Mapping):
+        return "its worker answered something else"
     if reply is None:
         return f"no verdict within {limits.wall_s:g} s"
     if worker.returncode == -signal.SIGPROF:
@@ -163,7 +184,7 @@ def _serve(spec: str, limits: Limits) -> None:
         signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
         verdict = judge(replace(task, prefill=None), asked["completion"], asked["row"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(sink, asdict(verdict))
+        _say(sink, {"number": asked["number"], "verdict": asdict(verdict)})
 
 
 def _limit(limits: Limits) -> None:
@@ -176,6 +197,13 @@ def _limit(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_bar)
+
+
+def _bar(event: str, _arguments: tuple[object, ...]) -> None:
+    """Refuse to start processes: limits and timers are this process's alone."""
+    if event in BARRED:
+        raise PermissionError(f"{event}: a verifier may not start a process")
 
 
 def _say(sink: IO[bytes], value: object) -> None:

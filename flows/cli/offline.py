@@ -17,14 +17,20 @@ embedded_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
 
 
 @app.command()
-def score(task: Annotated[str, typer.Argument(help="Name of a task.")]) -> None:
+def score(
+    task: Annotated[str, typer.Argument(help="Name of a task, or path/to/file.py:TASK.")],
+) -> None:
     """Score finished answers: JSONL {completion, example} in, {reward, format, extracted} out."""
+    from evaluators.plugins import load
     from evaluators.scoring import score_lines
     from evaluators.tasks import TASKS
 
-    if task not in TASKS:
-        raise UserError(f"task {task!r} is not known; allowed: {', '.join(TASKS)}")
-    for verdict in score_lines(TASKS[task], sys.stdin):
+    if task not in TASKS and ":" not in task:
+        raise UserError(
+            f"task {task!r} is not known; allowed: {', '.join(TASKS)}, path/to/file.py:TASK"
+        )
+    chosen = TASKS[task] if task in TASKS else load(task)
+    for verdict in score_lines(chosen, sys.stdin):
         sys.stdout.write(json.dumps(verdict) + "\n")
 
 

@@ -37,6 +37,10 @@ def verify(completion, row):
     if completion == "sleep": time.sleep(60)
     if completion == "memory": return Verdict(float(len(bytearray(2**31)) > 0), 0.0, "got it")
     if completion == "exit": os._exit(0)
+    if completion == "leave": sys.exit("bye")
+    if completion == "fork": os.fork()
+    if completion == "shell": os.system("sleep 60")
+    if completion == "forge": os.write(3, b'{"number": 0, "verdict": {"reward": 1.0}}\\n')
     if completion == "raise": raise ValueError("no such answer")
     if completion == "write": open(row["file"], "w").write("x" * 100)
     if completion == "secret": return Verdict(0.0, 0.0, os.environ.get("ANCHORAGE_SECRET"))
@@ -78,6 +82,10 @@ def test_a_verdict_comes_back_from_the_worker(sandbox: Sandbox) -> None:
         ("power", "more than 0.1 s of CPU"),
         ("memory", "MemoryError"),
         ("exit", "its worker ended (0)"),
+        ("leave", "its worker ended (1)"),
+        ("fork", "os.fork: a verifier may not start a process"),
+        ("shell", "os.system: a verifier may not start a process"),
+        ("forge", "its worker answered something else"),
         ("raise", "ValueError: no such answer"),
     ],
 )
