@@ -91,7 +91,7 @@ def test_every_row_has_a_key_of_its_own(task: Task, real_rows: Path | None) -> N
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-@settings(max_examples=2000 if SOAK else 100, deadline=None)
+@settings(max_examples=2000 if SOAK else 60, deadline=None)
 @given(text=TEXTS)
 def test_no_text_makes_an_extraction_fail(task: Task, text: str) -> None:
     verdict = judge(task, text, example(task))
@@ -161,7 +161,7 @@ def test_repetitions_are_read_within_the_bound(
     for number, unit in enumerate(BOMBS):
         text = unit * (BIG_CHARS // len(unit))
         wholes = [f"Answer: {text}1", f"final answer{text}1", f"<answer>{text}\x00x1", text]
-        for place in range(scale(2, 4)):  # in short runs two of the four, in turn
+        for place in range(scale(1, 4)):  # in short runs one of the four, in turn
             whole = wholes[(number + place) % len(wholes)]
             taken_s = cpu_s(task, whole)
             if taken_s > BOUND_S:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ import pytest
 
 from evaluators.errors import UserError
 from evaluators.loading import EVAL_SHARE, in_eval_share, rows
+from evaluators.plugins import pinned
 from evaluators.task import Row, Source
 from evaluators.tasks import TASKS
 
@@ -132,6 +135,47 @@ def test_rows_beside_an_own_task_are_divided_by_hash(tmp_path: Path) -> None:
     assert len(evaluation) > 5
 
 
+class Hub(ModuleType):
+    """The library's one function that is used: it remembers what it was asked, or fails."""
+
+    def __init__(self, found: Sequence[Row] | Exception) -> None:
+        super().__init__("datasets")
+        self.found = found
+        self.asked: dict[str, Any] = {}
+
+    def load_dataset(self, hub_id: str, config: str | None, **named: str) -> Sequence[Row]:
+        self.asked = {"hub_id": hub_id, "config": config, **named}
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_the_hub_is_asked_for_the_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(problems(3))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert questions(rows(GSM8K, "eval")) == questions(problems(3))
+    assert hub.asked == {
+        "hub_id": "openai/gsm8k",
+        "config": "main",
+        "split": "test",
+        "revision": GSM8K.source.revision,
+    }
+    own = pinned({"gsm8k": GSM8K}, {"gsm8k": "f" * 40})["gsm8k"]
+    rows(own, "train")
+    assert (hub.asked["split"], hub.asked["revision"]) == ("train", "f" * 40)
+    with pytest.raises(UserError, match="revision for task 'gsm9k'; allowed: gsm8k"):
+        pinned({"gsm8k": GSM8K}, {"gsm9k": "f" * 40})
+
+
+def test_a_failing_hub_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", Hub(ConnectionError("no\nroute")))
+    with pytest.raises(UserError, match=r"openai/gsm8k.*ConnectionError: no route") as error:
+        rows(GSM8K, "eval")
+    assert "<data_dir>/gsm8k/test.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.integration
 def test_an_unreachable_hub_is_one_line_that_names_the_way_out() -> None:
     code = (
         "from evaluators.loading import rows\n"

@@ -232,7 +232,7 @@ def test_lm_evaluation_harness_runs_against_the_endpoint(running: Running, tmp_p
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(rows) == len((EXAMPLES / "lm_eval" / "choices.jsonl").read_text().splitlines())
     assert sum(row["exact_match"] for row in rows) / len(rows) > 0.9  # it knows these
-    assert {row["resps"][0][0] for row in rows} == {"1", "2"}
+    assert {"1", "2"} <= {row["resps"][0][0] for row in rows}
 
 
 def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
