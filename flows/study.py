@@ -35,7 +35,7 @@ from flows.session import Session, session
 ASKED = "Facts: {theory}\nClaim: {question}\nIs the claim True, False or Unknown?"
 SMALL: dict[str, dict[str, Any]] = {
     "learner": {"generations": 6, "prompts": 64, "alpha": 0.006, "lam": 5.0},
-    "tasks": {"rows": 300, "curve_every": 0, "prompts": {"proofwriter": ASKED}},
+    "tasks": {"rows": 300, "curve_every": 0, "kl_rows": 0, "prompts": {"proofwriter": ASKED}},
     "gate": {"margins": dict.fromkeys(("gsm8k", "countdown", "proofwriter"), 0.08)},
 }
 

@@ -138,17 +138,17 @@ class Unshown(Service):
 Opened = Callable[..., Session]
 
 
-@pytest.fixture
-def planted(tmp_path: Path) -> Opened:
+@pytest.fixture(scope="session")
+def planted_in() -> Opened:
     """A session of a home whose engines are planted; it shows nothing unless ``shown``."""
 
     def opened(
-        home: str = "home",
+        root: Path,
         progress: Reporter | None = None,
         shown: bool = False,
         **changes: dict[str, object],
     ) -> Session:
-        place = Home.at(tmp_path / home)
+        place = Home.at(root)
         if not place.settings_json.is_file():
             sections = {name: dict(section) for name, section in SETTINGS.items()}
             for name, section in changes.items():
@@ -160,3 +160,9 @@ def planted(tmp_path: Path) -> Opened:
         return Session(service, progress or Silent(), population)
 
     return opened
+
+
+@pytest.fixture
+def planted(planted_in: Opened, tmp_path: Path) -> Opened:
+    """The same by the home's name, in the test's own folder."""
+    return lambda home="home", *arguments, **more: planted_in(tmp_path / home, *arguments, **more)

@@ -16,7 +16,7 @@ from html import unescape
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BUDGET_MS = 30_000  # of the page's own clock, which stands still while a request is open
+BUDGET_MS = 10_000  # of the page's own clock, which stands still while a request is open
 SIZE = (1400, 1000)
 SHOWN = (0, 0, 1035, 1000)  # without the assistant's panel on the right
 
