@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -124,6 +131,17 @@ class TaskSettings(Section):
         {}, description="Own prompts by task: a template, or a table of what is to be different."
     )
     revisions: dict[str, str] = Field({}, description="Commit of a task's data set, to pin it.")
+
+    @field_validator("files")
+    @classmethod
+    def _files_from_anywhere(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        """A home is used from many folders: files are named by their whole path."""
+        return tuple(_whole(each) for each in files)
+
+    @field_validator("data_dir")
+    @classmethod
+    def _rows_from_anywhere(cls, data_dir: Path | None) -> Path | None:
+        return data_dir and data_dir.expanduser().resolve()
 
 
 class GateSettings(Section):
@@ -293,6 +311,12 @@ def replaced(section: S, name: str, changes: Mapping[str, Any]) -> S:
         return type(section).model_validate(section.model_dump() | dict(changes))
     except ValidationError as error:
         raise UserError(_one_line(error, name)) from None
+
+
+def _whole(spec: str) -> str:
+    """'a/b.py:TASK' with the whole path; 'package.module:TASK' as it is."""
+    place, _, name = spec.rpartition(":")
+    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
 
 
 def _one_line(error: ValidationError, *within: str) -> str:

@@ -6,7 +6,7 @@ without a model and without the data set.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluators.errors import UserError
@@ -70,8 +70,15 @@ def rescored(samples: Iterable[SampleRow], tasks: Mapping[str, Task]) -> list[Sa
         if sample["task"] not in tasks:
             allowed = ", ".join(sorted(tasks))
             raise UserError(f"sample of task {sample['task']!r}; allowed: {allowed}")
-        found.append(scored(sample, tasks[sample["task"]], json.loads(sample["example"])))
+        task = replace(tasks[sample["task"]], prefill=_prefill(sample))
+        found.append(scored(sample, task, json.loads(sample["example"])))
     return found
+
+
+def _prefill(sample: SampleRow) -> str | None:
+    """The first words the assistant was given when this sample was asked."""
+    last = json.loads(sample["prompt"])[-1]
+    return last["content"] if last["role"] == "assistant" else None
 
 
 def summaries(samples: Iterable[SampleRow]) -> dict[str, Summary]:

@@ -269,6 +269,10 @@ def test_rescoring_equals_scoring_and_follows_a_changed_extraction(
 ) -> None:
     samples = run(tasks_rows, Model(), tmp_path / "eval.parquet")
     assert rescore(tmp_path / "eval.parquet", TASKS) == samples
+    task, found = tasks_rows[0]
+    given = run([(replace(task, prefill="#### 24"), found)], Model(), tmp_path / "given.parquet")
+    assert {row["extracted"] for row in given} >= {"24"}
+    assert rescore(tmp_path / "given.parquet", TASKS) == given
     hellaswag = replace(TASKS["hellaswag"], verify=TASKS["piqa"].verify)
     changed = rescored(samples, TASKS | {"hellaswag": hellaswag})
     differing = {new["task"] for old, new in zip(samples, changed, strict=True) if old != new}

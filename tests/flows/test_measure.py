@@ -129,7 +129,9 @@ def test_rescoring_equals_scoring_and_puts_right_what_was_scored_otherwise(
     assert read_samples(tmp_path / "out.parquet") == samples
 
 
-def test_words_of_the_settings_reach_the_tasks(tmp_path: Path) -> None:
+def test_words_of_the_settings_reach_the_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = {
         "prompts": {"gsm8k": "{question} ?", "piqa": {"system": "Be brief.", "prefill": "Number "}},
         "revisions": {"proofwriter": "0" * 40},
@@ -140,5 +142,9 @@ def test_words_of_the_settings_reach_the_tasks(tmp_path: Path) -> None:
     assert (known["piqa"].system, known["piqa"].prefill) == ("Be brief.", "Number ")
     assert known["proofwriter"].source.revision == "0" * 40
     assert (known["piqa"].max_tokens, known["countdown"].max_tokens) == (16, 32)
+    monkeypatch.chdir(tmp_path)
+    chosen = load(tasks={"files": ["own/a.py:TASK", "package.b:TASK"], "data_dir": "rows"}).tasks
+    assert chosen.files == (f"{tmp_path}/own/a.py:TASK", "package.b:TASK")
+    assert chosen.data_dir == tmp_path / "rows"
     with pytest.raises(UserError, match=r"tasks\.prompts\.piqa"):
         load(tasks={"prompts": {"piqa": {"temperature": 1}}})
