@@ -76,8 +76,9 @@ def bench_endpoint(bench: Bench | None = None, progress: Reporter = SILENT) -> d
         settings = load(gateway={"host": "127.0.0.1", "port": 0, "rate": "", "token_quota": ""})
         service = Service(home, settings)
         other = _other(service)
-        _started(service, other, (BLUE,), progress)  # only to record how it behaves
-        stack.down(home)
+        if bench.swaps:
+            _started(service, other, (BLUE,), progress)  # only to record how it behaves
+            stack.down(home)
         anchor = Served(service.anchor.digest, str(service.anchor.directory))
         status = _started(service, anchor, (BLUE, "gateway", "watchdog"), progress)
         doors = _doors(home, settings, status["endpoint"])

@@ -1,6 +1,7 @@
 """The command line: arguments in, tables or one JSON document out. Nothing is decided here."""
 
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -38,8 +39,12 @@ def options(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one line on stderr and exit code 2."""
+    """Run a command; a mistake of the user's is one line on stderr and exit code 2.
+
+    SIGTERM ends a command as an exception does: what it had started is stopped on the way out.
+    """
     quiet_libraries()
+    signal.signal(signal.SIGTERM, _ended)
     try:
         app(standalone_mode=False)
     except typer.Exit as end:
@@ -59,3 +64,9 @@ def main() -> None:
         line = " ".join(f"{kind}{text}".split())
         print(f"anchorage: {line}{hint}", file=sys.stderr)  # noqa: T201
         sys.exit(2 if known else 1)
+
+
+def _ended(*_: object) -> None:
+    """End once: a second signal does not interrupt the way out."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)

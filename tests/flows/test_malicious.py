@@ -152,7 +152,7 @@ def world() -> World:
 def test_with_caps_the_malicious_have_their_share_and_the_rounds_still_learn(
     world: World, tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
-    shares, _, served = history(world, tmp_path, scale(3, 10), cap=0.01, flood=10)
+    shares, _, served = history(world, tmp_path, scale(2, 10), cap=0.01, flood=10)
     assert max(shares) <= 0.15
     assert undamaged(world, served)
     assert world.accuracy(served[-1], TARGET) > world.accuracy(world.anchor, TARGET) + 0.05
@@ -161,7 +161,7 @@ def test_with_caps_the_malicious_have_their_share_and_the_rounds_still_learn(
 def test_without_caps_they_spoil_candidates_and_the_gate_serves_none_of_them(
     world: World, tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
-    shares, candidates, served = history(world, tmp_path, scale(2, 10), cap=0.0, flood=16)
+    shares, candidates, served = history(world, tmp_path, scale(1, 10), cap=0.0, flood=16)
     assert min(shares) > 0.5
     assert min(candidates) < world.accuracy(world.anchor, TARGET) - 0.03  # the attack does work
     assert undamaged(world, served)

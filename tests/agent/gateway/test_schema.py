@@ -19,7 +19,7 @@ def test_no_request_is_a_server_error(running: Any, scale: Callable[[int, int], 
                 continue
 
             @settings(
-                max_examples=scale(8, 300), deadline=None, suppress_health_check=list(HealthCheck)
+                max_examples=scale(4, 300), deadline=None, suppress_health_check=list(HealthCheck)
             )
             @given(operation.as_strategy(generation_mode=mode))
             def ask(case: Any) -> None:
