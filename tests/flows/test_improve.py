@@ -24,7 +24,7 @@ from flows.plan import tuned_lambda
 from flows.progress import Silent
 from flows.service import Service
 
-TINY = {"generations": 5, "population": 4, "prompts": 6, "snapshot_every": 1}
+TINY = {"generations": 5, "population": 4, "prompts": 6}
 Changes = Mapping[str, Any]
 
 
@@ -175,12 +175,12 @@ def test_a_round_in_progress_keeps_two_snapshots_and_goes_on_without_any(
     make: Callable[[str], Bench],
 ) -> None:
     whole = make("whole")
-    digest = whole.learn().digest
+    digest = whole.learn(snapshot_every=1).digest
     for drop in (False, True):
         cut = make(f"cut {drop}")
         cut.engine.stop_after = 3 * TINY["population"] + 2
         with pytest.raises(UserError, match="stopped"):
-            cut.learn()
+            cut.learn(snapshot_every=1)
         service = cut.service
         done = [each.delta_hash for each in service.journal.generations("0001-gsm8k")]
         kept = {path.stem for path in service.home.snapshots.iterdir()}
@@ -189,7 +189,7 @@ def test_a_round_in_progress_keeps_two_snapshots_and_goes_on_without_any(
             for path in service.home.snapshots.iterdir():
                 path.unlink()
         cut.engine.stop_after = None
-        assert cut.learn().digest == digest
+        assert cut.learn(snapshot_every=1).digest == digest
         assert cut.log == whole.log  # each member once, whatever was lost
 
 

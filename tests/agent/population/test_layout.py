@@ -1,14 +1,22 @@
 """Places of tensors in a fused model, against a model that was built the other way round."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from agent.learner.es import members, step
+from agent.learner.kernels_cpu import render_into
+from agent.learner.noise import Address
+from agent.learner.penalty import Penalty
 from agent.population.layout import Layout, Place, places
 from agent.store.tensorfile import Spec
+from agent.store.weights import Anchor, Parameters
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 SHAPES = {
@@ -152,3 +160,56 @@ def test_split_quantised_and_unknown_models_go_the_long_way() -> None:
     assert Layout.of(quantised, SPECS, torch.float32) is None
     elsewhere = Fused().to("meta")
     assert Layout.of(elsewhere, SPECS, torch.float32) is None
+
+
+CUT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
+"""Dimension that tensor parallelism cuts; the embedding by rows, norms not at all."""
+
+
+def drawn(theta: Parameters, name: str, rank: int | None, address: Address) -> torch.Tensor:
+    """A rank's part of a tensor (None: all of it), rendered run by run at its own indices."""
+    shape = SHAPES[name]
+    kind = "embed" if "embed" in name else name.split(".")[-2]
+    cut = 0 if kind == "embed" else CUT.get(kind)
+    places = np.arange(np.prod(shape)).reshape(shape)
+    if rank is not None and cut is not None:
+        places = np.array_split(places, 2, axis=cut)[rank]
+    out = torch.empty(places.shape)
+    rows = places.reshape(-1, places.shape[-1])
+    anchor = theta.anchor.tensor(name).reshape(-1).numpy()
+    for row, part in zip(rows, out.view(rows.shape), strict=True):
+        run = slice(row[0], row[-1] + 1)
+        base, delta = anchor[run], theta.delta[name][run]
+        render_into(part.numpy(), base, delta, address, name, int(row[0]), 0.1, "normal")
+    return out
+
+
+def test_tensor_parallel_ranks_fuse_the_bits_of_the_whole(tmp_path: Path) -> None:
+    """Both ranks' parts of every parameter, put side by side, are the parameter one worker has."""
+    save_file(tensors(0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    theta, address = Parameters.zeros(Anchor.open(tmp_path)), Address(3, 1, 2)
+    rewards = np.array([0.1, 0.7, 0.2, 0.9])
+    theta.apply(
+        step(
+            rewards, members(4, True), run_seed=3, generation=0, sigma=0.1, alpha=0.2,
+            penalty=Penalty("l2", 1.0),
+        )
+    )  # fmt: skip
+    whole = dict(theta.rendered(address, 0.1))
+    for name in SHAPES:
+        assert torch.equal(drawn(theta, name, None, address), whole[name])
+    parameters: dict[str, list[str]] = {}
+    found = places(SPECS, PACKED)
+    for name in sorted(SHAPES, key=lambda name: found[name].start):
+        parameters.setdefault(found[name].whole, []).append(name)
+    for parts in parameters.values():
+        ranks = [torch.cat([drawn(theta, name, r, address) for name in parts]) for r in range(2)]
+        for rank, held in enumerate(ranks):
+            cut = [
+                whole[name].chunk(2, dim=1 if "down_proj" in name else 0)[rank]
+                if "norm" not in name
+                else whole[name]
+                for name in parts
+            ]
+            assert torch.equal(held, torch.cat(cut))

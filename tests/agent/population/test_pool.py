@@ -257,6 +257,20 @@ def test_abandoned_results_do_not_reach_the_next_call() -> None:
     population.close()
 
 
+def test_a_mended_engine_begins_at_the_newest_snapshot(tmp_path: Path) -> None:
+    troubles = Troubles((9, "generate"), (1, "save"))
+    population = opened(troubles, 1)
+    population.apply(one_step(0))
+    results(population)
+    path = tmp_path / "snapshot"
+    assert population.save(path) == path.read_text()
+    population.apply(one_step(1))
+    list(population.members(JOBS[:2], PROMPTS, 4))
+    assert troubles.started[-1].history == [str(ANCHOR), str(path), one_step(1).to_json()]
+    assert population.engines() == 1
+    population.close()
+
+
 def test_closing_ends_an_engine_that_is_being_mended() -> None:
     troubles = Troubles((1, "generate"))
     starting, closing = threading.Event(), threading.Event()

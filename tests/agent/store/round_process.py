@@ -1,8 +1,10 @@
 """A real round without an engine, in processes that can be killed; and replays in a fresh one.
 
-python round_process.py round ANCHOR FOLDER TRIALS SEED    one undisturbed round, then TRIALS
-                                                           that are killed and go on
-python round_process.py replay ANCHOR STATE.DB FOLDER      on one core, then on all
+Each line of standard input is a JSON list, each of standard output what came of it:
+
+["round", ANCHOR, FOLDER, TRIALS, SEED]    one undisturbed round, then TRIALS that are killed and go
+                                           on
+["replay", ANCHOR, STATE.DB, FOLDER]       on one core, then on all
 """
 
 import json
@@ -151,7 +153,7 @@ def replays(anchor_dir: str, database: str, folder: str) -> list[dict[str, Any]]
     anchor, journal, found = Anchor.open(Path(anchor_dir)), Journal(Path(database)), []
     cores = sorted(os.sched_getaffinity(0))
     for count in (1, len(cores)):
-        os.sched_setaffinity(0, cores[:count])
+        os.sched_setaffinity(0, cores[:count])  # all of them at last
         snapshots = Path(folder) / f"on{count}"
         digests = [
             replay(journal, anchor, "long").digest(),
@@ -163,6 +165,8 @@ def replays(anchor_dir: str, database: str, folder: str) -> list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    found: Any = rounds(*arguments) if command == "round" else replays(*arguments)
-    sys.stdout.write(json.dumps(found))
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        found: Any = rounds(*arguments) if command == "round" else replays(*arguments)
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()

@@ -1,9 +1,11 @@
 """A candidate is a journal: rebuilt bit for bit elsewhere, whatever was killed or deleted."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,38 @@ from agent.store.replay import replay, replay_without, route, snapshot_path
 from agent.store.weights import Anchor, Parameters
 
 MakeModel = Callable[..., Path]
+Process = Callable[..., Any]
 PROCESS = Path(__file__).with_name("round_process.py")
 
 
-def process(*arguments: object) -> Any:
-    ran = subprocess.run(
-        [sys.executable, PROCESS, *map(str, arguments)],
-        capture_output=True,
+@contextmanager
+def started(**environment: str) -> Iterator[Process]:
+    """A process that has seen nothing of this one: arguments in, what came of them out."""
+    with subprocess.Popen(
+        [sys.executable, PROCESS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=800,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+        env=os.environ | environment,
+    ) as fresh:
+        assert fresh.stdin is not None
+        assert fresh.stdout is not None
+        asked, told = fresh.stdin, fresh.stdout
+
+        def ask(*arguments: object) -> Any:
+            asked.write(json.dumps([str(each) for each in arguments]) + "\n")
+            asked.flush()
+            return json.loads(told.readline())
+
+        yield ask
+        asked.close()
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    """One such process for all tests here."""
+    with started() as ask:
+        yield ask
 
 
 def record(
@@ -78,19 +99,28 @@ def journal(tmp_path: Path) -> Any:
 
 
 def test_any_core_count_and_any_snapshots_give_the_same_bits(
-    make_model: MakeModel, journal: Journal, tmp_path: Path, scale: Callable[[int, int], int]
+    make_model: MakeModel,
+    journal: Journal,
+    tmp_path: Path,
+    process: Process,
+    scale: Callable[[int, int], int],
 ) -> None:
     from_hidden = {"tie_word_embeddings": True}
     big = {name: tensor.repeat(8, 8) if tensor.ndim == 2 else tensor.repeat(8)
            for name, tensor in Anchor.open(make_model("seed")).tensors()}  # fmt: skip
     anchor = Anchor.open(make_model("big", tensors=big, config=from_hidden))
     digest = record(
-        journal, Parameters.zeros(anchor), "long", scale(20, 200), parent=anchor.digest,
+        journal, Parameters.zeros(anchor), "long", scale(10, 200), parent=anchor.digest,
         population=40,
     )  # fmt: skip
-    for found in process("replay", anchor.directory, tmp_path / "state.db", tmp_path):
-        assert found["digests"] == [digest] * 3
-        assert found["left"] == scale(20, 200) // 7
+    database = tmp_path / "state.db"
+    found = process("replay", anchor.directory, database, tmp_path / "any")
+    for threads in ("1", "2")[: scale(0, 2)]:
+        with started(NUMBA_NUM_THREADS=threads) as ask:
+            found += ask("replay", anchor.directory, database, tmp_path / threads)
+    for each in found:
+        assert each["digests"] == [digest] * 3
+        assert each["left"] == scale(10, 200) // 7
 
 
 def test_a_lineage_of_rounds_is_replayed_from_the_anchor(anchor: Anchor, journal: Journal) -> None:
@@ -213,7 +243,7 @@ def test_a_run_without_some_examples_is_the_run_of_the_others(
 
 
 def test_a_round_killed_anywhere_ends_where_the_whole_one_does(
-    make_model: MakeModel, tmp_path: Path, scale: Callable[[int, int], int]
+    make_model: MakeModel, tmp_path: Path, process: Process, scale: Callable[[int, int], int]
 ) -> None:
     trials = scale(5, 50)
     whole, *others = process("round", make_model(), tmp_path / "rounds", trials, 1)

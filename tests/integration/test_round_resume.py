@@ -1,0 +1,39 @@
+"""kill -9 of a real round, on a real engine: it goes on at member grain and ends the same."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_real_round_killed_anywhere_ends_where_the_undisturbed_one_does(
+    tmp_path: Path, scale: Callable[[int, int], int]
+) -> None:
+    trials, script = scale(1, 10), Path(__file__).with_name("real_rounds.py")
+    ran = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "rounds"), str(trials), "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        timeout=880,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    whole, *others = json.loads(ran.stdout)
+    assert whole["no_ops"] < 3  # it learnt something: equal digests say more than "nothing moved"
+    assert len(whole["log"]) == 2 * 12
+    assert len(others) == trials
+    assert sum(found["kills"] for found in others) >= trials
+    for found in others:
+        for same in ("rewards", "deltas", "digest", "replayed", "kept"):
+            assert found[same] == whole[same], same
+        known = [line for line in found["log"] if line.startswith("known")]
+        assert len(known) == len(set(known))  # nothing the journal knew was evaluated again
+        assert len(found["log"]) - len(known) <= 12 + found["kills"]
