@@ -202,7 +202,7 @@ def update(
     eps, index = np.empty(group_size, np.float32), np.empty(8 * LANES, np.uint16)
     bits = np.empty((4, LANES), np.uint32)
     acc = np.empty(group_size, np.float32)
-    sums = np.zeros((2, LANES), np.float64)
+    squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
     end = start + delta.size
     for group in range(start // group_size, (end + group_size - 1) // group_size):
         acc[:] = np.float32(0)
@@ -221,50 +221,63 @@ def update(
         here = delta[low - start : high - start]
         w = weights[low - start : high - start] if weights.size else weights
         _finish(here, acc[low - at : high - at], penalty, s, share, tau, w)
-        _tally(sums, here, acc[low - at : high - at])
-    return sums[0].sum(), sums[1].sum()
+        _tally(squares, moves, here, acc[low - at : high - at])
+    return squares.sum(), moves.sum()
 
 
 @_compiled  # type: ignore[untyped-decorator]
 def _finish(delta: Any, acc: Any, penalty: int, s: Any, share: Any, tau: Any, weights: Any) -> None:
-    """delta = prox(delta + acc) in place; acc becomes delta after less delta before."""
+    """delta = prox(delta + acc) in place; acc becomes delta before. A loop a penalty: each fast."""
+    rest = np.float32(1) - share
     weighted = weights.size > 0
-    zero, one = np.float32(0), np.float32(1)
     for i in range(delta.size):
         before = delta[i]
-        d = before + acc[i]
-        t = s * weights[i] if weighted else s
-        if penalty == 1:
-            d = d - t * d
-        elif penalty == 2:
-            m = abs(d) - t
-            d = (m if d > zero else -m) if m > zero else zero
-        elif penalty == 3:
-            d = d - t * min(max(d, -tau), tau)
-        elif penalty == 4:
-            m = abs(d) - t * share
-            d = (m if d > zero else -m) if m > zero else zero
-            d = d - t * (one - share) * d
-        delta[i] = d
-        acc[i] = d - before
+        delta[i] = before + acc[i]
+        acc[i] = before
+    if penalty == 1:
+        for i in range(delta.size):
+            t = s * weights[i] if weighted else s
+            delta[i] = delta[i] - t * delta[i]
+    elif penalty == 2:
+        for i in range(delta.size):
+            t = s * weights[i] if weighted else s
+            delta[i] = _soft(delta[i], t)
+    elif penalty == 3:
+        for i in range(delta.size):
+            t = s * weights[i] if weighted else s
+            delta[i] = delta[i] - t * min(max(delta[i], -tau), tau)
+    elif penalty == 4:
+        for i in range(delta.size):
+            t = s * weights[i] if weighted else s
+            m = _soft(delta[i], t * share)
+            delta[i] = m - t * rest * m
+
+
+@_inlined  # type: ignore[untyped-decorator]
+def _soft(d: Any, t: Any) -> Any:
+    """sign(d) max(|d| - t, 0), +0 inside."""
+    m = abs(d) - t
+    return (m if d > np.float32(0) else -m) if m > np.float32(0) else np.float32(0)
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def _tally(sums: Any, delta: Any, moved: Any) -> None:
-    """sums (2, 32) += squares of delta and of moved, in float64, element i into lane i mod 32."""
+def _tally(squares: Any, moves: Any, delta: Any, before: Any) -> None:
+    """Add the squares of delta and of its move, in float64, element i into lane i mod 32."""
     whole = delta.size - delta.size % LANES
     for at in range(0, whole, LANES):
         for lane in range(LANES):
-            sums[0, lane] += np.float64(delta[at + lane]) ** 2
-            sums[1, lane] += np.float64(moved[at + lane]) ** 2
+            now, moved = delta[at + lane], delta[at + lane] - before[at + lane]
+            squares[lane] += np.float64(now) * np.float64(now)
+            moves[lane] += np.float64(moved) * np.float64(moved)
     for i in range(whole, delta.size):
-        sums[0, i - whole] += np.float64(delta[i]) ** 2
-        sums[1, i - whole] += np.float64(moved[i]) ** 2
+        now, moved = delta[i], delta[i] - before[i]
+        squares[i - whole] += np.float64(now) * np.float64(now)
+        moves[i - whole] += np.float64(moved) * np.float64(moved)
 
 
 @_compiled  # type: ignore[untyped-decorator]
 def sum_squares(values: Any) -> Any:
     """sum values^2 of (n,) float32, in float64, with the additions of `update` in its order."""
-    sums = np.zeros((2, LANES), np.float64)
-    _tally(sums, values, values)
-    return sums[0].sum()
+    squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
+    _tally(squares, moves, values, values)
+    return squares.sum()
