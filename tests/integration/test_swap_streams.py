@@ -1,0 +1,355 @@
+"""The swap under load, on a real engine, gateway and watchdog: nobody notices, nothing is mixed.
+
+Two versions whose words tell them apart: one can only say letters of even token ids, the other
+only of odd ones. So an answer's text says which weights made each of its tokens.
+"""
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from spoilt import KINDS
+from tiny import tiny_model
+
+from agent.config import Home, Settings, load
+from agent.errors import UserError
+from agent.store.weights import Anchor, Parameters, export
+from deploy import stack
+from deploy.orphans import survivors
+from deploy.services import Ports, services
+from deploy.serving import swap
+from deploy.serving.control import ADMIN, EngineControl, GatewayControl, pinned
+from deploy.serving.controller import Controller, Strategy, change
+from deploy.serving.engines import engines_of
+from deploy.serving.probes import Probes, write_probes
+from deploy.serving.served import BLUE, GREEN, Served, read_served, socket_of
+from deploy.supervise import Service
+from deploy.unix import UnixTransport
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+TOKENS = 48
+CLIENTS = 8
+PATH = "/v1/chat/completions"
+QUESTION = [{"role": "user", "content": "Say something."}]
+NAMED = (
+    "truncated", "flipped bit", "flipped bit, rehashed", "missing tensor", "extra tensor",
+    "transposed", "NaN", "infinite", "weights are a link", "pickle renamed", "a pickle beside",
+    "another config", "auto_map", "auto_map of the tokenizer", "a stale shard", "a stale index",
+    "code beside", "another tokenizer", "another template", "other weights",
+)  # fmt: skip
+ALIKE = {  # ways to spoil that change nothing here: the tiny model is float32 and untied
+    "wrong dtype", "tied head stored", "no directory", "directory is a link", "transposed square",
+    "folder of another digest",
+}  # fmt: skip
+
+
+@dataclass
+class Running:
+    """A stack that is up, its two versions, and the letters each can say."""
+
+    home: Home
+    anchor: Anchor
+    endpoint: str
+    even: Served
+    odd: Served
+    letters: dict[str, set[str]]  # by digest
+
+    def change(self, target: Served, strategy: Strategy = "in_place") -> swap.Outcome:
+        return change(
+            self.home,
+            target.digest,
+            Path(target.directory),
+            anchor=self.anchor,
+            record=lambda _event, _digest, _why: None,
+            strategy=strategy,
+        )
+
+    def other(self) -> Served:
+        return self.odd if read_served(self.home).digest == self.even.digest else self.even
+
+    def mixed(self, text: str) -> bool:
+        """Whether letters of both versions are in an answer."""
+        return all(set(text) & letters for letters in self.letters.values())
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.endpoint}/metrics").text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed answer as a client saw it."""
+
+    version: str
+    text: str
+    tokens: int
+    whole: bool
+
+
+def ask(client: httpx.Client, url: str = PATH, **more: Any) -> Answer:
+    body = {
+        "model": "anchorage", "messages": QUESTION, "max_tokens": TOKENS, "temperature": 1.0,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    } | more  # fmt: skip
+    text, tokens, done = "", 0, False
+    with client.stream("POST", url, json=body) as reply:
+        for line in reply.iter_lines():
+            done = done or line == "data: [DONE]"
+            event = json.loads(line[6:]) if line.startswith("data: {") else {}
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            for choice in event.get("choices", ()):
+                text += choice["delta"].get("content") or ""
+        version = reply.headers.get("x-model-version", "")
+        return Answer(version, text, tokens, done and reply.status_code == 200)
+
+
+def disjoint(folder: Path) -> tuple[Anchor, Path, dict[str, set[str]]]:
+    """The even version as the anchor, the odd one exported from it, and the letters of each.
+
+    The head's rows of forbidden ids are zero, those of allowed ids come in pairs w, -w: whatever
+    the hidden state, some allowed id has a logit above 0, far above at temperature 1.
+    """
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer
+
+    directory = tiny_model(folder / "anchor", tied=False)
+    vocab = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    printed = sorted(i for word, i in vocab.items() if word.isascii() and word.isalpha())
+    by_parity = [[i for i in printed if i % 2 == parity][:20] for parity in (0, 1)]
+    tensors = load_file(directory / "model.safetensors")
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(10, tensors["lm_head.weight"].shape[1])).astype(np.float32)
+    heads = []
+    for ids in by_parity:
+        head = np.zeros(tuple(tensors["lm_head.weight"].shape), np.float32)
+        head[ids[:10]], head[ids[10:]] = 20 * rows, -20 * rows
+        heads.append(head)
+    tensors["lm_head.weight"] = torch.from_numpy(heads[0])
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    anchor = Anchor.open(directory)
+    moved = Parameters.zeros(anchor)
+    moved.delta["lm_head.weight"][:] = (heads[1] - heads[0]).reshape(-1)
+    made = export(moved, folder / "home" / "weights")
+    words = {i: word for word, i in vocab.items()}
+    said = [{words[i] for i in ids} for ids in by_parity]
+    return anchor, made, {anchor.digest: said[0], made.name: said[1]}
+
+
+def record_cold(home: Home, digest: str) -> None:
+    """Ask the engine, which was just started with this digest."""
+    with EngineControl.at(socket_of(home)) as engine:
+        ids = [engine.tokens(QUESTION)]
+        expected = engine.top_logprobs("anchorage", ids, 5, 3)
+    write_probes(home, digest, Probes.of([QUESTION], expected))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("s")
+    anchor, made, letters = disjoint(folder)
+    home = Home.at(folder / "home")
+    even, odd = Served(anchor.digest, str(anchor.directory)), Served(made.name, str(made))
+    path = {"path": str(anchor.directory), "max_model_len": 512, "dtype": "float32"}
+    settings = load(model=path, engines={"max_num_seqs": 16})
+
+    def only(*names: str) -> Callable[[Home, Settings, Ports], list[Service]]:
+        return lambda *given: [each for each in services(*given) if each.name in names]
+
+    try:
+        stack.up(home, settings, odd, make=only(BLUE), wait_for=[BLUE])
+        record_cold(home, odd.digest)
+        stack.down(home)
+        status = stack.up(home, settings, even, make=only(BLUE, "gateway", "watchdog", GREEN))
+        record_cold(home, even.digest)
+        yield Running(home, anchor, status["endpoint"], even, odd, letters)
+    finally:
+        stack.down(home)
+        assert survivors(home) == []
+
+
+@contextlib.contextmanager
+def streaming(
+    running: Running, socket: Path | None = None, count: int = CLIENTS
+) -> Iterator[list[Answer]]:
+    """Clients that ask one stream after another until the block ends; all answers, in the end."""
+    stop = threading.Event()
+    answers: list[Answer] = []
+    extra = {"cache_salt": "s"} if socket else {}
+
+    def client() -> None:
+        transport = UnixTransport(socket) if socket else None
+        with httpx.Client(base_url=running.endpoint, transport=transport, timeout=60) as http:
+            while not stop.is_set():
+                answers.append(ask(http, **extra))
+
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(client) for _ in range(count)]
+        try:
+            yield answers
+        finally:
+            stop.set()
+            for each in asked:
+                each.result()
+
+
+def test_swaps_under_streams_fail_cut_and_mix_nothing(
+    running: Running, scale: Callable[[int, int], int]
+) -> None:
+    swaps = scale(6, 200)
+    with streaming(running) as answers:
+        for _ in range(swaps):
+            before = len(answers)
+            outcome = running.change(running.other())
+            assert outcome.swapped, outcome.reason
+            while len(answers) < before + CLIENTS:  # each version answers somebody
+                time.sleep(0.01)
+    assert len(answers) >= swaps * CLIENTS
+    for answer in answers:
+        assert answer.whole
+        assert (answer.tokens, len(answer.text)) == (TOKENS, TOKENS)
+        assert not running.mixed(answer.text)
+        right = next(d for d, letters in running.letters.items() if set(answer.text) <= letters)
+        assert right.startswith(answer.version)
+    assert {answer.version for answer in answers} == {d[:12] for d in running.letters}
+    assert running.metric("anchorage_mixed_answers_total") == 0
+
+
+def test_the_detector_finds_a_mix_when_running_answers_are_kept(running: Running) -> None:
+    """Clients on the bare engine, weights changed in mode `keep`: what `wait` makes impossible."""
+    with EngineControl.at(socket_of(running.home)) as engine:
+        with streaming(running, socket_of(running.home)) as answers:
+            for directory in (running.odd.directory, running.even.directory) * 3:
+                time.sleep(0.1)
+                engine._ask("POST", "/pause", query={"mode": "keep", "clear_cache": "false"})
+                engine.load(directory, 30.0)
+                engine.resume()
+        served = read_served(running.home)
+        engine.pause(5.0)
+        engine.load(served.directory, 30.0)
+        engine.resume()
+    assert any(running.mixed(answer.text) for answer in answers)
+
+
+def test_the_gateway_fails_a_mixed_answer_and_counts_it(running: Running) -> None:
+    """A controller that does not wait for running answers is caught by the gateway itself."""
+
+    class Keeping(EngineControl):
+        def pause(self, max_wait_s: float) -> None:
+            query = {"mode": "keep", "clear_cache": "true"}
+            self._ask("POST", "/pause", query=query, timeout_s=max_wait_s)
+
+    class Hasty(GatewayControl):
+        def hold(self, max_wait_s: float, deadline_s: float) -> str:
+            body = {"max_wait_s": max_wait_s, "deadline_s": deadline_s, "wait": False}
+            return str(self._ask("POST", "/hold", body)["lease"])
+
+    @contextlib.contextmanager
+    def keeping(slot: str) -> Iterator[EngineControl]:
+        with pinned(socket_of(running.home, slot)) as path, Keeping.at(path) as control:
+            yield control
+
+    with streaming(running) as answers:
+        for _ in range(4):
+            time.sleep(0.15)
+            with (
+                Hasty.at(running.home.sockets / ADMIN) as gateway,
+                Controller(
+                    running.home, running.anchor, lambda *_: None, gateway=gateway,
+                    engines=engines_of(running.home), connect=keeping,
+                ) as controller,
+            ):  # fmt: skip
+                protocol = swap.in_place(read_served(running.home), running.other())
+                assert swap.run(protocol, controller.perform).swapped
+    assert running.metric("anchorage_mixed_answers_total") > 0
+    assert any(not answer.whole for answer in answers)
+    assert not any(running.mixed(answer.text) for answer in answers if answer.whole)
+
+
+@pytest.mark.parametrize(
+    ("clear", "salt", "same"),
+    [("true", None, True), ("false", "new", True), ("false", None, False)],
+    ids=["cleared", "salted", "neither"],
+)
+def test_a_long_prompt_asked_again_is_answered_as_by_a_cold_engine(
+    running: Running, clear: str, salt: str | None, same: bool
+) -> None:
+    """Its prefix is cached from the other weights; the head is asked, so every layer counts."""
+    prompt = list(range(1, 200))
+
+    def asked(engine: EngineControl, salt: str | None) -> dict[str, float]:
+        body = {
+            "model": "anchorage", "prompt": prompt, "max_tokens": 1, "temperature": 0.0,
+            "logprobs": 8, "return_tokens_as_token_ids": True,
+        } | ({"cache_salt": salt} if salt else {})  # fmt: skip
+        told = engine._ask("POST", "/v1/completions", body, timeout_s=30.0)
+        top: dict[str, float] = told["choices"][0]["logprobs"]["top_logprobs"][0]
+        return top
+
+    served = Path(read_served(running.home).directory)
+    twin = running.home.root / "twin"
+    deeper(served, twin)
+    with EngineControl.at(socket_of(running.home)) as engine:
+        engine.pause(5.0)
+        engine.load(str(twin), 30.0)
+        engine.resume()
+        cold = asked(engine, "cold")  # never asked before with this salt: nothing is cached
+        engine.pause(5.0)
+        engine.load(str(served), 30.0)
+        engine.resume()
+        asked(engine, None)  # the prefix of the served version is cached now
+        engine._ask("POST", "/pause", query={"mode": "wait", "clear_cache": clear})
+        engine.load(str(twin), 30.0)
+        engine.resume()
+        warm = asked(engine, salt)
+        engine.pause(5.0)
+        engine.load(str(served), 30.0)
+        engine.resume()
+    close = warm.keys() == cold.keys() and all(abs(warm[k] - cold[k]) < 1e-3 for k in cold)
+    assert close == same
+
+
+def deeper(source: Path, target: Path) -> None:
+    """The same head over other layers: what a cached prefix would carry over."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "v_proj" in name or "k_proj" in name:
+            tensor.mul_(-1.5)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def test_bad_checkpoints_are_refused_before_anybody_is_held(
+    running: Running, tmp_path: Path, scale: Callable[[int, int], int]
+) -> None:
+    kinds = [*NAMED, *(kind for kind in KINDS if kind not in (*NAMED, *ALIKE))]
+    holds = running.metric("anchorage_swap_pause_seconds_count")
+    refused: list[str] = []
+    with streaming(running, count=1) as answers:
+        for kind in kinds:
+            bad = tmp_path / str(len(refused)) / running.odd.digest
+            shutil.copytree(running.odd.directory, bad)
+            KINDS[kind][0](bad)
+            with pytest.raises((UserError, OSError)):
+                running.change(Served(running.odd.digest, str(bad)))
+            refused.append(kind)
+            if len(refused) == scale(24, len(kinds)):
+                break
+    assert len(refused) >= 24
+    assert set(NAMED) <= set(refused)
+    assert all(answer.whole for answer in answers)
+    assert running.metric("anchorage_swap_pause_seconds_count") == holds
