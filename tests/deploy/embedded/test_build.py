@@ -15,7 +15,7 @@ from deploy.embedded.drills import drill
 from deploy.embedded.greedy import complete
 from deploy.embedded.packing import Packed, pack
 
-SMALL = Recipe(steps=40, rate=6e-3, parts=2, part_tokens=128, tokenizer_conversations=200)
+SMALL = Recipe(steps=30, rate=8e-3, parts=2, part_tokens=128, tokenizer_conversations=200)
 
 
 def greeting(rng: Random, _done: float) -> list[dict[str, str]]:
