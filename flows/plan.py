@@ -110,9 +110,9 @@ def tuned_lambda(service: Service, target: str, learner: LearnerSettings) -> flo
         gain = _gain(service, run)
         if gain is None or run.target != target or run.plan.get("alpha") != learner.alpha:
             continue
-        if run.plan["penalty"] == "none":
+        if run.plan.get("penalty") == "none":
             free.append(gain)
-        elif run.plan.get("tune_lambda") and run.plan["penalty"] == learner.penalty:
+        elif run.plan.get("tune_lambda") and run.plan.get("penalty") == learner.penalty:
             tried.append((float(run.plan["lambda"]), gain))
     least = service.settings.gate.min_gain
     if not tried:

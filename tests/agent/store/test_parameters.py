@@ -268,3 +268,32 @@ def test_a_damaged_snapshot_is_refused(make_model: MakeModel, tmp_path: Path, ki
     spoil(path)
     with pytest.raises(UserError, match=message):
         Parameters.load(anchor, path)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon:")
+    ]
+    return int(line.split()[1]) * 1024
+
+
+def test_the_host_holds_four_bytes_a_parameter_beside_the_mapped_anchor(
+    make_model: MakeModel,
+) -> None:
+    """Measured: delta is all that a moved theta adds; the anchor's 2 bytes are the file's pages."""
+    shape = (4096, 1024)
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    tensors = {name: torch.full(shape, 0.5, dtype=torch.bfloat16) for name in names}
+    anchor = Anchor.open(make_model(tensors=tensors))
+    small = Parameters.zeros(Anchor.open(make_model("small")))
+    small.apply(a_step())  # what the first call loads stays
+    assert anchor.digest
+    before = anonymous_bytes()
+    parameters = Parameters.zeros(anchor)
+    parameters.apply(a_step())
+    grown = (anonymous_bytes() - before) / anchor.parameters
+    assert grown == pytest.approx(4, abs=0.4)
+    assert sum(delta.nbytes for delta in parameters.delta.values()) == 4 * anchor.parameters

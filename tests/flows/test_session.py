@@ -1,0 +1,39 @@
+"""What engines are started with, and what is refused before any of them is."""
+
+from pathlib import Path
+
+import pytest
+
+from agent.config import Home, load
+from agent.errors import UserError
+from agent.population.vllm import on_cpu
+from agent.store.anchor import Anchor
+from agent.store.device import DeviceParameters
+from deploy.model import resolve
+from flows.service import Service
+from flows.session import engine_options
+
+
+def service(root: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> Service:
+    monkeypatch.chdir(root)
+    return Service(Home.at(root / "home"), load(engines={"master_device": device, "population": 2}))
+
+
+def test_engines_know_where_delta_and_importance_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = service(tmp_path, monkeypatch, "cpu")
+    for options in engine_options(opened):
+        assert (options.master_device, options.importance) == ("cpu", opened.home.importance)
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU build of vLLM takes cuda")
+def test_a_device_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = service(tmp_path, monkeypatch, "cuda")
+    with pytest.raises(UserError, match="master_device: 'cuda', allowed here: cpu"):
+        engine_options(opened)
+    anchor = Anchor.open(resolve(opened.settings.model))
+    with pytest.raises(UserError, match="master_device: 'cuda', allowed here: cpu"):
+        DeviceParameters(anchor, "cuda")
