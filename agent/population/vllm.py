@@ -22,6 +22,7 @@ from agent.population.schedule import Completion, Logprobs, Messages
 
 EXTENSION = "agent.population.worker.WeightsExtension"
 CACHED_PROMPTS = 20_000
+BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +303,7 @@ def _start(options: EngineOptions) -> Any:
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
+        **(whole_prompts(options.max_model_len) if cpu else {}),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
         gpu_memory_utilization=options.gpu_memory_utilization,
@@ -312,6 +314,16 @@ def _start(options: EngineOptions) -> Any:
         seed=options.seed,
         worker_extension_cls=EXTENSION,
     )
+
+
+def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
+    """No prompt is read in pieces, on the CPU.
+
+    For one with a seed vLLM would then rewind a generator, which the CPU's cannot do: the whole
+    engine ends.
+    """
+    least = {} if max_model_len is None else {"max_num_batched_tokens": max(BATCH, max_model_len)}
+    return {"enable_chunked_prefill": False, **least}
 
 
 def _look_here(model: Path) -> None:

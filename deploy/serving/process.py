@@ -32,6 +32,7 @@ EXTENSION = "agent.population.worker.WeightsExtension"
 LOOPBACK = "127.0.0.1"
 UNIX_PATH_BYTES = 107  # longest sun_path, without its ending zero
 KV_CACHE_GIB = 1  # of main memory, on the CPU
+BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
 
 
 def on_cpu() -> bool:
@@ -52,10 +53,16 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
     """vLLM's own flags, under vLLM's own names."""
     engines, model = settings.engines, settings.model
     device: tuple[str, ...]
-    if cpu and engines.tensor_parallel_size == 1:
-        device = ("--enforce-eager", "--distributed-executor-backend=uni")
-    elif cpu:
-        device = ("--enforce-eager",)
+    if cpu:
+        device = (
+            "--enforce-eager",
+            # For a prompt with a seed that is read in pieces vLLM rewinds a generator, which the
+            # CPU's generators cannot do: one request would end the engine.
+            "--no-enable-chunked-prefill",
+            f"--max-num-batched-tokens={max(BATCH, model.max_model_len)}",
+        )
+        if engines.tensor_parallel_size == 1:
+            device += ("--distributed-executor-backend=uni",)
     else:
         device = (f"--gpu-memory-utilization={engines.gpu_memory_utilization}",)
     return (

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -228,6 +229,19 @@ def test_kl_is_zero_for_the_anchor_and_grows_with_distance(
         engine.apply(one_step(generation))
         distances.append(kl_per_token(on_anchor, engine.prompt_logprobs(prompts, tails)))
     assert 0 < distances[0] < distances[2]
+
+
+def test_seeded_answers_to_more_than_a_batch_of_prompts(nursery: Nursery, tmp_path: Path) -> None:
+    """More tokens than one step of the engine reads, and a seed for each of the requests."""
+    model = random_checkpoint(tmp_path / "model", family="qwen2", tied=True, seed=1)
+    chosen = replace(options(model), max_model_len=256, max_num_seqs=40)
+    prompts = [[{"role": "user", "content": f"{n} " + "long " * 40}] for n in range(40)]
+    engine = nursery.engine(chosen)
+    try:
+        first = engine.sample(prompts, 8, seed=3)
+        assert first == engine.sample(prompts, 8, seed=3) != engine.sample(prompts, 8, seed=400)
+    finally:
+        engine.close()
 
 
 def test_bad_calls_leave_a_sound_engine(engine: EngineProcess, pair: tuple[Path, Path]) -> None:

@@ -37,7 +37,7 @@ def test_settings_become_vllms_own_flags() -> None:
     settings = load(engines={"max_num_seqs": 7, "tensor_parallel_size": 2}, model={"name": "x"})
     gpu, cpu = (set(process.flags(settings, cpu=cpu)) for cpu in (False, True))
     assert {"--max-num-seqs=7", "--tensor-parallel-size=2", "--served-model-name=x"} <= gpu & cpu
-    assert "--enforce-eager" in cpu - gpu
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= cpu - gpu
     assert "--distributed-executor-backend=uni" not in cpu  # two workers need processes
     assert any(flag.startswith("--gpu-memory-utilization=") for flag in gpu - cpu)
 
