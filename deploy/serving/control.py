@@ -112,6 +112,10 @@ class EngineControl(_Socket):
         """What the first worker answers with: ``start``, a digest, or ``half loaded``."""
         return str(self.rpc("anchorage_state")[0]["served"])
 
+    def started_on(self) -> str:
+        """The directory the engine loaded when its process started."""
+        return str(self._ask("GET", "/v1/models")["data"][0]["root"])
+
     def label(self, digest: str) -> None:
         """Set vLLM's own version label, which its metrics and token records carry."""
         self._ask("POST", "/update_weight_version", {"new_version": digest})
@@ -165,9 +169,9 @@ class EngineControl(_Socket):
 class GatewayControl(_Socket):
     """The gateway's admin side (agent/gateway/admin.py)."""
 
-    def hold(self, max_wait_s: float, deadline_s: float) -> str:
-        """Admit nobody and wait until nobody is inside; the hold's id."""
-        body = {"max_wait_s": max_wait_s, "deadline_s": deadline_s}
+    def hold(self, max_wait_s: float, deadline_s: float, *, wait: bool = True) -> str:
+        """Admit nobody and, if asked, wait until nobody is inside; the hold's id."""
+        body = {"max_wait_s": max_wait_s, "deadline_s": deadline_s, "wait": wait}
         return str(self._ask("POST", "/hold", body, timeout_s=max_wait_s + QUICK_S)["lease"])
 
     def release(self, version: str, hold: str | None = None, socket: Path | None = None) -> None:

@@ -16,7 +16,7 @@ from agent.errors import UserError
 from agent.store.weights import Anchor, digest_of, preflight
 from deploy.serving import swap
 from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl, pinned
-from deploy.serving.engines import Engines, engines_of
+from deploy.serving.engines import Engines, engines_of, is_up
 from deploy.serving.lease import Lease, Leases
 from deploy.serving.probes import Probes, difference, read_probes, require_equal
 from deploy.serving.served import (
@@ -33,7 +33,7 @@ from deploy.serving.served import (
 Event = Literal["SWAP_INTENT", "SWAPPED", "ROLLED_BACK"]
 Record = Callable[[Event, str, str], None]  # the ledger: event, digest, why
 Connect = Callable[[str], AbstractContextManager[EngineControl]]  # a slot -> its engine of now
-Strategy = Literal["in_place", "blue_green"]
+Strategy = Literal["in_place", "blue_green", "cold", "offline"]
 AT_ANY_TIME = (swap.Intent, swap.RolledBack, swap.End)  # they touch no engine and no gateway
 
 
@@ -52,19 +52,24 @@ def change(
 ) -> swap.Outcome:
     """Serve another version; the outcome says what is served now, and why if it is not this one.
 
-    UserError before anything is touched: a directory that fails its preflight, no recorded probes,
-    a swap under way. LeaseLostError: it took too long, the watchdog decides. ControlError: the old
-    version could not be brought back yet; the watchdog goes on trying.
+    A stack that is down serves it from its next start. UserError before anything is touched: a
+    directory that fails its preflight, no recorded probes, a swap under way. LeaseLostError: it
+    took too long, the watchdog decides. ControlError: nobody answers, or the old version could not
+    be brought back yet; the watchdog goes on trying.
     """
-    previous = read_served(home)
-    in_place = strategy == "in_place"
-    slot = previous.slot if in_place else GREEN if previous.slot == BLUE else BLUE
+    if not is_up(home):
+        strategy = "offline"
+        settle_offline(home, time.time())
+    previous = _previous(home, anchor)
+    other = GREEN if previous.slot == BLUE else BLUE
+    slot = other if strategy == "blue_green" else previous.slot
     target = Served(digest, str(directory), slot)
-    protocol = (
-        swap.in_place(previous, target)
-        if in_place
-        else swap.blue_green(previous, target, keep_warm=keep_warm)
-    )
+    protocol = {
+        "in_place": lambda: swap.in_place(previous, target),
+        "blue_green": lambda: swap.blue_green(previous, target, keep_warm=keep_warm),
+        "cold": lambda: swap.cold(previous, target),
+        "offline": lambda: swap.offline(previous, target),
+    }[strategy]()
     gateway = GatewayControl.at(home.sockets / ADMIN)
     with (
         gateway,
@@ -81,6 +86,24 @@ def change(
         ) as controller,
     ):
         return swap.run(protocol, controller.perform)
+
+
+def settle_offline(home: Home, now: float) -> None:
+    """End an overdue lease where no watchdog runs; an engine that starts reads serving.json."""
+    leases = Leases(home)
+    lease = leases.take(now)
+    if lease is not None and lease.phase == "loading":
+        write_served(home, lease.previous)
+    if lease is not None:
+        leases.end(lease)
+
+
+def _previous(home: Home, anchor: Anchor) -> Served:
+    """What is served now; the anchor in a home that never served."""
+    try:
+        return read_served(home)
+    except UserError:
+        return Served(anchor.digest, str(anchor.directory))
 
 
 @contextmanager
@@ -133,12 +156,12 @@ class Controller:
         match step:
             case swap.Preflight(target):
                 self._preflight(target)
-            case swap.Begin(previous, target):
-                self._begin(previous, target)
+            case swap.Begin(previous, target, alive):
+                self._begin(previous, target, alive)
             case swap.Intent(target):
                 self._record("SWAP_INTENT", target.digest, self._why)
-            case swap.Hold():
-                self._hold = self._gateway.hold(self._wait_s(), self._left_s())
+            case swap.Hold(wait):
+                self._hold = self._gateway.hold(self._wait_s(), self._left_s(), wait=wait)
             case swap.Pause():
                 self._the_engine().pause(self._left_s())
             case swap.Load(target):
@@ -151,6 +174,10 @@ class Controller:
                 self._verify(target)
             case swap.Stamp(served):
                 self._stamp(served)
+            case swap.StampCold(target):
+                self._stamp_cold(target)
+            case swap.StartCold(target):
+                self._start_cold(target)
             case swap.Swapped(target):
                 self._record("SWAPPED", target.digest, self._why)
             case swap.Release(served):
@@ -178,11 +205,12 @@ class Controller:
             raise UserError(f"{directory}: the weights are {found}, asked for {target.digest}")
         self._probes = read_probes(self._home, target.digest)
 
-    def _begin(self, previous: Served, target: Served) -> None:
+    def _begin(self, previous: Served, target: Served, alive: bool) -> None:
         """What the engine is asked later is prepared now, while it still serves."""
-        engine = self._tie(previous.slot)
-        assert self._probes is not None  # every protocol begins with Preflight
-        self._ids = [engine.tokens(prompt) for prompt in self._probes.prompts]
+        if alive:
+            engine = self._tie(previous.slot)
+            assert self._probes is not None  # whoever needs an engine verifies, and read them
+            self._ids = [engine.tokens(prompt) for prompt in self._probes.prompts]
         self._lease = self._leases.begin(
             previous,
             target,
@@ -216,6 +244,18 @@ class Controller:
 
         self._lease = self._leases.advance(self._the_lease(), "stamped", self._clock(), write)
         self._the_engine().label(served.digest)
+
+    def _stamp_cold(self, target: Served) -> None:
+        def write() -> None:
+            write_served(self._home, target)
+
+        self._lease = self._leases.advance(self._the_lease(), "cold", self._clock(), write)
+
+    def _start_cold(self, target: Served) -> None:
+        """The whole time again; a start that takes longer is waited for by the watchdog."""
+        lease = self._lease = self._leases.renew(self._the_lease(), self._clock())
+        self._engines.restart(target.slot, lease.engine_pid)
+        self._lease = self._leases.advance(lease, "stamped", self._clock())
 
     def _start_other(self, target: Served) -> None:
         """Start the second engine, unless it is up and was started with these weights.

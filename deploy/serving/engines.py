@@ -8,8 +8,8 @@ import psutil
 
 from agent.config import Home
 from deploy.orphans import end, supervisor_of, with_children
-from deploy.serving.control import ControlError, EngineControl
-from deploy.serving.served import socket_of
+from deploy.serving.control import ADMIN, ControlError, EngineControl
+from deploy.serving.served import SLOTS, socket_of
 from deploy.supervise import kill_service, last_line, start_service, states, stop_service
 from deploy.unix import listener_of
 
@@ -40,6 +40,12 @@ class Engines(Protocol):
 def engines_of(home: Home) -> Engines:
     """supervisord's where one runs, else a container platform's."""
     return SupervisedEngines(home) if supervisor_of(home) else ContainerEngines(home)
+
+
+def is_up(home: Home) -> bool:
+    """Whether the home serves: under supervisord, or somebody listens on its sockets."""
+    sockets = (home.sockets / ADMIN, *(socket_of(home, slot) for slot in SLOTS))
+    return supervisor_of(home) is not None or any(listener_of(each) for each in sockets)
 
 
 class SupervisedEngines:

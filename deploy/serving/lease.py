@@ -19,7 +19,8 @@ from deploy.serving.served import Served, write_atomically
 
 # held: the engine may be paused, its weights are the old ones
 # loading: its weights are unknown · stamped: they are what serving.json names, and verified
-Phase = Literal["held", "loading", "stamped"]
+# cold: serving.json names the target already, the engine of before has to be killed
+Phase = Literal["held", "loading", "stamped", "cold"]
 
 
 class LeaseLostError(Exception):

@@ -14,6 +14,13 @@ throws its failure back in (``run``). What follows a failure depends on what may
     from the load to the record  unknown or unwanted weights: kill, cold start on the old, release
     in the release               the new weights, verified: the watchdog will open the gateway
     lease lost                   the watchdog is at work: hands off
+
+Cold, for an engine that is dead, hung or full of unknown weights:
+
+    preflight -> lease -> intent -> stamp -> hold the gateway -> kill, start -> record -> release
+
+Nothing of it needs the engine to work before. From the stamp on there is no way back but another
+swap: a controller that dies is finished by the watchdog, on the target.
 """
 
 from collections.abc import Callable, Generator
@@ -32,10 +39,11 @@ class Preflight:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Take the lease: from here a deadline runs."""
+    """Take the lease: from here a deadline runs. ``alive``: the engine has to answer for it."""
 
     previous: Served
     target: Served
+    alive: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,9 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Let nobody into the engine; wait for those inside."""
+    """Let nobody into the engine; ``wait`` for those inside."""
+
+    wait: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,20 @@ class Verify:
 @dataclass(frozen=True, slots=True)
 class Stamp:
     """From now on every start serves the target."""
+
+    target: Served
+
+
+@dataclass(frozen=True, slots=True)
+class StampCold:
+    """From now on every start serves the target, and the engine that runs is to be killed."""
+
+    target: Served
+
+
+@dataclass(frozen=True, slots=True)
+class StartCold:
+    """Kill the engine, whatever it does, and start it on what is stamped."""
 
     target: Served
 
@@ -154,6 +178,8 @@ Step = (
     | StartOther
     | Verify
     | Stamp
+    | StampCold
+    | StartCold
     | Swapped
     | Release
     | Flip
@@ -196,8 +222,7 @@ def in_place(previous: Served, target: Served) -> Protocol:
         raise
     except Exception as fault:
         yield from _undo(previous, touched)
-        left = yield from _open(previous)
-        yield RolledBack(target, str(fault))
+        left = yield from _open(previous, RolledBack(target, str(fault)))
         return Outcome(False, previous, f"{fault}{left}")
     left = yield from _open(target)
     return Outcome(True, target, left)
@@ -228,14 +253,36 @@ def blue_green(previous: Served, target: Served, *, keep_warm: bool = True) -> P
             yield Stamp(previous)
             yield Flip(previous)
         yield StopOther(target)
-        yield End()
         yield RolledBack(target, str(fault))
+        yield End()
         return Outcome(False, previous, str(fault))
     yield Drain(previous)
     if not keep_warm:
         yield StopOther(previous)
     yield End()
     return Outcome(True, target)
+
+
+def cold(previous: Served, target: Served) -> Protocol:
+    """Start the engine anew on the target; a gateway that is down reads the stamp when it starts.
+
+    What fails after the stamp is raised: the lease stays, and the watchdog goes on trying.
+    """
+    yield Preflight(target)
+    yield from _begin(previous, target, alive=False)
+    yield StampCold(target)
+    try:
+        yield Hold(wait=False)
+    except LeaseLostError:
+        raise
+    except Exception as fault:
+        held = f"; the gateway did not hold: {fault}"
+    else:
+        held = ""
+    yield StartCold(target)
+    yield Swapped(target)
+    left = yield from _open(target)
+    return Outcome(True, target, f"by a cold start{held}{left}")
 
 
 def run(protocol: Protocol, perform: Callable[[Step], None]) -> Outcome:
@@ -254,9 +301,9 @@ def run(protocol: Protocol, perform: Callable[[Step], None]) -> Outcome:
         return outcome
 
 
-def _begin(previous: Served, target: Served) -> Generator[Step, None, None]:
+def _begin(previous: Served, target: Served, *, alive: bool = True) -> Generator[Step, None, None]:
     """The lease, then the ledger; a ledger that refuses gives the lease back."""
-    yield Begin(previous, target)
+    yield Begin(previous, target, alive)
     try:
         yield Intent(target)
     except Exception:
@@ -279,13 +326,35 @@ def _undo(previous: Served, touched: str) -> Generator[Step, None, None]:
         yield Recover(previous)
 
 
-def _open(served: Served) -> Generator[Step, None, str]:
-    """Open the gateway; when it cannot be reached, the lease stays for the watchdog to end."""
+def _open(served: Served, *told: Step) -> Generator[Step, None, str]:
+    """Open the gateway; when it cannot be reached, the lease stays for the watchdog to end.
+
+    ``told`` comes before the lease is given back: nobody else writes the ledger until then.
+    """
+    left = ""
     try:
         yield Release(served)
+    except LeaseLostError:
+        raise
+    except Exception as fault:
+        left = f"; the watchdog opens the gateway: {fault}"
+    yield from told
+    if left:
+        return left
+    try:
         yield End()
     except LeaseLostError:
         raise
     except Exception as fault:
-        return f"; the watchdog opens the gateway: {fault}"
+        return f"; the watchdog ends the lease: {fault}"
     return ""
+
+
+def offline(previous: Served, target: Served) -> Protocol:
+    """Choose what the next start serves, while nothing runs."""
+    yield Preflight(target)
+    yield from _begin(previous, target, alive=False)
+    yield StampCold(target)
+    yield Swapped(target)
+    yield End()
+    return Outcome(True, target, "the stack is down: served from its next start")

@@ -61,7 +61,7 @@ class Watchdog:
         if lease.phase == "loading":
             write_served(self._home, lease.previous)
         served = read_served(self._home)
-        if lease.phase == "loading" or not self._resumed(served):
+        if lease.phase in ("loading", "cold") or not self._resumed(served):
             self._engines.restart(served.slot, lease.engine_pid)
         self._open_gateway(served)
         try:

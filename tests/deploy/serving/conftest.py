@@ -104,7 +104,7 @@ class FakeGateway:
             raise httpx.ConnectError("refused", request=request)
         body = json.loads(request.content or b"{}")
         match request.url.path:
-            case "/hold" if self.busy:
+            case "/hold" if self.busy and body["wait"]:
                 return httpx.Response(409, text="1 answers still running")
             case "/hold":
                 self.holds += 1
@@ -218,7 +218,8 @@ class World:
     def check(self) -> None:
         """No client is ever answered by weights other than those its answer names."""
         engine = self.engines[self.gateway.slot]
-        admits = self.gateway.hold is None and engine.alive and not engine.paused
+        reachable = self.gateway.alive and engine.alive
+        admits = self.gateway.hold is None and reachable and not engine.paused
         if admits:
             assert engine.weights == self.gateway.version
 

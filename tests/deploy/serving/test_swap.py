@@ -39,6 +39,18 @@ BLUE_GREEN = [
     swap.Drain,
     swap.End,
 ]
+COLD = [
+    swap.Preflight,
+    swap.Begin,
+    swap.Intent,
+    swap.StampCold,
+    swap.Hold,
+    swap.StartCold,
+    swap.Swapped,
+    swap.Release,
+    swap.End,
+]
+ORDER = {"in_place": IN_PLACE, "blue_green": BLUE_GREEN, "cold": COLD}
 
 
 class FaultError(Exception):
@@ -52,6 +64,8 @@ class Death(BaseException):
 def protocol(world: Any, strategy: str) -> swap.Protocol:
     if strategy == "in_place":
         return swap.in_place(world.old, world.new)
+    if strategy == "cold":
+        return swap.cold(world.old, world.new)
     return swap.blue_green(world.old, replace(world.new, slot=GREEN))
 
 
@@ -84,9 +98,7 @@ def raise_at(kind: type, error: BaseException, times: int = 1) -> Callable[[swap
     return act
 
 
-@pytest.mark.parametrize(
-    ("strategy", "order"), [("in_place", IN_PLACE), ("blue_green", BLUE_GREEN)]
-)
+@pytest.mark.parametrize(("strategy", "order"), ORDER.items())
 def test_a_swap_takes_its_steps_in_order_and_ends_settled(
     world: Any, strategy: str, order: list[type]
 ) -> None:
@@ -133,12 +145,12 @@ def test_any_fault_in_blue_green_ends_settled(world: Any, kind: type, when: str)
     assert world.engines["engine"].weights == world.old.digest
 
 
-@pytest.mark.parametrize("strategy", ["in_place", "blue_green"])
+@pytest.mark.parametrize("strategy", ORDER)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_controller_that_dies_at_any_step_is_settled_by_the_watchdog(
     make_world: Callable[[], Any], strategy: str, when: str
 ) -> None:
-    for kind in IN_PLACE if strategy == "in_place" else BLUE_GREEN:
+    for kind in ORDER[strategy]:
         world = make_world()
         with pytest.raises(Death):
             swap_in(world, strategy, **{when: raise_at(kind, Death())})
@@ -313,6 +325,37 @@ def test_an_engine_that_is_not_kept_warm_is_stopped(world: Any) -> None:
         target = replace(world.new, slot=GREEN)
         swap.run(swap.blue_green(world.old, target, keep_warm=False), controller.perform)
     assert world.pid("engine") is None
+    assert world.settled() == world.new.digest
+
+
+@pytest.mark.parametrize("dead", ["engine", "gateway", "both"])
+def test_a_cold_start_needs_nobody_alive(world: Any, dead: str) -> None:
+    """Whoever is down comes back on what is stamped; nobody is ever told a wrong version."""
+    world.engines["engine"].alive = dead == "gateway"
+    world.gateway.alive = dead == "engine"
+    assert swap_in(world, "cold").swapped
+    assert world.cold_starts == 1
+    if not world.gateway.alive:
+        world.gateway = type(world.gateway)(read_served(world.home).digest)
+        world.now += 20.0
+        world.watchdog().tick()
+    assert world.settled() == world.new.digest
+
+
+def test_a_cold_start_does_not_wait_for_answers_of_a_hung_engine(world: Any) -> None:
+    world.gateway.busy = True
+    world.engines["engine"].paused = True
+    assert swap_in(world, "cold").swapped
+    assert world.settled() == world.new.digest
+
+
+def test_a_cold_start_that_fails_is_finished_by_the_watchdog(world: Any) -> None:
+    world.starts_fail = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        swap_in(world, "cold")
+    world.starts_fail = False
+    world.now += 20.0
+    assert world.watchdog().tick()
     assert world.settled() == world.new.digest
 
 

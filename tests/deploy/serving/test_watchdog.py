@@ -23,7 +23,9 @@ def abandoned(world: Any, phase: Phase) -> None:
     lease = leases.begin(world.old, world.new, lease_s=LEASE_S, now=world.now, engine_pid=pid)
     engine.paused = True
     world.gateway.hold = "hold"
-    if phase != "held":
+    if phase == "cold":
+        leases.advance(lease, "cold", world.now, lambda: write_served(world.home, world.new))
+    elif phase != "held":
         leases.advance(lease, "loading", world.now)
         engine.weights = "c" * 64  # half loaded
     if phase == "stamped":
@@ -34,7 +36,7 @@ def abandoned(world: Any, phase: Phase) -> None:
 
 @pytest.mark.parametrize(
     ("phase", "serves", "cold_starts"),
-    [("held", "old", 0), ("loading", "old", 1), ("stamped", "new", 0)],
+    [("held", "old", 0), ("loading", "old", 1), ("stamped", "new", 0), ("cold", "new", 1)],
 )
 def test_each_phase_has_its_own_way_out(
     world: Any, phase: Phase, serves: str, cold_starts: int
