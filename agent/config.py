@@ -177,13 +177,26 @@ class ReviewSettings(Section):
     mode: Literal["auto", "manual"] = Field(
         "auto", description="'manual': a passed candidate waits for a person."
     )
+    allow_anchor_move: bool = Field(
+        False, description="Whether `anchorage anchor move` may tie later rounds to the champion."
+    )
 
 
 class BakingSettings(Section):
-    """The watch over a freshly promoted version."""
+    """The watch over a freshly promoted version (evaluators/baking.py states the tests)."""
 
     rows: int = Field(40, ge=1, description="Live rewards of the new version that settle it.")
-    alpha: float = Field(0.01, gt=0, lt=0.5, description="Level at which a fall rolls back.")
+    minutes: float = Field(60.0, ge=0, description="Longest watch; then what was seen settles it.")
+    alpha: float = Field(
+        0.01, gt=0, lt=0.5, description="Largest chance to roll back a version that is not worse."
+    )
+    window: int = Field(200, ge=1, description="Newest answers of the old version to compare with.")
+    error_margin: float = Field(
+        0.05, gt=0, lt=0.5, description="Failed answers more than before that are borne, a share."
+    )
+    latency_factor: float = Field(
+        3.0, gt=1, description="An answer slower than this many old medians is slow."
+    )
 
 
 class GatewaySettings(Section):

@@ -19,6 +19,8 @@ PARENT = "anchorage.parent"
 VERDICT = "anchorage.verdict"
 REVIEW = "anchorage.review"  # set by a person in the UI: approve or reject
 NOTE = "anchorage.note"
+STATE = "anchorage.state"  # what the ledger says of a digest now
+GENERATION = "anchorage.generation"
 ROUND = "anchorage.round"
 # Named, since inferring them imports and runs the model for ten seconds.
 _REQUIREMENTS = ["transformers", "torch", "safetensors"]
@@ -33,6 +35,7 @@ class Version:
     verdict: str
     review: str | None
     run_id: str | None
+    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +95,19 @@ class Registry:
     def log_generation(
         self, run_id: str, generation: int, metrics: Mapping[str, float], tags: Mapping[str, str]
     ) -> None:
-        """One generation: a point on each of the round's curves and a nested run of its own."""
+        """One generation: a point on each of the round's curves and a nested run of its own.
+
+        The nested run is made last and found by its tags: what was shown is not shown twice.
+        """
+        tags = {"mlflow.parentRunId": run_id, GENERATION: str(generation), **tags}
+        named = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        if self._client.search_runs([self._experiment], filter_string=named, max_results=1):
+            return
         self.log_metrics(run_id, metrics, generation)
         child = self._client.create_run(
             self._experiment,
             run_name=f"generation {generation:03d}",
-            tags={"mlflow.parentRunId": run_id, **tags},
+            tags=tags,
         )
         self.log_metrics(child.info.run_id, metrics, generation)
         self._client.set_terminated(child.info.run_id)
@@ -185,11 +195,17 @@ class Registry:
         if found is not None:
             self._client.set_model_version_tag(self.name, found.number, key, value)
 
-    def aliases(self) -> dict[str, str]:
-        """Digest by alias, as MLflow has it now: a person may have moved one."""
+    def note(self, number: str, text: str) -> None:
+        """Leave a note on a version, whoever made it."""
+        self._client.set_model_version_tag(self.name, number, NOTE, text)
+
+    def aliases(self) -> dict[str, Version]:
+        """Version by alias, as MLflow has it now: a person may have moved one."""
         named = self._client.get_registered_model(self.name).aliases
-        digest = {each.number: each.digest for each in self.versions()}
-        return {alias: digest[str(number)] for alias, number in named.items()}
+        return {
+            alias: _version(self._client.get_model_version(self.name, str(number)))
+            for alias, number in named.items()
+        }
 
     def set_alias(self, alias: Alias, digest: str) -> None:
         """Point an alias at the version of a digest, which must exist."""
@@ -252,6 +268,7 @@ def _version(found: Any) -> Version:
         tags.get(VERDICT, ""),
         tags.get(REVIEW),
         found.run_id or None,
+        tags.get(STATE),
     )
 
 

@@ -16,14 +16,16 @@ import httpx
 from prefect import flow, serve
 from prefect.schedules import Interval
 
-from flows import loop, projection, promote
+from flows import loop, promote
+from flows.baking import bake
 from flows.collect import collect_rows
-from flows.reconcile import disagreements, repair
+from flows.progress import Silent
+from flows.reconcile import repair
 from flows.service import Service
-from flows.session import session
+from flows.session import Session, session
+from flows.upkeep import poll
 
 LOG = logging.getLogger("anchorage.flows")
-PROJECTION_RETRY_S = 60.0
 
 
 @flow(name="collect")
@@ -68,9 +70,9 @@ def rollback_flow(home: str, digest: str, reason: str) -> dict[str, Any]:
 
 @flow(name="bake")
 def bake_flow(home: str) -> dict[str, Any]:
-    """Judge a fresh promotion by its live rewards; roll back a significant fall."""
+    """Judge a fresh promotion by its live traffic; roll back one that is worse."""
     with session(Path(home)) as opened:
-        return promote.bake(opened)
+        return bake(opened)
 
 
 @flow(name="reconcile", retries=2, retry_delay_seconds=5)
@@ -141,7 +143,7 @@ def serve_flows(service: Service) -> None:
     home = {"home": str(service.home.root)}
     every = timedelta(minutes=service.settings.projection.loop_minutes)
     schedule = Interval(every, anchor_date=datetime.now(UTC) + every)
-    watcher = threading.Thread(target=_watch, args=[service], name="reconcile", daemon=True)
+    watcher = threading.Thread(target=watch, args=[service], name="reconcile", daemon=True)
     watcher.start()
     deployments = [
         each.to_deployment(
@@ -152,19 +154,19 @@ def serve_flows(service: Service) -> None:
     serve(*deployments, print_starting_message=False, pause_on_shutdown=False)
 
 
-def _watch(service: Service) -> None:
+def watch(service: Service) -> None:
     """Poll; a flow is run only where something disagrees, so that a quiet service stays quiet."""
-    home = str(service.home.root)
     own = Service(service.home, service.settings)  # SQLite connections belong to their thread
-    while not projection.attempt("anchor", lambda: projection.show_anchor(own)):
-        time.sleep(PROJECTION_RETRY_S)
+    opened = Session(own, Silent())
     while True:
         time.sleep(service.settings.projection.reconcile_seconds)
-        try:
-            if disagreements(own):
-                run_flow("reconcile", home)
-            if own.ledger.unsettled() is not None:
-                with session(own.home.root) as opened:
-                    promote.bake(opened)
-        except Exception as error:  # the boundary of one poll: the next one tries again
-            LOG.warning("reconcile: %s", error)
+        poll(opened, lambda: _settle(str(service.home.root)))
+
+
+def _settle(home: str) -> None:
+    """Reconcile where Prefect shows it, and all the same where Prefect itself fails."""
+    try:
+        run_flow("reconcile", home)
+    except Exception as error:
+        LOG.warning("reconcile as a flow: %s", error)
+        reconcile_flow.fn(home)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from agent.store.records import DamagedError, Run
 from agent.store.replay import replay, route
 from agent.store.weights import export
 from evaluators.task import Row, Task, judge, training_reward
-from flows import projection
+from flows import catch_up, projection
 from flows.collect import collect_rows, mark_used
 from flows.curve import Curve, Point, chats, points_of
 from flows.pace import Pace
@@ -76,7 +76,8 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
     plan = learner.model_dump(mode="json")
     for run in service.journal.runs():
         asked = {key: run.plan.get(key) for key in plan}
-        same = run.target == task.name and run.parent_digest == service.champion()
+        now = (task.name, service.champion(), service.anchor.digest)
+        same = (run.target, run.parent_digest, run.anchor_digest) == now
         mine = run.digest is None and same and asked == plan and "replayed" not in run.plan
         if mine and not given_up(service, run):
             done = service.journal.next_generation(run.run_id)
@@ -144,6 +145,7 @@ class Driver:
     ) -> None:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
+        self._anchor = service.open_anchor(run.anchor_digest)  # whatever is served meanwhile
         self._rows = _rows(service, run)
         self._chats = chats(task, self._rows, service.shots(task.name))
         self._curve = Curve(service, task.name, run.run_id)
@@ -157,7 +159,7 @@ class Driver:
         keep_snapshots(service, self._population, self._run, 1)
         parameters = replay(
             service.journal,
-            service.anchor,
+            self._anchor,
             run_id,
             service.home.snapshots,
             importance=service.home.importance,
@@ -199,8 +201,8 @@ class Driver:
     def _prepare(self) -> None:
         """Bring every engine to where the journal is."""
         service = self._service
-        self._population.open(service.anchor.directory)
-        way = route(service.journal, service.anchor, self._run.run_id, service.home.snapshots)
+        self._population.open(self._anchor.directory)
+        way = route(service.journal, self._anchor, self._run.run_id, service.home.snapshots)
         steps = [each.step for each in way.generations]
         found = self._population.restore(way.snapshot, steps)
         if way.generations and found != way.generations[-1].delta_hash:
@@ -248,10 +250,10 @@ class Driver:
     def _record(self, record: Record) -> None:
         service, run_id, generation = self._service, self._run.run_id, record.step.generation
         service.journal.commit(run_id, record.step, record.rewards, self._delta_hash, record.drift)
-        pace, drift = self._pace.end(generation), asdict(record.drift)
+        pace = self._pace.end(generation)
         if (generation + 1) % self._learner.snapshot_every == 0:
             keep_snapshots(service, self._population, self._run, NEWEST)
         projection.attempt(
             f"generation {generation} of {run_id}",
-            lambda: projection.show_generation(service, run_id, drift, pace),
+            lambda: catch_up.show_run(service, run_id, pace),
         )

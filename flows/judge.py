@@ -64,7 +64,7 @@ def judge(
     digests: dict[Who, str] = {
         "candidate": digest,
         "champion": champion,
-        "anchor": service.anchor.digest,
+        "anchor": run.anchor_digest,
     }
     names = [run.target, *priors]
     settings = gate_settings(service, run)

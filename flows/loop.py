@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from agent.errors import UserError
 from deploy.serving.served import write_atomically
-from flows import projection
+from flows import catch_up, projection
 from flows.curve import points_of
 from flows.improve import Round, run_round
 from flows.judge import Judged, judge
@@ -30,9 +30,8 @@ def weigh(session: Session, run_id: str) -> Judged:
     curve = points_of(service, run_id)
     judged = judge(service, session.population, run_id, session.progress, curve)
     write_atomically(report_path(service, run_id), json.dumps(judged.report.to_json()))
-    projection.attempt(
-        f"round {run_id}", lambda: projection.show_round(service, judged.report, judged.tables)
-    )
+    catch_up.keep(service, judged.report, judged.tables)
+    projection.attempt(f"round {run_id}", lambda: catch_up.show_run(service, run_id))
     return judged
 
 

@@ -56,7 +56,8 @@ def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str
 
 def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
     """The plan of an open round, from where its journal is."""
-    generations = lineage(service.journal, service.anchor, run.run_id)
+    anchor = service.open_anchor(run.anchor_digest)
+    generations = lineage(service.journal, anchor, run.run_id)
     before = [generation for generation in generations if generation.run_id != run.run_id]
     return Plan(
         run_seed=run.run_seed,
@@ -69,7 +70,7 @@ def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
         penalty=_penalty(learner, run.plan),
         noise=learner.noise,
         early_stop=learner.early_stop,
-        parameters=service.anchor.parameters,
+        parameters=anchor.parameters,
         start_generation=len(generations) - len(before),
         start_norm=float(before[-1].drift["norm"]) if before else 0.0,
     )

@@ -1,7 +1,7 @@
 """The journal, the ledger and the evaluations, shown in MLflow.
 
 A projection can be made again at any time from what the home owns, so MLflow may be down, slow or
-wiped without a round noticing; ``catch_up`` brings it level.
+wiped without a round noticing; ``flows.catch_up`` brings it level.
 """
 
 import hashlib
@@ -11,19 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.registry import NOTE, VERDICT, Alias, Rows
-from agent.store.weights import short
+from filelock import FileLock
+
+from agent.registry import Alias, Rows
 from deploy.serving.served import write_atomically
 from flows import plots, report
 from flows.evaluate import Who
 from flows.service import Service
 
 LOG = logging.getLogger("anchorage.projection")
+WAIT_S = 20.0  # for another process that looks at aliases
 NUMBERS = ("norm", "step_norm", "predicted_norm", "predicted_norm_l2", "reward_mean", "reward_std")
 
 
-def attempt(what: str, act: Callable[[], None]) -> bool:
-    """Do something to MLflow; a failure is logged and left to ``catch_up``, never raised."""
+def attempt(what: str, act: Callable[[], object]) -> bool:
+    """Do something to MLflow; a failure is logged and left to ``flows.catch_up``, never raised."""
     try:
         act()
     except Exception as error:
@@ -116,51 +118,54 @@ def show_round(
 
 
 def show_anchor(service: Service) -> None:
-    """The anchor's version and aliases, so that every later one has a beginning to be seen."""
-    digest = service.anchor.digest
+    """The original model's version, so that every later one has a beginning to be seen."""
     service.registry.register(
         None,
-        service.anchor.directory,
-        digest=digest,
+        service.origin.directory,
+        digest=service.origin.digest,
         parent="",
         verdict="anchor",
-        description=f"The original model, {service.anchor.parameters:,} parameters.",
+        description=f"The original model, {service.origin.parameters:,} parameters.",
     )
-    service.registry.set_alias("anchor", digest)
+    show_aliases(service)
 
 
 def show_aliases(service: Service, challenger: str | None = None) -> None:
     """Aliases as the ledger says: champion, previous, anchor, and the candidate of now.
 
-    What was shown is written down, so that a person's move can be told from our own delay.
+    The champion alias is announced in a file before it is set and confirmed after, so that a
+    person's move can be told from our own, also after a crash between the two (``shown``).
     """
-    wanted: dict[Alias, str | None] = {
-        "champion": service.champion(),
-        "previous": service.ledger.previous(),
-        "anchor": service.anchor.digest,
-        "challenger": challenger,
-    }
-    shown = service.registry.aliases()
-    for alias, digest in wanted.items():
-        if digest is not None and shown.get(alias) != digest:
-            service.registry.set_alias(alias, digest)
-    write_atomically(service.home.root / "champion_shown", str(wanted["champion"]))
+    with aliases_still(service):
+        wanted: dict[Alias, str | None] = {
+            "champion": service.champion(),
+            "previous": service.ledger.previous(),
+            "anchor": service.anchor.digest,
+            "challenger": challenger,
+        }
+        path, champion = _shown_path(service), str(wanted["champion"])
+        set_now = service.registry.aliases()
+        write_atomically(path, json.dumps([*shown(service), champion]))
+        for alias, digest in wanted.items():
+            if digest is not None and (alias not in set_now or set_now[alias].digest != digest):
+                service.registry.set_alias(alias, digest)
+        write_atomically(path, json.dumps([champion]))
 
 
-def champion_shown(service: Service) -> str | None:
-    """The digest that the champion alias was last pointed at by this service."""
-    path = service.home.root / "champion_shown"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def shown(service: Service) -> list[str]:
+    """The digests that this service itself may have pointed the champion alias at last."""
+    path = _shown_path(service)
+    found: list[str] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    return found
 
 
-def note(service: Service, digest: str, text: str) -> None:
-    """A note on a version, such as why a moved alias was put back."""
-    service.registry.tag(digest, NOTE, text)
+def aliases_still(service: Service) -> FileLock:
+    """Held by whoever sets aliases, or compares them with what was set: one at a time."""
+    return FileLock(service.home.root / "aliases.lock", timeout=WAIT_S)
 
 
-def show_verdict(service: Service, digest: str, verdict: str) -> None:
-    """The verdict on a version."""
-    service.registry.tag(digest, VERDICT, verdict)
+def _shown_path(service: Service) -> Path:
+    return service.home.root / "aliases.json"
 
 
 def samples(table: Path, task: str) -> list[dict[str, Any]]:
@@ -187,13 +192,3 @@ def _divergences(told: report.RoundReport) -> dict[str, float]:
     means = {f"kl.{task}": row["kl"] for task, row in rows.items()}
     ends = {f"kl.{task}.{end}": row[end] for task, row in rows.items() for end in ("low", "high")}
     return means | ends
-
-
-def version_line(service: Service, digest: str) -> str:
-    """'a1b2c3d4e5f6 (anchor)': a digest and what it is now."""
-    names = [
-        name
-        for name, value in (("anchor", service.anchor.digest), ("champion", service.champion()))
-        if value == digest
-    ]
-    return f"{short(digest)} ({', '.join(names)})" if names else short(digest)

@@ -1,42 +1,21 @@
-"""What is served: promotion, baking, review, rollback. The ledger is written first, always.
+"""Who is served next: promotion, review, rollback, and the anchor's move. The ledger comes first.
 
-A swap itself is `deploy.serving.controller.change`; here it is decided, recorded and shown.
+How a swap is done is `flows.swaps`; here it is decided, recorded and shown.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from scipy.stats import mannwhitneyu
+from contextlib import suppress
 
 from agent.errors import UserError
-from agent.store.states import Entry
 from agent.store.weights import short
-from deploy import stack
-from deploy.serving.controller import Record, change
-from deploy.serving.engines import SupervisedEngines
-from deploy.serving.lease import Leases
-from deploy.serving.served import Served, read_served, write_served
+from deploy.serving.controller import Event
 from flows import projection
-from flows.probing import ensure_probes
+from flows.baking import settle_for
 from flows.service import Service
 from flows.session import Session
+from flows.swaps import Outcome, finish, swap, swap_surely
 
 PASSED = ("PROMOTE", "APPROVED")
 SERVED = ("CHAMPION", "ANCHOR")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is served after an act, and why it is not what was asked where it is not."""
-
-    asked: str
-    served: str
-    state: str
-    reason: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def may_serve(service: Service, digest: str) -> bool:
@@ -67,77 +46,51 @@ def act(session: Session, digest: str) -> bool:
 
 
 def promote(session: Session, digest: str, why: str = "passed the gate") -> Outcome:
-    """Serve a digest through the safe swap; then it bakes.
+    """Serve a digest through the safe swap; then it bakes. What baked before is settled first.
 
     Raises:
         UserError: The ledger does not let it be served, or nothing was touched and why.
     """
     service = session.service
+    finish(session)
     if not may_serve(service, digest):
         state = service.ledger.state(digest) or "unknown"
         raise UserError(
             f"digest {short(digest)} is {state}; only a candidate that passed the gate (or was "
             "approved, or served before) and is not the champion is promoted"
         )
+    settle_for(session, digest)
 
-    def record(event: str, of: str, reason: str) -> None:
-        service.record(of, event, reason or why)
+    def told(event: Event, of: str, reason: str, epoch: int) -> None:
+        service.record(of, event, reason, epoch=epoch)
 
-    outcome = _swap(session, digest, record, why)
+    outcome = swap(session, digest, told, why)
     if outcome.served == digest:
-        service.record(digest, "BAKING", "live rewards are watched")
+        with suppress(UserError):  # whoever came between has written what it is now
+            service.record(digest, "BAKING", "live traffic is watched")
     projection.attempt("aliases", lambda: projection.show_aliases(service))
     return outcome
 
 
 def rollback(session: Session, digest: str, reason: str) -> Outcome:
-    """Serve an earlier version again. A swap that fails is finished by a cold start.
+    """Serve an earlier version again, in place or, where no engine works, by a cold start.
 
     Raises:
         UserError: The digest is served already, was never served, or its weights are not kept.
     """
     service = session.service
+    finish(session)
     champion = service.champion()
     if digest == champion:
         raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
-    service.directory(digest)
 
-    def record(event: str, _of: str, _reason: str) -> None:
+    def told(event: Event, _of: str, _reason: str, epoch: int) -> None:
         if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
-            service.record(champion, "ROLLED_BACK", reason, after=digest)
+            service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
 
-    outcome = _swap(session, digest, record, reason)
-    if outcome.served != digest:
-        _cold_start(service, digest)
-        outcome = Outcome(digest, digest, "ROLLED_BACK", f"by a cold start: {outcome.reason}")
+    outcome = swap_surely(session, digest, told, reason)
     projection.attempt("aliases", lambda: projection.show_aliases(service))
     return outcome
-
-
-def bake(session: Session) -> dict[str, Any]:
-    """Judge the version that bakes by its live rewards; what became of it.
-
-    H0: a reward of the new version is not smaller than one of the version before it
-    (Mann-Whitney, one-sided). p < alpha rolls back; with enough rewards it is the champion.
-    """
-    service, baking = session.service, session.service.settings.baking
-    entry = service.ledger.unsettled()
-    if entry is None or entry.state not in ("SWAPPED", "BAKING"):
-        return {"state": "nothing bakes"}
-    new, old = _live_rewards(service, entry)
-    told: dict[str, Any] = {"digest": entry.digest, "rewards": len(new), "before": len(old)}
-    if new and old:
-        told |= {"mean": sum(new) / len(new), "mean_before": sum(old) / len(old)}
-        told["p_worse"] = float(mannwhitneyu(new, old, alternative="less").pvalue)
-    if told.get("p_worse", 1.0) < baking.alpha:
-        why = f"live reward fell: {told['mean_before']:.3f} -> {told['mean']:.3f}"
-        back = service.ledger.previous() or service.anchor.digest
-        rollback(session, back, f"{why}, p = {told['p_worse']:.3g}")
-        return told | {"state": "ROLLED_BACK"}
-    if len(new) < baking.rows:
-        return told | {"state": "BAKING", "wanted": baking.rows}
-    service.record(entry.digest, "CHAMPION", "live rewards hold", statistics=told)
-    return told | {"state": "CHAMPION"}
 
 
 def review(session: Session, digest: str, word: str, why: str) -> Outcome:
@@ -156,71 +109,59 @@ def review(session: Session, digest: str, word: str, why: str) -> Outcome:
     if word != "approve":
         raise UserError(f"review {word!r}: allowed: approve, reject")
     service.record(digest, "APPROVED", why)
-    return promote(session, digest, f"approved: {why}")
+    return carry_out(session, digest, f"approved: {why}")
 
 
-def recover(session: Session, digest: str, why: str) -> None:
-    """Finish the ledger of a swap whose controller died, as it turned out."""
+def carry_out(session: Session, digest: str, why: str) -> Outcome:
+    """Promote an approved digest; what keeps it from being served now does not undo the approval.
+
+    Raises:
+        UserError: It was refused for good.
+    """
     service = session.service
-    if read_served(service.home).digest == digest:
-        service.record(digest, "SWAPPED", f"{why}; it is served")
-        service.record(digest, "BAKING", "live rewards are watched")
-    else:
-        service.record(digest, "ROLLED_BACK", f"{why}; the version before it is served")
+    try:
+        return promote(session, digest, why)
+    except UserError as error:
+        if service.ledger.state(digest) != "APPROVED":
+            raise
+        return Outcome(digest, service.champion(), "APPROVED", f"is tried again: {error}")
 
 
-def serve_champion(session: Session) -> None:
-    """Make the engine serve what the ledger says, whatever it serves now."""
+def follow(session: Session, digest: str, text: str) -> bool:
+    """Carry out a person's move of the champion alias; False where the ledger forbids it.
+
+    A version that waits for review and passed the gate is approved by it; one on hold is not.
+    """
     service = session.service
-    champion = service.champion()
-    outcome = _swap(session, champion, lambda _event, _digest, _why: None, "as the ledger says")
-    if outcome.served != champion:
-        _cold_start(service, champion)
+    if service.ledger.state(digest) == "AWAIT_REVIEW":
+        verdicts = [e.state for e in service.ledger.of(digest) if e.state in ("PROMOTE", "HOLD")]
+        if verdicts[-1:] == ["PROMOTE"]:
+            service.record(digest, "APPROVED", text)
+    if may_serve(service, digest):
+        promote(session, digest, why=text)
+        return True
+    return False
 
 
-def swap_under_way(service: Service) -> bool:
-    """Whether a controller, or the watchdog after it, is changing weights."""
-    return Leases(service.home).current() is not None
+def move_anchor(session: Session, digest: str, reason: str) -> Outcome:
+    """Tie later rounds to the champion instead of what it is tied to now: a person's act.
 
+    What was learnt before stays replayable from its own anchor, and can be served again.
 
-def _swap(session: Session, digest: str, record: Record, why: str) -> Outcome:
-    """The swap on a running stack; a stopped one serves the digest from its next start."""
+    Raises:
+        UserError: The settings forbid it, or the digest is not a settled champion that is kept.
+    """
     service = session.service
-    directory = service.directory(digest)
-    if not stack.status(service.home)["services"]:
-        record("SWAP_INTENT", digest, why)
-        write_served(service.home, Served(digest, str(directory)))
-        record("SWAPPED", digest, "the stack is down: served from its next start")
-        return Outcome(digest, digest, "SWAPPED")
-    ensure_probes(session, digest)
-    done = change(
-        service.home,
-        digest,
-        directory,
-        anchor=service.anchor,
-        record=record,
-        why=why,
-        strategy=service.settings.engines.swap,
-        lease_s=service.settings.engines.swap_deadline_s,
-    )
-    state = "SWAPPED" if done.swapped else "ROLLED_BACK"
-    return Outcome(digest, done.served.digest, state, done.reason)
-
-
-def _cold_start(service: Service, digest: str) -> None:
-    """Kill the engine and start it on this digest: the way that needs nothing to work before."""
-    slot = read_served(service.home).slot
-    write_served(service.home, Served(digest, str(service.directory(digest)), slot))
-    engines = SupervisedEngines(service.home)
-    engines.restart(slot, engines.pid(slot))
-
-
-def _live_rewards(service: Service, entry: Entry) -> tuple[list[float], list[float]]:
-    """Verified live rewards of a version and of the one before it, on the round's target."""
-    target = service.journal.candidate(entry.digest).target
-    rows = [row for row in service.experience.rows(target) if row.reward is not None]
-    intents = [each for each in service.ledger.of(entry.digest) if each.state == "SWAP_INTENT"]
-    before = intents[-1].before if intents else None
-    new = [float(row.reward or 0.0) for row in rows if row.version == entry.digest]
-    old = [float(row.reward or 0.0) for row in rows if row.version == before]
-    return new, old
+    if not service.settings.review.allow_anchor_move:
+        raise UserError("review.allow_anchor_move is false; allowed: set it to true first")
+    state, before = service.ledger.state(digest), service.anchor.digest
+    if digest != service.champion() or state != "CHAMPION":
+        raise UserError(
+            f"digest {short(digest)} is {state or 'unknown'}; only the champion becomes the "
+            f"anchor, once it has settled: {short(service.champion())}"
+        )
+    service.directory(digest)
+    moved = {"anchor_before": before, "anchor_after": digest}
+    service.record(digest, "ANCHOR", reason, statistics=moved)
+    projection.attempt("aliases", lambda: projection.show_aliases(service))
+    return Outcome(digest, service.champion(), "ANCHOR", reason)

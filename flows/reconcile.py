@@ -5,18 +5,19 @@ The one thing a person may do in MLflow's UI is to move the champion alias to a 
 other move is put back and noted on the version.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from agent.registry import REVIEW
 from agent.store.weights import short
-from deploy.serving.served import read_served
-from flows import projection, promote
+from deploy.serving.observed import observe
+from flows import projection, promote, swaps
 from flows.service import Service
 from flows.session import Session
 
-Kind = Literal["served", "alias", "moved", "review", "unfinished"]
+Kind = Literal["served", "alias", "moved", "review", "unfinished", "approved"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Disagreement:
     digest: str  # the digest found instead
     text: str
     word: str = ""  # of a review
+    version: str = ""  # number of a version in MLflow
 
 
 def disagreements(service: Service) -> list[Disagreement]:
     """Everything that differs from the ledger now; MLflow being down hides only its own part."""
-    found = [*_unfinished(service), *_served(service)]
+    found = [*_unfinished(service), *_served(service), *_approved(service)]
     projection.attempt("reading aliases", lambda: found.extend(_shown(service)))
     return found
 
@@ -44,29 +46,49 @@ def repair(session: Session) -> list[str]:
 def _unfinished(service: Service) -> Iterator[Disagreement]:
     """A swap whose controller died: its intent is open and nobody holds the swap's lease."""
     intent = service.ledger.open_intent()
-    if intent is not None and not promote.swap_under_way(service):
+    if intent is not None and not swaps.swap_under_way(service):
         text = f"swap to {short(intent.digest)} was not finished"
         yield Disagreement("unfinished", intent.digest, text)
 
 
 def _served(service: Service) -> Iterator[Disagreement]:
+    """What is chosen, loaded or stamped, and is not the champion, while nobody swaps.
+
+    Looked at in this order, a swap that begins or ends meanwhile is never taken for one.
+    """
     champion, intent = service.champion(), service.ledger.open_intent()
-    served = read_served(service.home).digest
-    if served != champion and intent is None and not promote.swap_under_way(service):
-        text = f"{short(served)} is served, the champion is {short(champion)}"
-        yield Disagreement("served", served, text)
+    others = observe(service.home).others(champion)
+    still = service.champion() == champion and not swaps.swap_under_way(service)
+    if others and intent is None and still:
+        text = f"{', '.join(others)}: the champion is {short(champion)}"
+        yield Disagreement("served", champion, text)
+
+
+def _approved(service: Service) -> Iterator[Disagreement]:
+    """An approval that was not carried out, because its process ended or another version baked."""
+    if service.ledger.unsettled() is not None or swaps.swap_under_way(service):
+        return
+    grace_s = service.settings.engines.swap_deadline_s  # whoever approved may be about to
+    for digest, state in service.ledger.states().items():
+        row = service.ledger.of(digest)[-1]
+        if state == "APPROVED" and time.time() - row.time > grace_s:
+            yield Disagreement("approved", digest, f"approved: {row.why}")
 
 
 def _shown(service: Service) -> Iterator[Disagreement]:
     """What MLflow shows: the champion alias, and tags of reviewers on waiting versions."""
-    shown, champion = service.registry.aliases().get("champion"), service.champion()
-    if shown is None:
+    with projection.aliases_still(service):
+        alias, ours = service.registry.aliases().get("champion"), projection.shown(service)
+        champion = service.champion()
+    if alias is None:
         yield Disagreement("alias", champion, "no champion alias")
-    elif shown == projection.champion_shown(service) != champion:
-        yield Disagreement("alias", shown, f"the champion alias lags at {short(shown)}")
-    elif shown != champion:
-        text = f"the champion alias was moved to {short(shown)}"
-        yield Disagreement("moved", shown, text)
+    elif alias.digest != champion and alias.digest in ours:
+        text = f"the champion alias lags at {short(alias.digest)}"
+        yield Disagreement("alias", alias.digest, text)
+    elif alias.digest != champion:
+        name = short(alias.digest) or f"version {alias.number}"
+        text = f"the champion alias was moved to {name}"
+        yield Disagreement("moved", alias.digest, text, version=alias.number)
     for version in service.registry.versions():
         waits = service.ledger.state(version.digest) == "AWAIT_REVIEW"
         if waits and version.review in ("approve", "reject"):
@@ -75,21 +97,18 @@ def _shown(service: Service) -> Iterator[Disagreement]:
 
 
 def _settle(session: Session, found: Disagreement) -> str:
-    service = session.service
+    """One repair; MLflow follows, as far as it can be reached."""
+    service, told = session.service, found.text
     if found.kind == "unfinished":
-        promote.recover(session, found.digest, found.text)
+        swaps.finish(session)
     elif found.kind == "served":
-        promote.serve_champion(session)
+        swaps.serve_champion(session)
     elif found.kind == "review":
         promote.review(session, found.digest, found.word, found.text)
-    elif found.kind == "moved" and promote.may_serve(service, found.digest):
-        promote.promote(session, found.digest, why=found.text)
-    elif found.kind == "moved" and found.digest == service.anchor.digest:
-        promote.rollback(session, found.digest, found.text)
-    elif found.kind == "moved":
-        refused = f"{found.text}, which the gate did not pass: put back"
-        projection.note(service, found.digest, refused)
-        projection.show_aliases(service)
-        return refused
-    projection.show_aliases(service)
-    return found.text
+    elif found.kind == "approved":
+        promote.carry_out(session, found.digest, found.text)
+    elif found.kind == "moved" and not promote.follow(session, found.digest, found.text):
+        told = f"{found.text}, which the gate did not pass: put back"
+        projection.attempt("note", lambda: service.registry.note(found.version, told))
+    projection.attempt("aliases", lambda: projection.show_aliases(service))
+    return told

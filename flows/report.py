@@ -217,7 +217,8 @@ def summary_table(told: Mapping[str, Any]) -> Table:
 def history_table(entries: Sequence[Entry]) -> Table:
     """The ledger, newest first."""
     drawn = Table(title="ledger", title_justify="left")
-    for column in ("#", "time (UTC)", "who", "digest", "state", "why", "before", "after"):
+    who = ("#", "time (UTC)", "who", "digest", "state")
+    for column in (*who, "why", "statistics", "before", "after"):
         drawn.add_column(column, overflow="fold")
     for each in entries:
         drawn.add_row(
@@ -227,6 +228,7 @@ def history_table(entries: Sequence[Entry]) -> Table:
             short(each.digest),
             each.state,
             each.why if len(each.why) <= 80 else each.why[:77] + "...",
+            figures(each.statistics),
             short(each.before or "-"),
             short(each.after),
         )
@@ -259,6 +261,21 @@ def study_tables(told: Mapping[str, Any]) -> list[Table]:
     end.caption = f"picture: {told['plot']}; {told['seconds']} s"
     end.caption_justify = "left"
     return [drawn, end]
+
+
+def figures(statistics: Mapping[str, Any], most: int = 4) -> str:
+    """The first plain figures of a row's statistics; --json has them all."""
+    plain = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={short(str(value))}"
+        for key, value in statistics.items()
+        if isinstance(value, str | int | float)
+    ]
+    nested = [f"{key}: {len(value)}" for key, value in statistics.items() if _holds(value)]
+    return ", ".join([*plain, *nested][:most]) or "-"
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
 
 
 def demo_tables(told: Mapping[str, Any]) -> list[Table]:

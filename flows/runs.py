@@ -60,6 +60,15 @@ def rollback_now(home: Path | None, digest: str, reason: str, progress: Reporter
         return promote.rollback(opened, opened.service.find(digest), reason).to_json()
 
 
+def move_anchor_now(
+    home: Path | None, digest: str, reason: str, progress: Reporter
+) -> dict[str, Any]:
+    """Tie later rounds to the champion."""
+    place = Home.at(home)
+    with connected(place), session(place.root, progress) as opened:
+        return promote.move_anchor(opened, opened.service.find(digest), reason).to_json()
+
+
 def review_now(
     home: Path | None, digest: str, word: str, reason: str, progress: Reporter
 ) -> dict[str, Any]:

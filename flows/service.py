@@ -5,6 +5,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from agent.errors import UserError
 from agent.registry import Registry
 from agent.store.experience import ExperienceStore
 from agent.store.journal import Journal
-from agent.store.ledger import Entry, Ledger
+from agent.store.ledger import Entry, Ledger, StaleEpoch
 from agent.store.weights import Anchor, short, verify
 from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import resolve
@@ -31,6 +32,7 @@ class Service:
         self.home = home
         self.settings = settings
         self.actor = f"{socket.gethostname()}:{os.getpid()}"
+        self._anchors: dict[str, Anchor] = {}
         self._training: dict[str, dict[str, Row]] = {}
 
     @classmethod
@@ -49,9 +51,29 @@ class Service:
     # -- state --------------------------------------------------------------------------------
 
     @cached_property
-    def anchor(self) -> Anchor:
-        """The original model, memory-mapped."""
+    def origin(self) -> Anchor:
+        """The model this service was started with, memory-mapped."""
         return Anchor.open(resolve(self.settings.model))
+
+    @property
+    def anchor(self) -> Anchor:
+        """What the champion is tied to: the original model, or the one a person moved it to."""
+        return self.open_anchor(self.anchor_of(self.champion()))
+
+    def anchor_of(self, digest: str) -> str:
+        """The digest a version is anchored to: its own where it is an anchor."""
+        if digest == self.origin.digest or any(
+            entry.state == "ANCHOR" for entry in self.ledger.of(digest)
+        ):
+            return digest
+        return self.journal.candidate(digest).anchor_digest
+
+    def open_anchor(self, digest: str) -> Anchor:
+        """An anchor by its digest, memory-mapped once."""
+        if digest not in self._anchors:
+            here = digest == self.origin.digest
+            self._anchors[digest] = self.origin if here else Anchor.open(self.directory(digest))
+        return self._anchors[digest]
 
     @cached_property
     def journal(self) -> Journal:
@@ -60,23 +82,22 @@ class Service:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Every decision; its first row is the anchor."""
+        """Every decision; its first row is the anchor, whichever process came first."""
         ledger = Ledger(self.home.state_db)
-        if ledger.champion() is None:
-            epoch = ledger.acquire(self.actor, time.time())
-            ledger.append(
-                self.anchor.digest,
-                "ANCHOR",
-                epoch=epoch,
-                actor=self.actor,
-                why="the model this service was started with",
-                now=time.time(),
-            )
+        while ledger.champion() is None:
+            with suppress(StaleEpoch):
+                ledger.append(
+                    self.origin.digest,
+                    "ANCHOR",
+                    epoch=ledger.acquire(self.actor, time.time()),
+                    actor=self.actor,
+                    why="the model this service was started with",
+                    now=time.time(),
+                )
         return ledger
 
-    @cached_property
-    def epoch(self) -> int:
-        """The fencing epoch of this process; asking for it makes this process the writer."""
+    def take_over(self) -> int:
+        """Become the controller: a new epoch, which fences off whoever was it before."""
         return self.ledger.acquire(self.actor, time.time())
 
     @cached_property
@@ -92,23 +113,34 @@ class Service:
         uri = f"sqlite:///{self.home.mlflow / 'mlflow.db'}"
         return Registry(uri, self.settings.model.name, artifacts)
 
-    def record(self, digest: str, state: str, why: str, **more: object) -> Entry:
-        """Append one ledger row as this process; ``more`` as ``Ledger.append`` says."""
-        return self.ledger.append(
-            digest,
-            state,
-            epoch=self.epoch,
-            actor=self.actor,
-            why=why,
-            now=time.time(),
-            **more,  # type: ignore[arg-type]
-        )
+    def record(
+        self, digest: str, state: str, why: str, *, epoch: int | None = None, **more: object
+    ) -> Entry:
+        """Append one ledger row as this process; ``more`` as ``Ledger.append`` says.
+
+        A controller gives its own epoch and is refused once it was taken over; what changes
+        nothing that is served (a verdict, a review) is written under the epoch in force.
+        """
+        while True:
+            try:
+                return self.ledger.append(
+                    digest,
+                    state,
+                    epoch=self.ledger.epoch() if epoch is None else epoch,
+                    actor=self.actor,
+                    why=why,
+                    now=time.time(),
+                    **more,  # type: ignore[arg-type]
+                )
+            except StaleEpoch:
+                if epoch is not None:
+                    raise
 
     # -- weights ------------------------------------------------------------------------------
 
     def champion(self) -> str:
         """Digest of what has to be served."""
-        return self.ledger.champion() or self.anchor.digest
+        return self.ledger.champion() or self.origin.digest
 
     def directory(self, digest: str) -> Path:
         """The Hugging Face directory of a digest.
@@ -116,8 +148,8 @@ class Service:
         Raises:
             UserError: A digest whose weights are not kept.
         """
-        if digest == self.anchor.digest:
-            return self.anchor.directory
+        if digest == self.origin.digest:
+            return self.origin.directory
         directory = self.home.weights / digest
         if not directory.is_dir():
             kept = ", ".join(short(each) for each in self.kept())
@@ -126,17 +158,18 @@ class Service:
         return directory
 
     def kept(self) -> list[str]:
-        """Digests whose weights can be served now, the anchor first."""
+        """Digests whose weights can be served now, the original model first."""
         folders = sorted(self.home.weights.glob("[0-9a-f]*")) if self.home.weights.is_dir() else []
-        return [self.anchor.digest, *(path.name for path in folders if len(path.name) == 64)]
+        return [self.origin.digest, *(path.name for path in folders if len(path.name) == 64)]
 
     def find(self, prefix: str) -> str:
-        """The kept digest a name means: a prefix, or anchor, champion, previous.
+        """The kept digest a name means: a prefix, or anchor, champion, previous, origin.
 
         Raises:
             UserError: None or several digests begin so.
         """
         named = {
+            "origin": self.origin.digest,
             "anchor": self.anchor.digest,
             "champion": self.champion(),
             "previous": self.ledger.previous() or self.anchor.digest,

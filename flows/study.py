@@ -21,7 +21,7 @@ from deploy.serving.served import Served, write_atomically, write_served
 from evaluators.evidence import accuracy, evidence
 from evaluators.judge import Comparison, task_margin
 from evaluators.samples import Sample
-from flows import loop, plots, projection, promote
+from flows import loop, plots, projection, promote, swaps
 from flows.evaluate import first_stage, table
 from flows.gate_files import read_samples
 from flows.judge import STATES
@@ -182,7 +182,7 @@ def _settle(opened: Session, run: Run) -> dict[str, Any]:
         loop.weigh(opened, run.run_id)
     interrupted = service.ledger.open_intent()
     if interrupted is not None:
-        promote.recover(opened, interrupted.digest, "the study was interrupted")
+        swaps.finish(opened)
     judged = service.ledger.state(digest) in STATES.values()
     if (judged or interrupted is not None) and promote.act(opened, digest):
         promote.promote(opened, digest)

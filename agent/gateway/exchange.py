@@ -60,7 +60,9 @@ class Exchange:
         self.gateway.capture.begin(self.inference_id)
         try:
             return await until_gone(receive, self._ask())
-        except BaseException:
+        except BaseException as error:
+            if self._failed(error):
+                self.finish("error")
             self.close()
             if self.reply is not None:
                 await self.reply.close()
@@ -105,6 +107,11 @@ class Exchange:
                 "version_changed",
                 self.gateway.settings.retry_after_s,
             )
+
+    def _failed(self, error: BaseException) -> bool:
+        """Whether the engine failed this request, rather than the client or a swap."""
+        inside = self.ticket is not None and not self.ticket.mixed
+        return inside and isinstance(error, ApiError) and error.status >= 500
 
     async def _ask(self) -> Response | None:
         self._chosen()  # what nobody serves need not wait for a place

@@ -13,7 +13,6 @@ from sqlalchemy import (
     Row,
     Select,
     bindparam,
-    func,
     insert,
     or_,
     select,
@@ -124,6 +123,22 @@ class Found(NamedTuple):
     principal: str
 
 
+class Earned(NamedTuple):
+    """One verified reward."""
+
+    inference_id: str
+    task: str
+    reward: float
+
+
+class Served(NamedTuple):
+    """One request as its engine ended it."""
+
+    created: float
+    status: Status
+    latency_s: float
+
+
 class ExperienceStore:
     """Owns one database; safe to use from several threads, and several processes on one file."""
 
@@ -209,17 +224,35 @@ class ExperienceStore:
             query = query.where(interactions.c.principal == principal)
         return [ExperienceRow(**row._mapping) for row in self._all(query.limit(limit))]
 
-    def live_reward(self, task: str, version: str, since: float = 0.0) -> tuple[int, float]:
-        """(count, sum) of the rewards that one version earned: what baking watches."""
+    def earned(
+        self,
+        version: str,
+        since: float = 0.0,
+        until: float | None = None,
+        newest: int | None = None,
+    ) -> list[Earned]:
+        """Rewards of one version on any task, created in (since, until], by inference id."""
         query = (
-            select(func.count(answers.c.reward), func.coalesce(func.sum(answers.c.reward), 0.0))
+            select(interactions.c.inference_id, interactions.c.task, answers.c.reward)
             .select_from(answers.join(interactions))
-            .where(interactions.c.task == task, interactions.c.version == version)
-            .where(interactions.c.created > since)
+            .where(answers.c.reward.is_not(None))
         )
-        with self.engine.connect() as connection:
-            count, total = connection.execute(query).one()
-        return int(count), float(total)
+        found = self._all(_of_version(query, version, since, until, newest))
+        return sorted(Earned(*row) for row in found)
+
+    def answered(
+        self,
+        version: str,
+        since: float = 0.0,
+        until: float | None = None,
+        newest: int | None = None,
+    ) -> list[Served]:
+        """What one version answered or failed, created in (since, until], oldest first."""
+        query = select(
+            interactions.c.created, interactions.c.status, interactions.c.latency_s
+        ).where(interactions.c.status != "cancelled")
+        found = self._all(_of_version(query, version, since, until, newest))
+        return sorted(Served(*row) for row in found)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:
         """Note that these rows, in this order, are a round's prompts."""
@@ -257,6 +290,16 @@ def _select(record: type) -> Select[Any]:
 def _verified(*order: Any) -> Select[Any]:
     order = order or (interactions.c.created, answers.c.id)
     return _select(ExperienceRow).where(answers.c.judged.is_not(None)).order_by(*order)
+
+
+def _of_version(
+    query: Select[Any], version: str, since: float, until: float | None, newest: int | None
+) -> Select[Any]:
+    """The newest rows of one version within a time."""
+    query = query.where(interactions.c.version == version, interactions.c.created > since)
+    if until is not None:
+        query = query.where(interactions.c.created <= until)
+    return query.order_by(interactions.c.created.desc()).limit(newest)
 
 
 def _id_of(inference_id: str | BindParameter[Any]) -> Select[Any]:

@@ -154,8 +154,10 @@ class Controller:
         if self._lease is not None and not isinstance(step, AT_ANY_TIME):
             self._leases.check(self._lease, self._clock())
         match step:
-            case swap.Preflight(target):
+            case swap.Preflight(target, probes):
                 self._preflight(target)
+                if probes:
+                    self._probes = read_probes(self._home, target.digest)
             case swap.Begin(previous, target, alive):
                 self._begin(previous, target, alive)
             case swap.Intent(target):
@@ -196,14 +198,13 @@ class Controller:
                 self._leases.end(self._the_lease())
 
     def _preflight(self, target: Served) -> None:
-        """The directory, its digest, and recorded answers to compare with."""
+        """The directory and its digest."""
         directory = Path(target.directory)
         if target.digest != self._anchor.digest:
             preflight(directory, self._anchor)
         found = digest_of(directory)
         if found != target.digest:
             raise UserError(f"{directory}: the weights are {found}, asked for {target.digest}")
-        self._probes = read_probes(self._home, target.digest)
 
     def _begin(self, previous: Served, target: Served, alive: bool) -> None:
         """What the engine is asked later is prepared now, while it still serves."""

@@ -32,9 +32,13 @@ from deploy.serving.served import Served
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """Refuse a directory that may not be loaded, before anybody notices."""
+    """Refuse a directory that may not be loaded, before anybody notices.
+
+    ``probes``: recorded answers are needed too, to verify by; a cold start is what they record.
+    """
 
     target: Served
+    probes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +272,7 @@ def cold(previous: Served, target: Served) -> Protocol:
 
     What fails after the stamp is raised: the lease stays, and the watchdog goes on trying.
     """
-    yield Preflight(target)
+    yield Preflight(target, probes=False)
     yield from _begin(previous, target, alive=False)
     yield StampCold(target)
     try:
@@ -352,7 +356,7 @@ def _open(served: Served, *told: Step) -> Generator[Step, None, str]:
 
 def offline(previous: Served, target: Served) -> Protocol:
     """Choose what the next start serves, while nothing runs."""
-    yield Preflight(target)
+    yield Preflight(target, probes=False)
     yield from _begin(previous, target, alive=False)
     yield StampCold(target)
     yield Swapped(target)

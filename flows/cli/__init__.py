@@ -24,6 +24,7 @@ for commands in (stack.app, rounds.app, records.app, offline.app):
     app.add_typer(commands)
 app.add_typer(bench.app, name="bench")
 app.add_typer(rounds.review_app, name="review")
+app.add_typer(rounds.anchor_app, name="anchor")
 app.add_typer(offline.task_app, name="task")
 app.add_typer(offline.embedded_app, name="embedded")
 app.add_typer(records.key_app, name="key")

@@ -11,6 +11,7 @@ from flows.cli.options import AsJson, Config, Digest, Home, Target
 from flows.terminal import pairs, reporter, show
 
 app = typer.Typer()
+anchor_app = typer.Typer(help="What rounds are tied to.", no_args_is_help=True)
 review_app = typer.Typer(help="Candidates that wait for a person.", no_args_is_help=True)
 
 
@@ -187,6 +188,21 @@ def refuse(
 ) -> None:
     """Reject exactly this digest."""
     _review(home, digest, "reject", reason, as_json)
+
+
+@anchor_app.command("move")
+def move(
+    digest: Digest,
+    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tie later rounds to the champion (off unless review.allow_anchor_move is set)."""
+    from flows.runs import move_anchor_now
+
+    with reporter(as_json) as bars:
+        told = move_anchor_now(home, digest, reason, bars)
+    show(told, as_json, pairs("anchor moved", told))
 
 
 def _review(home: Path | None, digest: str, word: str, reason: str, as_json: bool) -> None:

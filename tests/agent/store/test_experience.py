@@ -82,15 +82,17 @@ def test_what_is_recorded_and_judged_is_read_back(store: ExperienceStore) -> Non
     assert [(r.inference_id, r.reward) for r in rows] == [("i1", 1.0), ("i2", 0.0), ("i3", 1.0)]
     assert [r.inference_id for r in store.rows("gsm8k", since=1.0, until=2.0)] == ["i2"]
     assert store.rows("countdown") == []
-    assert store.live_reward("gsm8k", A) == (3, 2.0)
-    assert store.live_reward("gsm8k", B) == (0, 0.0)
+    assert store.earned(A) == [("i1", "gsm8k", 1.0), ("i2", "gsm8k", 0.0), ("i3", "gsm8k", 1.0)]
+    assert store.earned(A, since=1.0, until=2.0) == [("i2", "gsm8k", 0.0)]
+    assert [row.inference_id for row in store.earned(A, newest=2)] == ["i2", "i3"]
+    assert store.earned(B) == []
 
 
 def test_an_error_is_no_reward(store: ExperienceStore) -> None:
     store.record([interaction(1)])
     store.judge([judged(1, None, error="KeyError", format=None)])
     assert store.rows("gsm8k") == []
-    assert store.live_reward("gsm8k", A) == (0, 0.0)
+    assert store.earned(A) == []
     assert [r.error for r in store.rewards("ann")] == ["KeyError"]
 
 

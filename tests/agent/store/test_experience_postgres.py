@@ -108,7 +108,7 @@ def test_rows_verdicts_and_rounds_are_the_same_as_on_sqlite(
         each.use("round", "train", each.rows("gsm8k"))
         each.name_candidate("round", B)
         first = (each.rows("gsm8k", since=1.7e9), each.rewards("ann", limit=2))
-        live = each.live_reward("gsm8k", A), each.unjudged(before=2e9)
+        live = each.earned(A, newest=3), each.answered(A), each.unjudged(before=2e9)
         gone = forget(each, "ann", now=2e9)
         told.append((first, live, gone, each.rows("gsm8k"), expire(each, 2e9)))
     assert told[0] == told[1]

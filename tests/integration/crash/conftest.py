@@ -1,0 +1,297 @@
+"""A home that serves: the real gateway, watchdog and watch, on an engine that costs nothing.
+
+Whoever runs by itself in a deployment runs here as its own process; only controllers come and go.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agent.config import Home, Settings
+from agent.learner.noise import Address
+from agent.store.weights import Anchor, Parameters, export
+from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl
+from deploy.serving.lease import Leases
+from deploy.serving.probes import Probes, write_probes
+from deploy.serving.served import Served, read_served, socket_of, write_served
+from flows.service import Service
+
+HERE = Path(__file__).parent
+LEASE_S = 2.0
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class Controllers:
+    """The process that forks one controller per command."""
+
+    def __init__(self, home: Home) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "controller.py"), str(home.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=ENVIRONMENT,
+            text=True,
+        )
+        assert self._told() == {"ready": True}
+
+    def begin(self, **command: Any) -> int:
+        """Start an act; the controller's process id."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return int(self._told()["pid"])
+
+    def end(self) -> dict[str, Any]:
+        """How it ended: what it returned, its error, or the signal that killed it."""
+        told = self._told()
+        if "exit" in told:
+            return {"signal": told["exit"]}
+        assert self._told() == {"exit": 0}
+        return told
+
+    def act(self, **command: Any) -> dict[str, Any]:
+        self.begin(**command)
+        return self.end()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _told(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        told: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return told
+
+
+@dataclass
+class Stack:
+    """The home, its parts, and everything that runs by itself in it."""
+
+    home: Home
+    digests: list[str]  # the original model, then the candidates
+    port: int
+    _engine: subprocess.Popen[bytes] | None = None
+    _others: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _ended: bool = False
+
+    def start(self) -> None:
+        self._platform = threading.Thread(target=self._keep_engine, daemon=True)
+        self._platform.start()
+        own = [sys.executable, "-m"]
+        watch = "import sys; from pathlib import Path; from flows import deployments, service; "
+        watch += "deployments.watch(service.Service.at(Path(sys.argv[1])))"
+        root = str(self.home.root)
+        for argv in (
+            [*own, "flows.cli", "service", "gateway", "--home", root, "--port", str(self.port)],
+            [*own, "deploy.serving.watchdog", root],
+            [sys.executable, "-c", watch, root],
+        ):
+            log = (self.home.root / f"{len(self._others)}.log").open("wb")
+            with log:
+                self._others.append(subprocess.Popen(argv, env=ENVIRONMENT, stdout=log, stderr=log))
+        self.until(lambda: self.gateway() is not None, 120.0)
+
+    def stop(self) -> None:
+        self._ended = True
+        for process in (*self._others, self._engine):
+            if process is not None:
+                process.kill()
+                process.wait()
+        self._platform.join()
+
+    def kill_engine(self) -> None:
+        assert self._engine is not None
+        self._engine.kill()
+
+    def _keep_engine(self) -> None:
+        """A container platform: an engine that ends is started again."""
+        argv = [HERE / "engine.py", self.home.root, socket_of(self.home), self.digests[0]]
+        while not self._ended:
+            self._engine = subprocess.Popen([sys.executable, "-SE", *map(str, argv)])
+            self._engine.wait()
+
+    # What is true now -------------------------------------------------------------------------
+
+    def engine(self) -> str | None:
+        """What the engine's weights are."""
+        try:
+            with EngineControl.at(socket_of(self.home)) as engine:
+                asked = engine._ask("POST", "/v1/chat/completions", {})
+                return None if engine.paused() else asked["choices"][0]["message"]["content"]
+        except ControlError:
+            return None
+
+    def gateway(self) -> str | None:
+        """The version it stamps; None while it is held."""
+        try:
+            with GatewayControl.at(self.home.sockets / ADMIN) as gateway:
+                state = gateway.state()
+                return None if state["held"] else state["version"]
+        except ControlError:
+            return None
+
+    def truth(self, service: Service) -> dict[str, Any]:
+        """Everything that has to be the same digest, and that nothing is under way."""
+        alias = service.registry.aliases().get("champion")
+        unsettled = service.ledger.unsettled()
+        return {
+            "ledger": service.ledger.champion(),
+            "chosen": read_served(self.home).digest,
+            "engine": self.engine(),
+            "gateway": self.gateway(),
+            "alias": alias and alias.digest,
+            "lease": Leases(self.home).current() is not None,
+            "open": unsettled and unsettled.state,
+        }
+
+    def settled(self, service: Service, within_s: float = 60.0) -> str:
+        """The one digest all agree on, once they do; nobody acts meanwhile."""
+
+        def agree() -> bool:
+            told = self.truth(service)
+            names = ("ledger", "chosen", "engine", "gateway", "alias")
+            one = len({told[name] for name in names}) == 1
+            return one and not told["lease"] and told["open"] is None
+
+        try:
+            self.until(agree, within_s)
+        except TimeoutError:
+            raise AssertionError(f"no agreement: {self.truth(service)}") from None
+        return str(service.ledger.champion())
+
+    def ask(self) -> tuple[str, str]:
+        """A client's request: the version it is told, and the weights that answered."""
+        reply = httpx.post(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            json={"model": "anchorage", "messages": [{"role": "user", "content": "?"}]},
+            timeout=30,
+        )
+        if reply.status_code != 200:
+            return "", ""
+        content = reply.json()["choices"][0]["message"]["content"]
+        return reply.headers["x-model-version"], content[:12]
+
+    def until(self, true: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                raise TimeoutError
+            time.sleep(0.05)
+
+
+def tiny_model(folder: Path) -> Anchor:
+    """A model of a few numbers: enough to be preflighted, exported and told apart."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"model.layers.{i}.w": torch.randn(4, 3, generator=generator) for i in range(2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return Anchor.open(folder)
+
+
+def candidate(anchor: Anchor, number: int, weights: Path) -> str:
+    """A candidate of that anchor, as the journal exports it."""
+    moved = Parameters.zeros(anchor)
+    for name, tensor in moved.rendered(Address(number, 0, 0), 0.1):
+        moved.delta[name][:] = (tensor - anchor.tensor(name)).reshape(-1).numpy()
+    return export(moved, weights).name
+
+
+def passed(service: Service, digest: str, number: int) -> None:
+    """A round that made the digest, and the gate's word on it."""
+    run = f"{number:04d}-gsm8k"
+    anchor = service.origin.digest
+    service.journal.open_run(
+        run,
+        anchor_digest=anchor,
+        parent_digest=anchor,
+        target="gsm8k",
+        run_seed=number,
+        plan={},
+        now=float(number),
+    )
+    service.journal.finish(run, digest, "a test", float(number))
+    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+        service.record(digest, state, "a test")
+
+
+def home_with(root: Path, candidates: int) -> tuple[Home, list[str]]:
+    """A home whose original model is served, with candidates that passed the gate."""
+    anchor = tiny_model(root / "anchor")
+    home = Home.at(root / "h")
+    home.sockets.mkdir(mode=0o700)
+    settings = Settings.model_validate(
+        {
+            "model": {"path": str(anchor.directory)},
+            "engines": {"swap_deadline_s": LEASE_S},
+            "baking": {"minutes": 0},
+            "projection": {"reconcile_seconds": 0.25},
+        }
+    )
+    home.settings_json.write_text(settings.model_dump_json())
+    service = Service.at(home.root)
+    digests = [service.champion()]
+    for number in range(1, candidates + 1):
+        digests.append(candidate(anchor, number, home.weights))
+        passed(service, digests[-1], number)
+    prompt = ({"role": "user", "content": "?"},)
+    for digest in digests:
+        table = {token: -1.0 - int(digest[token], 16) / 16 for token in range(5)}
+        write_probes(home, digest, Probes.of([prompt], [[table]]))
+    write_served(home, Served(digests[0], str(anchor.directory)))
+    return home, digests
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Any]]:
+    """``make_stack(candidates)``: a home that serves, one that promotes in it, and its parts."""
+    open_: list[Any] = []
+
+    def make(candidates: int) -> tuple[Stack, Controllers, Service]:
+        root = tmp_path_factory.mktemp("c")
+        home, digests = home_with(root, candidates)
+        controllers = Controllers(home)
+        told = controllers.act(act="register", digests=digests)
+        assert told.get("ended") == {}, told
+        stack = Stack(home, digests, free_port())
+        open_.extend((stack, controllers, root))
+        stack.start()
+        return stack, controllers, Service.at(home.root)
+
+    yield make
+    for each in open_:
+        if isinstance(each, Stack):
+            each.stop()
+        elif isinstance(each, Controllers):
+            each.close()
+        else:
+            shutil.rmtree(each)

@@ -1,0 +1,132 @@
+"""A controller per command, forked from a process that has imported everything already.
+
+    python controller.py HOME          commands: JSON lines on stdin, told: JSON lines on stdout
+
+Each child opens the home anew, as `anchorage promote` does, and acts through the flows. Where a
+command names a moment of the ledger or of an alias, the child signals itself there: the ledger and
+the registry it is given are the real ones with that moment around one call.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow.tracking._model_registry.utils
+import mlflow.tracking.client  # noqa: F401  forked, not imported a hundred times
+
+from agent.errors import UserError
+from agent.registry import DIGEST, Registry
+from agent.store.ledger import Entry, Ledger
+from flows import promote
+from flows.baking import bake
+from flows.progress import Silent
+from flows.service import Service
+from flows.session import Session
+
+HOME = Path(sys.argv[1])
+
+
+def moments(point: str, number: int) -> Any:
+    def here(name: str) -> None:
+        if point == name:
+            os.kill(os.getpid(), number)
+
+    return here
+
+
+class StoppableLedger(Ledger):
+    here: Any
+
+    def append(self, digest: str, state: str, **more: Any) -> Entry:
+        self.here(f"ledger:{state}:before")
+        entry = super().append(digest, state, **more)
+        self.here(f"ledger:{state}:after")
+        return entry
+
+
+class StoppableRegistry(Registry):
+    here: Any
+
+    def set_alias(self, alias: Any, digest: str) -> None:
+        self.here(f"alias:{alias}:before")
+        super().set_alias(alias, digest)
+        self.here(f"alias:{alias}:after")
+
+
+def opened(command: dict[str, Any]) -> Session:
+    service = Service.at(HOME)
+    here = moments(command.get("point", ""), command.get("signal", signal.SIGKILL))
+    ledger = StoppableLedger(service.home.state_db)
+    ledger.here = here
+    vars(service)["ledger"] = ledger
+    uri = f"sqlite:///{service.home.mlflow / 'mlflow.db'}"
+    registry = StoppableRegistry(uri, service.settings.model.name, service.home.mlflow)
+    registry.here = here
+    vars(service)["registry"] = registry
+    return Session(service, Silent())
+
+
+def register(session: Session, digests: list[str]) -> None:
+    """Versions as a projection makes them, without copying weights a hundred times."""
+    registry = session.service.registry
+    for digest in digests:
+        source = session.service.directory(digest).as_uri()
+        registry._client.create_model_version(registry.name, source, tags={DIGEST: digest})
+
+
+def promote_all(session: Session, digests: list[str]) -> int:
+    """One of several controllers that want the same promotions; how many this one made."""
+    service, made = session.service, 0
+    for digest in digests:
+        while service.ledger.state(digest) in ("PROMOTE", "SWAP_INTENT"):
+            try:
+                made += promote.promote(session, digest, "raced").served == digest
+            except UserError:
+                time.sleep(0.01)  # the other one is at work, or was quicker
+    return made
+
+
+def act(command: dict[str, Any]) -> dict[str, Any]:
+    session = opened(command)
+    match command["act"]:
+        case "register":
+            register(session, command["digests"])
+            return {}
+        case "promote":
+            return promote.promote(session, command["digest"], "a test").to_json()
+        case "rollback":
+            return promote.rollback(session, command["digest"], "a test").to_json()
+        case "race":
+            return {"made": promote_all(session, command["digests"])}
+        case _:
+            return bake(session)
+
+
+def say(told: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(told, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def child(command: dict[str, Any]) -> None:
+    if command.get("point", "").startswith("engine:"):
+        plan = {"point": command["point"], "pid": os.getpid(), "signal": command["signal"]}
+        (HOME / "plan.json").write_text(json.dumps(plan))
+    say({"pid": os.getpid()})
+    try:
+        say({"ended": act(command)})
+    except BaseException as error:
+        say({"ended": None, "error": f"{type(error).__name__}: {error}"})
+    os._exit(0)
+
+
+say({"ready": True})
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        child(json.loads(line))
+    _, status = os.waitpid(pid, 0)
+    say({"exit": status})
