@@ -180,11 +180,11 @@ class Stack:
             raise AssertionError(f"no agreement: {self.truth(service)}") from None
         return str(service.ledger.champion())
 
-    def ask(self) -> tuple[str, str]:
+    def ask(self, **more: Any) -> tuple[str, str]:
         """A client's request: the version it is told, and the weights that answered."""
         reply = httpx.post(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
-            json={"model": "anchorage", "messages": [{"role": "user", "content": "?"}]},
+            json={"model": "anchorage", "messages": [{"role": "user", "content": "?"}], **more},
             timeout=30,
         )
         if reply.status_code != 200:
@@ -236,7 +236,7 @@ def passed(service: Service, digest: str, number: int) -> None:
         service.record(digest, state, "a test")
 
 
-def home_with(root: Path, candidates: int) -> tuple[Home, list[str]]:
+def home_with(root: Path, candidates: int, baking: dict[str, Any]) -> tuple[Home, list[str]]:
     """A home whose original model is served, with candidates that passed the gate."""
     anchor = tiny_model(root / "anchor")
     home = Home.at(root / "h")
@@ -245,7 +245,7 @@ def home_with(root: Path, candidates: int) -> tuple[Home, list[str]]:
         {
             "model": {"path": str(anchor.directory)},
             "engines": {"swap_deadline_s": LEASE_S},
-            "baking": {"minutes": 0},
+            "baking": baking,
             "projection": {"reconcile_seconds": 0.25},
         }
     )
@@ -276,9 +276,9 @@ def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[i
     """``make_stack(candidates)``: a home that serves, one that promotes in it, and its parts."""
     open_: list[Any] = []
 
-    def make(candidates: int) -> tuple[Stack, Controllers, Service]:
+    def make(candidates: int, **baking: Any) -> tuple[Stack, Controllers, Service]:
         root = tmp_path_factory.mktemp("c")
-        home, digests = home_with(root, candidates)
+        home, digests = home_with(root, candidates, baking or {"minutes": 0})
         controllers = Controllers(home)
         told = controllers.act(act="register", digests=digests)
         assert told.get("ended") == {}, told

@@ -2,8 +2,9 @@
 
     python engine.py HOME SOCKET ANCHOR_DIGEST
 
-It serves what serving.json names when it starts. Its answers are the digest of its weights. Where
-HOME/plan.json names one of its moments, it sends the signal to the process that asked, which the
+It serves what serving.json names when it starts. Its answers are the digest of its weights and a
+solution; HOME/planted.json ({"digest", "fault": reward | errors | latency}) spoils those of one.
+Where HOME/plan.json names one of its moments, it sends the signal to the process that asked, which the
 kernel names: so a controller is killed or stopped in the middle of a reload, and knows nothing.
 """
 
@@ -60,7 +61,13 @@ class Handler(BaseHTTPRequestHandler):
     def act(self, body: dict) -> None:
         path = urlsplit(self.path).path
         self.moment(f"{path}:before")
-        told = self.effect(path, body)
+        try:
+            told = self.effect(path, body)
+        except RuntimeError:
+            self.send_response(500)
+            self.send_header("content-length", "0")
+            self.end_headers()
+            return
         self.moment(f"{path}:after")
         with suppress(OSError):  # whoever asked may be dead
             self.answer(told)
@@ -87,12 +94,24 @@ class Handler(BaseHTTPRequestHandler):
                 "choices": [{"index": i, "logprobs": logprobs} for i in range(len(body["prompt"]))]
             }
         elif path == "/v1/chat/completions":
-            message = {"role": "assistant", "content": STATE["weights"]}
+            message = {"role": "assistant", "content": self.solution()}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
             about = {"id": "x", "object": "chat.completion", "created": 1, "model": "m"}
             return about | {"choices": [choice], "usage": usage}
         return {}
+
+    def solution(self) -> str:
+        """What a client is answered."""
+        try:
+            planted = json.loads((HOME / "planted.json").read_text())
+        except FileNotFoundError:
+            planted = {"digest": None, "fault": ""}
+        fault = planted["fault"] if planted["digest"] == STATE["weights"] else ""
+        if fault == "errors":
+            raise RuntimeError("planted")
+        time.sleep(0.5 if fault == "latency" else 0.0)
+        return f"{STATE['weights']}\n#### {8 if fault == 'reward' else 7}"
 
     def load(self, directory: str) -> object:
         STATE["weights"] = STATE["served"] = "f" * 64  # half loaded: nobody's weights
