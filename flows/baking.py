@@ -10,6 +10,7 @@ from agent.store.states import Entry
 from evaluators.baking import Answered, Traffic, Watch, watches
 from flows.service import Service
 from flows.session import Session
+from flows.swaps import rollback
 
 
 def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
@@ -80,8 +81,6 @@ def _traffic(
 
 
 def _back(session: Session, entry: Entry, why: str) -> str:
-    from flows.promote import rollback  # which settles what bakes before it promotes
-
     service = session.service
     rollback(session, service.ledger.previous() or service.anchor.digest, why)
     return str(service.ledger.state(entry.digest))

@@ -16,7 +16,7 @@ import httpx
 from prefect import flow, serve
 from prefect.schedules import Interval
 
-from flows import loop, promote
+from flows import loop, promote, swaps
 from flows.baking import bake
 from flows.collect import collect_rows
 from flows.progress import Silent
@@ -65,7 +65,7 @@ def promote_flow(home: str, digest: str) -> dict[str, Any]:
 def rollback_flow(home: str, digest: str, reason: str) -> dict[str, Any]:
     """Serve an earlier version again."""
     with session(Path(home)) as opened:
-        return promote.rollback(opened, opened.service.find(digest), reason).to_json()
+        return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
 
 
 @flow(name="bake")

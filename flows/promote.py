@@ -1,6 +1,6 @@
-"""Who is served next: promotion, review, rollback, and the anchor's move. The ledger comes first.
+"""Who is served next: promotion, review, and the anchor's move. The ledger comes first.
 
-How a swap is done is `flows.swaps`; here it is decided, recorded and shown.
+How a swap is done, and undone, is `flows.swaps`; here it is decided, recorded and shown.
 """
 
 from contextlib import suppress
@@ -12,7 +12,7 @@ from flows import projection
 from flows.baking import settle_for
 from flows.service import Service
 from flows.session import Session
-from flows.swaps import Outcome, finish, swap, swap_surely
+from flows.swaps import Outcome, finish, swap
 
 PASSED = ("PROMOTE", "APPROVED")
 SERVED = ("CHAMPION", "ANCHOR")
@@ -68,27 +68,6 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Outc
     if outcome.served == digest:
         with suppress(UserError):  # whoever came between has written what it is now
             service.record(digest, "BAKING", "live traffic is watched")
-    projection.attempt("aliases", lambda: projection.show_aliases(service))
-    return outcome
-
-
-def rollback(session: Session, digest: str, reason: str) -> Outcome:
-    """Serve an earlier version again, in place or, where no engine works, by a cold start.
-
-    Raises:
-        UserError: The digest is served already, was never served, or its weights are not kept.
-    """
-    service = session.service
-    finish(session)
-    champion = service.champion()
-    if digest == champion:
-        raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
-
-    def told(event: Event, _of: str, _reason: str, epoch: int) -> None:
-        if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
-            service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
-
-    outcome = swap_surely(session, digest, told, reason)
     projection.attempt("aliases", lambda: projection.show_aliases(service))
     return outcome
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import Home
-from flows import loop, projection, promote
+from flows import loop, projection, promote, swaps
 from flows.progress import Reporter
 from flows.session import session
 from flows.stack import connected
@@ -57,7 +57,7 @@ def rollback_now(home: Path | None, digest: str, reason: str, progress: Reporter
     """Serve an earlier digest again."""
     place = Home.at(home)
     with connected(place), session(place.root, progress) as opened:
-        return promote.rollback(opened, opened.service.find(digest), reason).to_json()
+        return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
 
 
 def move_anchor_now(

@@ -1,4 +1,4 @@
-"""What is served, changed: the swap with its ledger rows, whoever decided it.
+"""What is served, changed: the swap with its ledger rows, and the way back.
 
 The swap's lease (deploy.serving.lease) keeps every other controller away; the epoch that a
 controller takes under it keeps away the one that was stopped, taken for dead, and woken.
@@ -17,6 +17,7 @@ from deploy.serving.controller import Event, Strategy, change
 from deploy.serving.engines import is_up
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, read_served
+from flows import projection
 from flows.probing import ensure_probes
 from flows.service import Service
 from flows.session import Session
@@ -85,6 +86,27 @@ def swap_surely(session: Session, digest: str, told: Told, why: str) -> Outcome:
     if outcome.served == digest:
         return outcome
     return swap(session, digest, told, f"{why} (not in place: {outcome.reason})", "cold")
+
+
+def rollback(session: Session, digest: str, reason: str) -> Outcome:
+    """Serve an earlier version again, in place or, where no engine works, by a cold start.
+
+    Raises:
+        UserError: The digest is served already, was never served, or its weights are not kept.
+    """
+    service = session.service
+    finish(session)
+    champion = service.champion()
+    if digest == champion:
+        raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
+
+    def told(event: Event, _of: str, _reason: str, epoch: int) -> None:
+        if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
+            service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
+
+    outcome = swap_surely(session, digest, told, reason)
+    projection.attempt("aliases", lambda: projection.show_aliases(service))
+    return outcome
 
 
 def serve_champion(session: Session) -> None:

@@ -15,12 +15,14 @@ from agent.registry import DIGEST, NOTE, REVIEW
 from agent.store.weights import Anchor, Parameters, export
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import Served, read_served, write_served
-from flows import projection, promote
+from flows import projection, promote, swaps
 from flows.progress import Silent
 from flows.reconcile import disagreements, repair
 from flows.service import Service
 from flows.session import Session
 from flows.watch import poll
+
+pytestmark = pytest.mark.integration
 
 
 class Desk:
@@ -201,7 +203,7 @@ def test_our_own_alias_is_never_taken_for_a_persons_move(make_desk: Any, moment:
         promote.promote(desk.session, second)
     registry.set_alias = lambda *_: (_ for _ in ()).throw(ConnectionError("MLflow is away"))
     desk.service.record(second, "CHAMPION", "a test")
-    promote.rollback(desk.session, desk.digests[0], "without MLflow")
+    swaps.rollback(desk.session, desk.digests[0], "without MLflow")
     desk.session = desk.again()
     assert "lags" in repair(desk.session)[0]
     assert desk.agree() == desk.digests[0]
@@ -249,14 +251,14 @@ def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
 def test_an_approval_outlives_its_process(make_desk: Any) -> None:
     """Approved, and ended before the promotion began: whoever watches carries it out later."""
     desk = make_desk("manual")
-    digest = desk.judged(1, "PROMOTE")
-    promote.act(desk.session, digest)
-    desk.service.record(digest, "APPROVED", "by a person")
-    assert disagreements(desk.service) == []  # it may be about to be promoted
-    late = Service.at(desk.home.root)
-    brief = late.settings.engines.model_copy(update={"swap_deadline_s": 0.01})
-    late.settings = late.settings.model_copy(update={"engines": brief})
-    desk.session = Session(late, Silent())
+    digest, fresh = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    for each in (digest, fresh):
+        promote.act(desk.session, each)
+    desk.service.record(fresh, "APPROVED", "just now: it may be about to be promoted")
+    assert disagreements(desk.service) == []
+    ledger = desk.service.ledger
+    ledger.append(digest, "APPROVED", epoch=ledger.epoch(), actor="ann", why="long ago", now=1.0)
+    desk.session = desk.again()
     poll(desk.session)
     assert desk.agree() == digest
 
@@ -298,7 +300,7 @@ def test_the_anchor_moves_to_a_settled_champion_only_and_by_a_person(make_desk: 
         "ANCHOR", "everybody likes it", digest, digest,
     )  # fmt: skip
     assert row.statistics == {"anchor_before": origin, "anchor_after": digest}
-    promote.rollback(desk.session, desk.service.find("origin"), "back to the beginning")
+    swaps.rollback(desk.session, desk.service.find("origin"), "back to the beginning")
     assert desk.agree() == origin
     assert desk.service.anchor.digest == origin  # what it is tied to itself
     desk.service.ledger.verify()

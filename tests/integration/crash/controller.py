@@ -21,7 +21,7 @@ import mlflow.tracking.client  # noqa: F401  forked, not imported a hundred time
 from agent.errors import UserError
 from agent.registry import DIGEST, Registry
 from agent.store.ledger import Entry, Ledger
-from flows import promote
+from flows import promote, swaps
 from flows.baking import bake
 from flows.progress import Silent
 from flows.service import Service
@@ -99,7 +99,7 @@ def act(command: dict[str, Any]) -> dict[str, Any]:
         case "promote":
             return promote.promote(session, command["digest"], "a test").to_json()
         case "rollback":
-            return promote.rollback(session, command["digest"], "a test").to_json()
+            return swaps.rollback(session, command["digest"], "a test").to_json()
         case "race":
             return {"made": promote_all(session, command["digests"])}
         case _:

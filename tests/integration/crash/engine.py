@@ -4,7 +4,7 @@
 
 It serves what serving.json names when it starts. Its answers are the digest of its weights and a
 solution; HOME/planted.json ({"digest", "fault": reward | errors | latency}) spoils those of one.
-Where HOME/plan.json names one of its moments, it sends the signal to the process that asked, which the
+Where HOME/plan.json names one of its moments, it sends the signal to whoever asked, which the
 kernel names: so a controller is killed or stopped in the middle of a reload, and knows nothing.
 """
 
