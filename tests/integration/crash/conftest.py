@@ -165,7 +165,7 @@ class Stack:
             "open": unsettled and unsettled.state,
         }
 
-    def settled(self, service: Service, within_s: float = 60.0) -> str:
+    def settled(self, service: Service, within_s: float = 120.0) -> str:
         """The one digest all agree on, once they do; nobody acts meanwhile."""
 
         def agree() -> bool:
