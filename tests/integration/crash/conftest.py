@@ -35,6 +35,7 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
 
@@ -241,11 +242,16 @@ def home_with(root: Path, candidates: int, baking: dict[str, Any]) -> tuple[Home
     anchor = tiny_model(root / "anchor")
     home = Home.at(root / "h")
     home.sockets.mkdir(mode=0o700)
+    rows = root / "rows" / "gsm8k" / "train.jsonl"
+    rows.parent.mkdir(parents=True)
+    row = {"question": "Ann has 2 pens and buys 1. How many?", "answer": "2+1=3\n#### 3"}
+    rows.write_text(json.dumps(row) + "\n")
     settings = Settings.model_validate(
         {
             "model": {"path": str(anchor.directory)},
             "engines": {"swap_deadline_s": LEASE_S},
             "baking": baking,
+            "tasks": {"data_dir": str(root / "rows")},
             "projection": {"reconcile_seconds": 0.25},
         }
     )
