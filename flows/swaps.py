@@ -40,9 +40,11 @@ class Outcome:
 
 
 def swap(
-    session: Session, digest: str, told: Told, why: str, strategy: Strategy = "in_place"
+    session: Session, digest: str, told: Told, why: str, strategy: Strategy | None = None
 ) -> Outcome:
     """Serve a digest; ``told`` writes the ledger under the epoch taken when the intent is due.
+
+    The strategy is the settings' unless one is given.
 
     Raises:
         UserError: Nothing was touched, and why.
@@ -50,7 +52,8 @@ def swap(
     """
     service = session.service
     epoch: list[int] = []
-    if strategy == "in_place" and is_up(service.home):
+    strategy = strategy or service.settings.engines.swap
+    if strategy != "cold" and is_up(service.home):
         ensure_probes(session, digest)
 
     def record(event: Event, of: str, reason: str) -> None:
@@ -78,14 +81,14 @@ def swap(
 
 
 def swap_surely(session: Session, digest: str, told: Told, why: str) -> Outcome:
-    """Serve a digest in place, else by a cold start, which needs no engine alive."""
+    """Serve a digest as set, else by a cold start, which needs no engine alive."""
     try:
         outcome = swap(session, digest, told, why)
     except (UserError, ControlError) as error:
         outcome = Outcome(digest, "", "ROLLED_BACK", str(error))
     if outcome.served == digest:
         return outcome
-    return swap(session, digest, told, f"{why} (not in place: {outcome.reason})", "cold")
+    return swap(session, digest, told, f"{why} (by a cold start: {outcome.reason})", "cold")
 
 
 def rollback(session: Session, digest: str, reason: str) -> Outcome:

@@ -8,7 +8,7 @@ from flows import loop, swaps
 from flows.catch_up import catch_up
 from flows.promote import move_anchor, promote
 from flows.replays import replay_now
-from flows.watch import poll
+from flows.upkeep import poll
 
 
 @pytest.mark.integration

@@ -20,7 +20,7 @@ from flows.progress import Silent
 from flows.reconcile import disagreements, repair
 from flows.service import Service
 from flows.session import Session
-from flows.watch import poll
+from flows.upkeep import poll
 
 pytestmark = pytest.mark.integration
 
