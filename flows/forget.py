@@ -84,7 +84,8 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
     """Journal, weights and ledger of one round without some of its rows; its digest."""
     journal = service.journal
     run = _opened(service, old, parent, positions)
-    parameters = replay(journal, service.anchor, run.run_id, importance=service.home.importance)
+    anchor = service.open_anchor(old.anchor_digest)
+    parameters = replay(journal, anchor, run.run_id, importance=service.home.importance)
     done = journal.generations(run.run_id)
     norm = float(done[-1].drift["predicted_norm"]) if done else _norm_of(service, run)
     predicted = Prediction(norm, norm)
@@ -98,7 +99,7 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
     )
     for step, rewards in list(again)[len(done) :]:
         applied = parameters.apply(step)
-        predicted = predicted.after(step, service.anchor.parameters)
+        predicted = predicted.after(step, anchor.parameters)
         drift = measure(step, applied, rewards, predicted)
         journal.commit(run.run_id, step, rewards, applied.delta_hash, drift)
     digest = export(parameters, service.home.weights).name
@@ -117,7 +118,7 @@ def _opened(service: Service, old: Run, parent: str, positions: tuple[int, ...])
             return run
     return service.journal.open_run(
         f"{len(service.journal.runs()) + 1:04d}-{old.target}",
-        anchor_digest=service.anchor.digest,
+        anchor_digest=old.anchor_digest,
         parent_digest=parent,
         target=old.target,
         run_seed=old.run_seed,
