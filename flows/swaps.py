@@ -13,7 +13,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.store.weights import short
 from deploy.serving.control import ControlError
-from deploy.serving.controller import Event, Strategy, change
+from deploy.serving.controller import Event, Way, change
 from deploy.serving.engines import is_up
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, read_served
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def swap(
-    session: Session, digest: str, told: Told, why: str, strategy: Strategy | None = None
+    session: Session, digest: str, told: Told, why: str, strategy: Way | None = None
 ) -> Outcome:
     """Serve a digest; ``told`` writes the ledger under the epoch taken when the intent is due.
 

@@ -33,7 +33,8 @@ from deploy.serving.served import (
 Event = Literal["SWAP_INTENT", "SWAPPED", "ROLLED_BACK"]
 Record = Callable[[Event, str, str], None]  # the ledger: event, digest, why
 Connect = Callable[[str], AbstractContextManager[EngineControl]]  # a slot -> its engine of now
-Strategy = Literal["in_place", "blue_green", "cold", "offline"]
+Strategy = Literal["in_place", "blue_green"]  # what can be set
+Way = Strategy | Literal["cold", "offline"]  # and what a dead engine, or none, leaves
 AT_ANY_TIME = (swap.Intent, swap.RolledBack, swap.End)  # they touch no engine and no gateway
 
 
@@ -45,7 +46,7 @@ def change(
     anchor: Anchor,
     record: Record,
     why: str = "",
-    strategy: Strategy = "in_place",
+    strategy: Way = "in_place",
     keep_warm: bool = True,
     lease_s: float = 60.0,
     max_wait_s: float = 30.0,
