@@ -111,7 +111,7 @@ class Stack:
             log = (self.home.root / f"{len(self._others)}.log").open("wb")
             with log:
                 self._others.append(subprocess.Popen(argv, env=ENVIRONMENT, stdout=log, stderr=log))
-        self.until(lambda: self.gateway() is not None, 120.0)
+        self.until(lambda: self.gateway() is not None, 300.0)
 
     def stop(self) -> None:
         self._ended = True
@@ -139,7 +139,8 @@ class Stack:
         try:
             with EngineControl.at(socket_of(self.home)) as engine:
                 asked = engine._ask("POST", "/v1/chat/completions", {})
-                return None if engine.paused() else asked["choices"][0]["message"]["content"]
+                told = asked["choices"][0]["message"]["content"]
+                return None if engine.paused() else told.partition("\n")[0]
         except ControlError:
             return None
 
@@ -166,7 +167,7 @@ class Stack:
             "open": unsettled and unsettled.state,
         }
 
-    def settled(self, service: Service, within_s: float = 120.0) -> str:
+    def settled(self, service: Service, within_s: float = 300.0) -> str:
         """The one digest all agree on, once they do; nobody acts meanwhile."""
 
         def agree() -> bool:
