@@ -14,14 +14,18 @@ from flows import catch_up, projection
 from flows.curve import points_of
 from flows.improve import Round, run_round
 from flows.judge import Judged, judge
+from flows.plan import chosen
 from flows.service import Service
 from flows.session import Session
 
 
 def learn(session: Session, target: str, changes: Mapping[str, Any] | None = None) -> Round:
     """The round alone: a candidate, proposed in the ledger."""
-    with alone(session.service):
-        return run_round(session.service, session.population, target, session.progress, changes)
+    service = session.service
+    service.target(target)
+    chosen(service.settings.learner, changes)  # no engine starts for a round that cannot be
+    with alone(service):
+        return run_round(service, session.population, target, session.progress, changes)
 
 
 def weigh(session: Session, run_id: str) -> Judged:

@@ -23,7 +23,8 @@ def chosen(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> Learn
     """The learner's settings with this round's changes.
 
     Raises:
-        UserError: A value out of range, or settings that contradict each other.
+        UserError: A value out of range, an impossible population, a step that would not shrink, or
+            settings that contradict each other.
     """
     asked = replaced(learner, "learner", changes or {})
     if asked.target_norm_ratio is not None and (asked.penalty != "l2" or asked.tune_lambda):
@@ -31,6 +32,8 @@ def chosen(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> Learn
             f"learner.target_norm_ratio = {asked.target_norm_ratio} with penalty "
             f"{asked.penalty!r}, tune_lambda {asked.tune_lambda}: allowed: l2, not tuned"
         )
+    given = asked.lam if asked.target_norm_ratio is None else 0.0
+    _check(asked, {"lambda": given, "importance_sha256": None})
     return asked
 
 
@@ -38,20 +41,24 @@ def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str
     """Lambda of a new round and the digest of its importance weights, checked together.
 
     Raises:
-        UserError: A step that would not shrink, an impossible population, bad weights; nothing of
-            the round is written yet.
+        UserError: Bad weights, or a step that would not shrink; no part of the round is written.
     """
     lam, digest, largest = _lambda(service, target, learner), None, 1.0
     if learner.importance is not None:
         source = learner.importance.expanduser()
         digest, largest = keep_importance(service.anchor, source, service.home.importance)
     made = {"lambda": lam, "importance_sha256": digest}
+    _check(learner, made, largest)
+    return made
+
+
+def _check(learner: LearnerSettings, made: Mapping[str, Any], largest: float = 1.0) -> None:
+    """Refuse what no generation could do; ``largest`` is the largest importance weight."""
     try:
         members(learner.population, learner.mirrored)
         check(_penalty(learner, made), learner.alpha, largest)
     except ValueError as error:
         raise UserError(f"learner: {error}") from None
-    return made
 
 
 def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
