@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 LOG = logging.getLogger("proof")  # --log-cli-level=INFO shows the figures
@@ -93,6 +94,30 @@ def test_a_controller_killed_anywhere_leaves_one_champion(
     assert service.ledger.verify() > died
     epochs = [entry.epoch for entry in service.ledger.history(10**6)]
     assert epochs == sorted(epochs, reverse=True)
+
+
+@pytest.mark.parametrize("point", ["engine:load:mid"])
+def test_a_controller_that_was_stopped_and_woken_cannot_write(
+    make_stack: Callable[[int], Any], scale: Callable[[int, int], int], point: str
+) -> None:
+    """Stopped within a swap for longer than its lease, taken for dead, and woken."""
+    stack, controllers, service = make_stack(1)
+    stack.settled(service)
+    pid = controllers.begin(
+        act="promote", digest=stack.digests[1], point=point, signal=signal.SIGSTOP
+    )
+    stopped = psutil.Process(pid)
+    stack.until(lambda: stopped.status() == psutil.STATUS_STOPPED, 30.0)
+    began = time.monotonic()
+    champion = stack.settled(service)
+    rows = service.ledger.history(100)
+    time.sleep(max(0.0, scale(0, 30) - (time.monotonic() - began)))
+    stopped.resume()
+    told = controllers.end()
+    assert told["ended"] is None
+    assert told["error"].startswith(("LeaseLostError", "StaleEpoch")), told
+    assert stack.settled(service) == champion
+    assert service.ledger.history(100) == rows
 
 
 def test_a_rollback_needs_no_engine(make_stack: Callable[[int], Any]) -> None:
