@@ -71,19 +71,46 @@ def run_round(
     return Driver(service, population, task, learner, run, progress).finish()
 
 
+def unweighed(
+    service: Service, target: str, changes: Mapping[str, Any] | None = None
+) -> Round | None:
+    """The round of this target and these settings that ended and was never judged, if any."""
+    learner = chosen(service.settings.learner, changes)
+    for run in _begun(service, service.target(target), learner.model_dump(mode="json")):
+        if run.digest is not None and service.ledger.state(run.digest) in (None, "PROPOSED"):
+            outcome = Outcome(service.journal.next_generation(run.run_id), str(run.reason))
+            return _proposed(service, run.run_id, run.digest, outcome)
+    return None
+
+
 def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Reporter) -> Run:
     """The interrupted round of this target and these settings, or a new one."""
     plan = learner.model_dump(mode="json")
-    for run in service.journal.runs():
-        asked = {key: run.plan.get(key) for key in plan}
-        now = (task.name, service.champion(), service.anchor.digest)
-        same = (run.target, run.parent_digest, run.anchor_digest) == now
-        mine = run.digest is None and same and asked == plan and "replayed" not in run.plan
-        if mine and not given_up(service, run):
+    for run in _begun(service, task, plan):
+        if run.digest is None and not given_up(service, run):
             done = service.journal.next_generation(run.run_id)
             progress.say(f"round {run.run_id}: goes on at generation {done}")
             return run
     return _new(service, task, learner, plan)
+
+
+def _begun(service: Service, task: Task, plan: Mapping[str, Any]) -> list[Run]:
+    """Rounds of this target and plan that began from what is champion and anchor now."""
+    now = (task.name, service.champion(), service.anchor.digest)
+    return [
+        run
+        for run in service.journal.runs()
+        if (run.target, run.parent_digest, run.anchor_digest) == now
+        and {key: run.plan.get(key) for key in plan} == plan
+        and "replayed" not in run.plan
+    ]
+
+
+def _proposed(service: Service, run_id: str, digest: str, outcome: Outcome) -> Round:
+    """A round with its candidate, which the ledger knows from here on."""
+    if service.ledger.state(digest) is None:
+        service.record(digest, "PROPOSED", f"round {run_id} ended: {outcome.reason}")
+    return Round(run_id, digest, outcome, points_of(service, run_id))
 
 
 def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[str, Any]) -> Run:
@@ -167,9 +194,7 @@ class Driver:
         digest = export(parameters, service.home.weights).name
         service.journal.finish(run_id, digest, outcome.reason, time.time())
         service.experience.name_candidate(run_id, digest)
-        if service.ledger.state(digest) is None:
-            service.record(digest, "PROPOSED", f"round {run_id} ended: {outcome.reason}")
-        return Round(run_id, digest, outcome, points_of(service, run_id))
+        return _proposed(service, run_id, digest, outcome)
 
     def _drive(self) -> Outcome:
         plan, past = plan_of(self._service, self._run, self._learner), self._past()

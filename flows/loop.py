@@ -12,7 +12,7 @@ from agent.errors import UserError
 from deploy.serving.served import write_atomically
 from flows import catch_up, projection
 from flows.curve import points_of
-from flows.improve import Round, run_round
+from flows.improve import Round, run_round, unweighed
 from flows.judge import Judged, judge
 from flows.plan import chosen
 from flows.service import Service
@@ -20,11 +20,15 @@ from flows.session import Session
 
 
 def learn(session: Session, target: str, changes: Mapping[str, Any] | None = None) -> Round:
-    """The round alone: a candidate, proposed in the ledger."""
+    """The round alone: a candidate, proposed in the ledger; one that was not judged comes first."""
     service = session.service
     service.target(target)
     chosen(service.settings.learner, changes)  # no engine starts for a round that cannot be
     with alone(service):
+        waiting = unweighed(service, target, changes)
+        if waiting is not None:
+            session.progress.say(f"round {waiting.run_id}: has learnt already, is to be judged")
+            return waiting
         return run_round(service, session.population, target, session.progress, changes)
 
 

@@ -18,7 +18,7 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion, Messages
 from agent.store.replay import replay, snapshot_path
 from agent.store.weights import Anchor, Parameters
-from flows.improve import Round, run_round
+from flows.improve import Round, run_round, unweighed
 from flows.pace import learner_share
 from flows.plan import tuned_lambda
 from flows.progress import Silent
@@ -169,6 +169,18 @@ def test_a_round_leaves_its_weights_and_one_snapshot_where_the_next_begins(bench
     assert second.digest != made.digest
     last = service.journal.generations(second.run_id)[-1].delta_hash
     assert [path.stem for path in service.home.snapshots.iterdir()] == [last]
+
+
+def test_a_candidate_that_was_never_judged_comes_before_a_new_round(bench: Bench) -> None:
+    service = bench.service
+    assert unweighed(service, "gsm8k", TINY) is None
+    made = bench.learn()
+    assert unweighed(service, "gsm8k", TINY) == made
+    assert unweighed(service, "gsm8k", TINY | {"alpha": 0.02}) is None
+    assert unweighed(service, "countdown", TINY) is None
+    service.record(made.digest, "EVALUATED", "judged")
+    service.record(made.digest, "REJECT", "judged")
+    assert unweighed(service, "gsm8k", TINY) is None
 
 
 def test_a_round_in_progress_keeps_two_snapshots_and_goes_on_without_any(
