@@ -5,9 +5,10 @@
 A controller that dies at any moment leaves the lease behind, and the watchdog does the rest.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,7 +18,7 @@ from agent.store.weights import Anchor, digest_of, preflight
 from deploy.serving import swap
 from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.engines import Engines, engines_of, is_up
-from deploy.serving.lease import Lease, Leases
+from deploy.serving.lease import Lease, LeaseLostError, Leases
 from deploy.serving.probes import Probes, difference, read_probes, require_equal
 from deploy.serving.served import (
     BLUE,
@@ -254,10 +255,9 @@ class Controller:
         self._lease = self._leases.advance(self._the_lease(), "cold", self._clock(), write)
 
     def _start_cold(self, target: Served) -> None:
-        """The whole time again; a start that takes longer is waited for by the watchdog."""
-        lease = self._lease = self._leases.renew(self._the_lease(), self._clock())
-        self._engines.restart(target.slot, lease.engine_pid)
-        self._lease = self._leases.advance(lease, "stamped", self._clock())
+        with self._heartbeat() as lease:
+            self._engines.restart(target.slot, lease.engine_pid)
+        self._lease = self._leases.advance(self._the_lease(), "stamped", self._clock())
 
     def _start_other(self, target: Served) -> None:
         """Start the second engine, unless it is up and was started with these weights.
@@ -268,7 +268,8 @@ class Controller:
         if not self._warm(target):
             self._engines.stop(target.slot)
             write_slot(self._home, target)
-            self._engines.start(target.slot)
+            with self._heartbeat():
+                self._engines.start(target.slot)
         self._tie(target.slot)
 
     def _warm(self, target: Served) -> bool:
@@ -283,9 +284,28 @@ class Controller:
         def write() -> None:
             write_served(self._home, previous)
 
-        lease = self._leases.renew(self._the_lease(), self._clock())
-        self._lease = self._leases.advance(lease, "loading", self._clock(), write)
-        self._engines.restart(previous.slot, lease.engine_pid)
+        self._lease = self._leases.advance(self._the_lease(), "loading", self._clock(), write)
+        with self._heartbeat() as lease:
+            self._engines.restart(previous.slot, lease.engine_pid)
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[Lease]:
+        """Renew the lease while an engine starts, however long; it lapses with this process."""
+        lease, done = self._leases.renew(self._the_lease(), self._clock()), threading.Event()
+
+        def beat() -> None:
+            with suppress(LeaseLostError):
+                while not done.wait(self._lease_s / 3):
+                    self._leases.renew(lease, self._clock())
+
+        beating = threading.Thread(target=beat, name="lease", daemon=True)
+        beating.start()
+        try:
+            yield lease
+        finally:
+            done.set()
+            beating.join()
+        self._lease = self._leases.renew(lease, self._clock())
 
     def _the_lease(self) -> Lease:
         assert self._lease is not None  # every protocol begins with Begin

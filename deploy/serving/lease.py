@@ -92,7 +92,7 @@ class Leases:
             return self._write(replace(lease, phase=phase))
 
     def renew(self, lease: Lease, now: float) -> Lease:
-        """The whole time again, for a cold start; LeaseLostError when it is too late."""
+        """The whole time again, while an engine starts; LeaseLostError when it is too late."""
         with self._locked():
             self._check(lease, now)
             return self._write(replace(lease, deadline=now + lease.lease_s))

@@ -6,7 +6,11 @@ only of odd ones. So an answer's text says which weights made each of its tokens
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +35,8 @@ from deploy.services import Ports, services
 from deploy.serving import swap
 from deploy.serving.control import ADMIN, EngineControl, GatewayControl, pinned
 from deploy.serving.controller import Controller, Strategy, change
-from deploy.serving.engines import engines_of
+from deploy.serving.engines import SupervisedEngines, engines_of
+from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import BLUE, GREEN, Served, read_served, socket_of
 from deploy.supervise import Service
@@ -41,8 +46,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 TOKENS = 48
 CLIENTS = 8
+LEASE_S = 1.0
 PATH = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Say something."}]
+FAULTS = ["other weights", "killed", "half loaded"]  # each is a cold start: one of them is enough
+FAULTS = FAULTS if os.environ.get("ANCHORAGE_SOAK") == "1" else FAULTS[:1]
 NAMED = (
     "truncated", "flipped bit", "flipped bit, rehashed", "missing tensor", "extra tensor",
     "transposed", "NaN", "infinite", "weights are a link", "pickle renamed", "a pickle beside",
@@ -251,7 +259,7 @@ def test_the_gateway_fails_a_mixed_answer_and_counts_it(running: Running) -> Non
             self._ask("POST", "/pause", query=query, timeout_s=max_wait_s)
 
     class Hasty(GatewayControl):
-        def hold(self, max_wait_s: float, deadline_s: float) -> str:
+        def hold(self, max_wait_s: float, deadline_s: float, *, wait: bool = True) -> str:
             body = {"max_wait_s": max_wait_s, "deadline_s": deadline_s, "wait": False}
             return str(self._ask("POST", "/hold", body)["lease"])
 
@@ -353,3 +361,119 @@ def test_bad_checkpoints_are_refused_before_anybody_is_held(
     assert set(NAMED) <= set(refused)
     assert all(answer.whole for answer in answers)
     assert running.metric("anchorage_swap_pause_seconds_count") == holds
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_load_that_fails_ends_on_the_old_version(
+    running: Running, fault: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Inside the load, past every check: the engine dies, stops half way, or gets what is wrong."""
+    old = read_served(running.home)
+
+    class Faulty(EngineControl):
+        def load(self, directory: str, timeout_s: float) -> str:
+            if fault == "killed":
+                os.kill(SupervisedEngines(running.home).pid(BLUE) or 0, signal.SIGKILL)
+                return super().load(directory, timeout_s)
+            wrong = tmp_path / "wrong"
+            deeper(Path(directory), wrong)
+            found = super().load(str(wrong), timeout_s)
+            if fault == "half loaded":
+                raise RuntimeError(f"broke off at {found[:12]}")
+            return running.other().digest  # only behaviour can tell
+
+    @contextlib.contextmanager
+    def faulty(slot: str) -> Iterator[EngineControl]:
+        with pinned(socket_of(running.home, slot)) as path, Faulty.at(path) as control:
+            yield control
+
+    began = time.monotonic()
+    with (
+        GatewayControl.at(running.home.sockets / ADMIN) as gateway,
+        Controller(
+            running.home, running.anchor, lambda *_: None, gateway=gateway,
+            engines=engines_of(running.home), connect=faulty,
+        ) as controller,
+    ):  # fmt: skip
+        protocol = swap.in_place(old, running.other())
+        outcome = swap.run(protocol, controller.perform)
+    record_property("seconds", round(time.monotonic() - began, 1))
+    assert not outcome.swapped
+    assert read_served(running.home) == old
+    with httpx.Client(base_url=running.endpoint, timeout=60) as client:
+        answer = ask(client)
+    assert answer.whole
+    assert old.digest.startswith(answer.version)
+    assert set(answer.text) <= running.letters[old.digest]
+
+
+CONTROLLER = """
+import os, sys, time
+from pathlib import Path
+from agent.config import Home
+from deploy.serving.control import ADMIN, EngineControl, GatewayControl
+from deploy.serving.lease import Leases
+from deploy.serving.served import read_served, socket_of
+home, lease_s = Home.at(Path(sys.argv[1])), float(sys.argv[2])
+for line in sys.stdin:  # one controller for every line: a fork, which the test kills
+    if os.fork():
+        os.wait()
+        continue
+    served = read_served(home)
+    Leases(home).begin(served, served, lease_s=lease_s, now=time.time())
+    GatewayControl.at(home.sockets / ADMIN).hold(lease_s, 60.0)
+    EngineControl.at(socket_of(home)).pause(5.0)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_controllers_killed_in_the_pause_never_keep_it_past_the_lease(
+    running: Running, scale: Callable[[int, int], int]
+) -> None:
+    """kill -9 between pause and resume; the service's own watchdog is all that is left."""
+    argv = [sys.executable, "-c", CONTROLLER, str(running.home.root), str(LEASE_S)]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as child,
+        EngineControl.at(socket_of(running.home)) as engine,
+        httpx.Client(base_url=running.endpoint, timeout=60) as client,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        for _ in range(scale(3, 50)):
+            child.stdin.write("die\n")
+            child.stdin.flush()
+            pid = int(child.stdout.readline())
+            began = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            assert engine.paused()
+            while engine.paused():
+                assert time.monotonic() - began < LEASE_S + 1.0
+                time.sleep(0.01)
+            assert ask(client).whole
+            while Leases(running.home).current() is not None:
+                time.sleep(0.01)
+        child.stdin.close()
+
+
+def test_blue_green_flips_between_two_warm_engines_under_streams(running: Running) -> None:
+    """The first flip starts the second engine, every later one nothing; answers end at home."""
+    seconds = []
+    with streaming(running) as answers:
+        for _ in range(4):  # an even number: the first engine serves in the end
+            before, began = len(answers), time.monotonic()
+            outcome = running.change(running.other(), "blue_green")
+            seconds.append(time.monotonic() - began)
+            assert outcome.swapped, outcome.reason
+            while len(answers) < before + 2 * CLIENTS:
+                time.sleep(0.01)
+    assert read_served(running.home).slot == BLUE
+    assert max(seconds[1:]) < seconds[0]
+    for answer in answers:
+        assert answer.whole
+        assert answer.tokens == TOKENS
+        right = next(d for d, letters in running.letters.items() if set(answer.text) <= letters)
+        assert right.startswith(answer.version)
+    assert {answer.version for answer in answers} == {d[:12] for d in running.letters}
+    SupervisedEngines(running.home).stop(GREEN)
