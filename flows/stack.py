@@ -9,9 +9,7 @@ from typing import Any
 from agent.config import Home, Settings, load
 from deploy import stack
 from deploy.serving.served import Served
-from flows.probing import probe_served
 from flows.progress import Reporter
-from flows.service import Service
 
 
 def start(
@@ -27,6 +25,9 @@ def start(
     Settings come from ``config``, else from the home as it was last started, else the defaults;
     ``model``, ``port`` and ``changes`` (sections) come on top.
     """
+    from flows.probing import probe_served  # looking and stopping need not wait for torch
+    from flows.service import Service
+
     place = Home.at(home)
     settings = _settings(place, config, model, port, changes)
     service = Service(place, settings)
