@@ -14,8 +14,8 @@ demo: venv
 	$(BIN)/anchorage demo
 
 test: venv
-	$(BIN)/python -m pytest -q -n 2 -m "not integration"
-	$(BIN)/python -m pytest -q -m integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration and not proof"
+	$(BIN)/python -m pytest -q -m "integration or proof"
 
 soak: venv
 	ANCHORAGE_SOAK=1 $(BIN)/python -m pytest -q --timeout=7200

@@ -1,12 +1,21 @@
 """Fixtures every test may use: how long a proof runs, and where the real rows lie."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 Scale = Callable[[int, int], int]
+WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.(proof|integration)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file whose every test is left out by ``-m "not ..."`` is not imported either."""
+    if collection_path.suffix != ".py" or "not proof" not in config.option.markexpr:
+        return None
+    return bool(WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))) or None
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from numpy.random import Generator
 
 from evaluators.baking import FEW, SLICE_S, Answered, Traffic, Watch, watches
 
+pytestmark = pytest.mark.proof
+
 ALPHA = 0.05
 ROWS = 40
 Draw = Callable[[Generator, int], np.ndarray]

@@ -3,10 +3,13 @@
 import random
 from dataclasses import replace
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evaluators.gate import GateSettings, Sample, Tables, decide
+
+pytestmark = pytest.mark.proof
 
 TASKS = ("alpha", "beta", "target")
 SETTINGS = st.builds(

@@ -10,6 +10,8 @@ from flows.promote import move_anchor, promote
 from flows.replays import replay_now
 from flows.upkeep import poll
 
+pytestmark = pytest.mark.proof
+
 
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")  # logging a model warns about its own signature

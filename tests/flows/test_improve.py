@@ -24,6 +24,8 @@ from flows.plan import tuned_lambda
 from flows.progress import Silent
 from flows.service import Service
 
+pytestmark = pytest.mark.proof
+
 TINY = {"generations": 5, "population": 4, "prompts": 6}
 Changes = Mapping[str, Any]
 

@@ -23,6 +23,8 @@ from evaluators.gate import Sample, Tables, decide
 from flows.collect import collect_rows
 from flows.service import Service
 
+pytestmark = pytest.mark.proof
+
 TARGET, PRIORS = "gsm8k", ("arc_challenge", "hellaswag", "piqa")
 WIDTH, ANSWERS, CLASSES = 200, 10, 12
 PRINCIPALS, MALICIOUS, ROWS = 50, 5, 200

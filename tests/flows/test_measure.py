@@ -17,6 +17,8 @@ from flows.measure import Endpoint, evaluate_model, rescore_table
 from flows.progress import Silent
 from flows.service import Service
 
+pytestmark = pytest.mark.proof
+
 
 class Answers(ThreadingHTTPServer):
     """An OpenAI endpoint that says the same to everything and remembers what it was asked."""

@@ -25,6 +25,8 @@ from flows.progress import Advance, Silent
 from flows.service import Service
 from flows.study import Plan, study, study_now
 
+pytestmark = pytest.mark.proof
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = pytest.mark.filterwarnings(
     "ignore:.*(type hint|deprecat):UserWarning", "ignore::FutureWarning"
@@ -131,7 +133,7 @@ def test_mlflow_shows_a_run_a_round_and_a_version_a_candidate(studied: Studied) 
     assert registered.tags["anchorage.parent"] == planned.parent_digest
     assert registered.tags["anchorage.verdict"] == "promote"
     assert registered.description.startswith(f"# Round {row['round']}: promote")
-    aliases = service.registry.aliases()
+    aliases = {alias: version.digest for alias, version in service.registry.aliases().items()}
     assert aliases["champion"] == told["champion"]
     assert aliases["anchor"] == told["anchor"]
     assert aliases["previous"] == service.ledger.previous()

@@ -109,6 +109,9 @@ def candidate(running: Running) -> dict[str, Any]:
     return told
 
 
+CANARY = "zylophon-4711-kanarienvogel"  # in prompts only: no log may ever have it
+
+
 def chat(running: Running, text: str = "How do I write a note?", **more: Any) -> Any:
     return running.client.chat.completions.with_raw_response.create(
         model="anchorage",
@@ -171,8 +174,13 @@ def test_the_engines_control_routes_are_not_reachable(running: Running) -> None:
 
 
 def test_a_request_with_a_task_becomes_a_verified_reward(running: Running) -> None:
-    row = {"question": "Tom has 3 pens and buys 4. How many?", "answer": "3+4=7\n#### 7"}
-    raw = chat(running, metadata={"task": "gsm8k", "example": json.dumps(row)})
+    for number in range(6):  # a round trains on most of them: the rest is kept for the gate
+        asked = {"id": f"c{number}", "question": f"{CANARY} {number}: List it.", "answer": [number]}
+        task = {"task": "json_answer", "example": json.dumps(asked)}
+        chat(running, str(asked["question"]), metadata=task)
+    row = {"question": f"{CANARY}: Tom has 3 pens, buys 4. How many?", "answer": "3+4=7\n#### 7"}
+    task = {"task": "gsm8k", "example": json.dumps(row)}
+    raw = chat(running, row["question"], metadata=task)
     inference = raw.parse().id
     for _ in range(100):
         rewards = httpx.get(f"{running.endpoint}/v1/rewards").json()["data"]
@@ -244,7 +252,7 @@ def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
     assert states[:3] == ["ANCHOR", "PROPOSED", "EVALUATED"]
     replayed = as_json("replay", candidate["round"], home=running.home)
     assert replayed["digest"] == candidate["digest"]
-    client = mlflow.MlflowClient(running.status["mlflow"])
+    client = mlflow.MlflowClient(*[running.status["mlflow"]] * 2)  # not the process's registry
     experiment = client.get_experiment_by_name("anchorage")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -280,3 +288,41 @@ def test_review_swap_rollback_and_forward(running: Running, candidate: dict[str,
     as_json("promote", digest, home=running.home)
     assert chat(running).headers["x-model-version"] == digest[:12]
     assert as_json("status", home=running.home)["champion"] == digest
+
+
+def test_no_word_of_a_prompt_is_in_a_log_or_in_mlflow_or_prefect_and_forget_removes_it(
+    running: Running, candidate: dict[str, Any]
+) -> None:
+    """Last of all: requests, a round on their rows, a review, swaps and a rollback have run."""
+    rows = running.home / "runs" / candidate["round"] / "rows.json"
+    assert CANARY in rows.read_text(encoding="utf-8")
+    for body in ({"messages": CANARY}, {"prompt": CANARY, CANARY: CANARY}):
+        reply = httpx.post(f"{running.endpoint}/v1/chat/completions", json=body)
+        assert reply.status_code == 400
+
+    def found() -> set[str]:
+        files = (path for path in running.home.rglob("*") if path.is_file())
+        holding = [path for path in files if CANARY.encode() in path.read_bytes()]
+        return {str(path.relative_to(running.home)) for path in holding}
+
+    assert found() <= {"experience.db", "experience.db-wal", str(rows.relative_to(running.home))}
+    told = as_json("forget", "local", home=running.home)
+    assert told["interactions"] >= 6
+    assert candidate["digest"] in told["versions"]
+    assert found() == set()
+
+
+def test_a_rounds_rows_are_a_dataset_version_in_mlflow(
+    running: Running, candidate: dict[str, Any]
+) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(*[running.status["mlflow"]] * 2)  # not the process's registry
+    experiment = client.get_experiment_by_name("anchorage")
+    assert experiment is not None
+    wanted = f"tags.`anchorage.round` = '{candidate['round']}'"
+    (run,) = client.search_runs([experiment.experiment_id], wanted)
+    (used,) = run.inputs.dataset_inputs
+    tags = {tag.key: tag.value for tag in used.tags}
+    assert int(tags["anchorage.from_traffic"]) >= 1
+    assert tags["anchorage.rows_sha256"].startswith(used.dataset.digest)

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+
+pytestmark = pytest.mark.proof
 
 
 def test_no_request_is_a_server_error(running: Any, scale: Callable[[int, int], int]) -> None:

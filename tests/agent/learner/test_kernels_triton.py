@@ -12,6 +12,8 @@ import torch
 
 from agent.learner.penalty import PENALTIES
 
+pytestmark = pytest.mark.proof
+
 ROOT = Path(__file__).parents[3]
 
 

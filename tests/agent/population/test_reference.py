@@ -11,6 +11,8 @@ from agent.population.probes import largest_difference
 from agent.population.reference import ReferenceEngine, random_checkpoint
 from agent.store.weights import Anchor, Parameters, export
 
+pytestmark = pytest.mark.proof
+
 PROMPTS = [
     [{"role": "user", "content": "2 + 2 = ?"}],
     [{"role": "user", "content": "é"}, {"role": "assistant", "content": "It is"}],

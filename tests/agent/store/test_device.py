@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+
+pytestmark = pytest.mark.proof
 
 
 def test_a_device_gives_the_bits_of_the_host(

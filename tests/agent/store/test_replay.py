@@ -20,6 +20,8 @@ from agent.store.records import DamagedError
 from agent.store.replay import replay, replay_without, route, snapshot_path
 from agent.store.weights import Anchor, Parameters
 
+pytestmark = pytest.mark.proof
+
 MakeModel = Callable[..., Path]
 Process = Callable[..., Any]
 PROCESS = Path(__file__).with_name("round_process.py")

@@ -15,6 +15,8 @@ from deploy.embedded.drills import drill
 from deploy.embedded.greedy import complete
 from deploy.embedded.packing import Packed, pack
 
+pytestmark = pytest.mark.proof
+
 SMALL = Recipe(steps=30, rate=8e-3, parts=2, part_tokens=128, tokenizer_conversations=200)
 
 

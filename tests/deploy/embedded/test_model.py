@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from deploy.embedded import MODEL
 
+pytestmark = pytest.mark.proof
+
 CARD = MODEL / "README.md"
 
 

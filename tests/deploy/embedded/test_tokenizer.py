@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from deploy.embedded import MODEL
 from deploy.embedded.tokenizer import END, encode_chat
 
+pytestmark = pytest.mark.proof
+
 CHAT = [
     {"role": "user", "content": "Ben has 12 eggs.\nHow many?"},
     {"role": "assistant", "content": "#### 12"},

@@ -12,6 +12,8 @@ from deploy.serving.controller import Controller
 from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.served import Served
 
+pytestmark = pytest.mark.proof
+
 LEASE_S = 0.3
 OLD, NEW = Served("a" * 64, "/old"), Served("b" * 64, "/new")
 

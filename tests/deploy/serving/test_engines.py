@@ -16,6 +16,8 @@ from deploy.serving.engines import ContainerEngines, engines_of
 from deploy.serving.served import BLUE, socket_of
 from deploy.unix import listener_of
 
+pytestmark = pytest.mark.proof
+
 # A platform that starts its container again, and a container that answers after a moment.
 SERVER = """
 import os, socketserver, sys, time

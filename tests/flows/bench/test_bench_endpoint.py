@@ -10,6 +10,8 @@ from agent.errors import UserError
 from flows.bench.endpoint import Bench, compared, percentile, table
 from flows.bench.load import Burst, Door, clients
 
+pytestmark = pytest.mark.proof
+
 
 def test_percentiles_are_values_that_were_measured() -> None:
     values = [float(n) for n in range(1, 101)]

@@ -18,6 +18,8 @@ from flows.bench.gate import (
     target_passes,
 )
 
+pytestmark = pytest.mark.proof
+
 SMALL = Bench(draws=400, rows=(500,), rounds=20, chains=5)
 
 

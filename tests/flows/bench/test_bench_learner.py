@@ -11,6 +11,8 @@ from rich.console import Console
 from agent.errors import UserError
 from flows.bench.learner import bench_learner, tables
 
+pytestmark = pytest.mark.proof
+
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, object]:
