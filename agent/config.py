@@ -9,16 +9,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -28,8 +21,20 @@ from pydantic_settings import (
 )
 
 from agent.errors import UserError
+from agent.sections import (
+    EMBEDDED,
+    BakingSettings,
+    EngineSettings,
+    GateSettings,
+    GatewaySettings,
+    LearnerSettings,
+    ModelSettings,
+    ProjectionSettings,
+    ReviewSettings,
+    Section,
+    TaskSettings,
+)
 
-EMBEDDED = "embedded"
 PROFILES: dict[str, dict[str, Any]] = {
     EMBEDDED: {
         "model": {"max_model_len": 1024, "dtype": "float32"},
@@ -49,207 +54,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-class Section(BaseModel):
-    """A group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 S = TypeVar("S", bound=Section)
-
-
-class ModelSettings(Section):
-    """The anchor: what is served first and what every round is tied to."""
-
-    path: str = Field(EMBEDDED, description="'embedded', a directory, or a Hugging Face id.")
-    revision: str | None = Field(None, description="Commit of a Hugging Face id, to pin it.")
-    name: str = Field("anchorage", description="The name clients ask for and MLflow registers.")
-    dtype: str = Field("auto", description="vLLM's --dtype.")
-    max_model_len: int = Field(4096, gt=0, description="vLLM's --max-model-len, in tokens.")
-
-
-class LearnerSettings(Section):
-    """One round of ES with anchored weight decay (DESIGN: the learner)."""
-
-    sigma: float = Field(0.001, gt=0, description="Standard deviation of a member's perturbation.")
-    alpha: float = Field(0.0005, gt=0, description="Step size of the update.")
-    population: int = Field(30, ge=1, description="Members evaluated in a generation.")
-    generations: int = Field(100, ge=1, description="Generations of a round.")
-    prompts: int = Field(200, ge=1, description="Training rows every member answers.")
-    mirrored: bool = Field(False, description="Evaluate perturbations in +/- pairs.")
-    shaping: Literal["zscore", "ranks"] = Field("zscore", description="Fitness shaping.")
-    noise: Literal["normal", "rademacher"] = Field("normal", description="Kind of perturbation.")
-    penalty: Literal["none", "l2", "l1", "huber", "elastic_net"] = Field(
-        "l2", description="Decay toward the anchor."
-    )
-    lam: float = Field(5.0, ge=0, description="Strength lambda of the penalty.")
-    tune_lambda: bool = Field(
-        False, description="Start at lam; halve it from round to round while the target suffers."
-    )
-    huber_threshold: float = Field(0.01, gt=0, description="Where huber turns from L2 into L1.")
-    l1_share: float = Field(0.5, ge=0, le=1, description="Share of L1 in elastic_net; L2's rest.")
-    importance: Path | None = Field(
-        None, description="Safetensors with a weight of the penalty, 0 or more, per parameter."
-    )
-    target_norm_ratio: float | None = Field(
-        None, gt=0, lt=1, description="Set lambda so that ||delta|| is this share of no decay's."
-    )
-    early_stop: bool = Field(True, description="End a round when norm grows and reward is flat.")
-    snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")
-
-
-class PromptSettings(Section):
-    """How a task is asked; what is left out stays as the task has it."""
-
-    template: str | None = Field(None, description="The question, with the task's {fields}.")
-    system: str | None = Field(None, description="A system message before it.")
-    prefill: str | None = Field(None, description="The assistant's first words, given.")
-    shots: int | None = Field(None, ge=0, description="Worked examples, for tasks that have any.")
-
-
-class TaskSettings(Section):
-    """What is learnt, what must not be forgotten, and on which rows both are measured."""
-
-    target: str = Field("gsm8k", description="The task a round trains on.")
-    priors: tuple[str, ...] | None = Field(
-        None, description="Prior tasks; None means every known task that is not the target."
-    )
-    files: tuple[str, ...] = Field((), description="Own tasks, each 'path/to/file.py:TASK'.")
-    data_dir: Path | None = Field(None, description="Local rows: <data_dir>/<task>/<split>.jsonl.")
-    rows: int = Field(500, ge=1, description="Evaluation rows of each task.")
-    max_tokens: int | None = Field(None, gt=0, description="Longest answer; None: the task's own.")
-    curve_every: int = Field(
-        0, ge=0, description="Measure all tasks every so many generations of a round; 0: never."
-    )
-    curve_rows: int = Field(64, ge=1, description="Rows of each task in such a measurement.")
-    kl_rows: int = Field(
-        16,
-        ge=0,
-        description="Continuations a task on which KL(anchor || candidate) is taken; 0: off.",
-    )
-    prompts: dict[str, str | PromptSettings] = Field(
-        {}, description="Own prompts by task: a template, or a table of what is to be different."
-    )
-    revisions: dict[str, str] = Field({}, description="Commit of a task's data set, to pin it.")
-
-    @field_validator("files")
-    @classmethod
-    def _files_from_anywhere(cls, files: tuple[str, ...]) -> tuple[str, ...]:
-        """A home is used from many folders: files are named by their whole path."""
-        return tuple(_whole(each) for each in files)
-
-    @field_validator("data_dir")
-    @classmethod
-    def _rows_from_anywhere(cls, data_dir: Path | None) -> Path | None:
-        return data_dir and data_dir.expanduser().resolve()
-
-
-class GateSettings(Section):
-    """How sure a promotion has to be (evaluators/gate.py states the tests)."""
-
-    alpha: float = Field(0.025, gt=0, lt=0.5, description="Level of non-inferiority on priors.")
-    target_alpha: float = Field(0.01, gt=0, lt=0.5, description="Level of McNemar on the target.")
-    min_gain: float = Field(0.005, ge=0, lt=1, description="Least gain on the target, as a share.")
-    confirm: bool = Field(True, description="Confirm on sealed rows before a promotion.")
-    margins: dict[str, float] = Field(
-        {}, description="Own margin of a prior task, a share, instead of the one its rows carry."
-    )
-    sequential: bool = Field(
-        False, description="Judge by betting, which allows more rows after an undecided look."
-    )
-    extend: int = Field(
-        0,
-        ge=0,
-        description="Times that rows are added while a prior is undecided; sequential only.",
-    )
-
-    @model_validator(mode="after")
-    def _looks_again_only_by_betting(self) -> "GateSettings":
-        """A fixed-sample test looked at again would err more often than it says."""
-        if self.extend and not self.sequential:
-            raise ValueError(f"extend = {self.extend} needs sequential = true")
-        return self
-
-
-class ReviewSettings(Section):
-    """Who has the last word."""
-
-    mode: Literal["auto", "manual"] = Field(
-        "auto", description="'manual': a passed candidate waits for a person."
-    )
-    allow_anchor_move: bool = Field(
-        False, description="Whether `anchorage anchor move` may tie later rounds to the champion."
-    )
-
-
-class BakingSettings(Section):
-    """The watch over a freshly promoted version (evaluators/baking.py states the tests)."""
-
-    rows: int = Field(40, ge=1, description="Live rewards of the new version that settle it.")
-    minutes: float = Field(60.0, ge=0, description="Longest watch; then what was seen settles it.")
-    alpha: float = Field(
-        0.01, gt=0, lt=0.5, description="Largest chance to roll back a version that is not worse."
-    )
-    window: int = Field(200, ge=1, description="Newest answers of the old version to compare with.")
-    error_margin: float = Field(
-        0.05, gt=0, lt=0.5, description="Failed answers more than before that are borne, a share."
-    )
-    latency_factor: float = Field(
-        3.0, gt=1, description="An answer slower than this many old medians is slow."
-    )
-
-
-class GatewaySettings(Section):
-    """The endpoint."""
-
-    host: str = Field("127.0.0.1", description="Address to listen on; elsewhere keys are required.")
-    port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    principal_cap: float = Field(
-        0.01, ge=0, le=1, description="Largest share of a round's rows from one principal; 0: off."
-    )
-    retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
-    experience_url: str | None = Field(None, description="SQLAlchemy URL; None: SQLite in home.")
-    rate: str = Field(
-        "", description="Requests of one principal, such as '600/minute'; empty: no limit."
-    )
-    token_quota: str = Field(
-        "", description="Tokens of one principal, such as '1000000/day'; empty: no limit."
-    )
-    quota_storage: str = Field(
-        "async+memory://", description="Where rates and quotas are counted, a URL of `limits`."
-    )
-    max_body_bytes: int = Field(1 << 20, gt=0, description="Largest body of a request.")
-    max_in_flight: int = Field(64, gt=0, description="Requests inside the engine at once.")
-    max_queued: int = Field(256, gt=0, description="Requests that may wait for such a place.")
-    queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for such a place.")
-    answer_timeout_s: float = Field(600.0, gt=0, description="Longest time for a whole answer.")
-
-
-class EngineSettings(Section):
-    """The vLLM engines: one serves, the others evaluate members."""
-
-    population: int = Field(1, ge=1, description="Engines that evaluate members.")
-    placement: Literal["local", "ray"] = Field("local", description="Where those engines run.")
-    ray_address: str | None = Field(None, description="Ray cluster; None: one of this machine.")
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of the GPU each.")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
-    max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch; fixed for pairing.")
-    master_device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="Where delta lies: on the host, or 4 bytes a parameter on the GPU."
-    )
-    swap: Literal["in_place", "blue_green"] = Field(
-        "in_place", description="Reload the one engine, or start a second one and flip to it."
-    )
-    swap_deadline_s: float = Field(60.0, gt=0, description="Longest a swap may take.")
-
-
-class ProjectionSettings(Section):
-    """MLflow and Prefect, which show what happens and own nothing of it."""
-
-    mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    loop_minutes: float = Field(60.0, gt=0, description="Minutes between scheduled rounds.")
-    reconcile_seconds: float = Field(30.0, gt=0, description="Seconds between reconciliations.")
 
 
 class ProfileSource(InitSettingsSource):
@@ -324,12 +129,6 @@ def replaced(section: S, name: str, changes: Mapping[str, Any]) -> S:
         return type(section).model_validate(section.model_dump() | dict(changes))
     except ValidationError as error:
         raise UserError(_one_line(error, name)) from None
-
-
-def _whole(spec: str) -> str:
-    """'a/b.py:TASK' with the whole path; 'package.module:TASK' as it is."""
-    place, _, name = spec.rpartition(":")
-    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
 
 
 def _one_line(error: ValidationError, *within: str) -> str:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from agent.config import EMBEDDED, ModelSettings
 from agent.errors import UserError
+from agent.sections import EMBEDDED, ModelSettings
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import LearnerSettings
 from agent.errors import UserError
 from agent.learner.drift import Drift
 from agent.learner.es import Applied, Step
@@ -22,6 +21,7 @@ from agent.learner.improve import Apply, Evaluate, Outcome, Record, improve
 from agent.learner.noise import Address
 from agent.population.pool import Population
 from agent.population.schedule import Completion
+from agent.sections import LearnerSettings
 from agent.store.records import DamagedError, Run
 from agent.store.replay import replay, route
 from agent.store.weights import export

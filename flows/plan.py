@@ -8,11 +8,12 @@ that is taken up again, or replayed, is the same round.
 from collections.abc import Mapping
 from typing import Any
 
-from agent.config import LearnerSettings, replaced
+from agent.config import replaced
 from agent.errors import UserError
 from agent.learner.es import members
 from agent.learner.improve import Plan
 from agent.learner.penalty import Penalty, check, lambda_for_norm_ratio, next_lambda
+from agent.sections import LearnerSettings
 from agent.store.importance import keep_importance
 from agent.store.records import Run
 from agent.store.replay import lineage

@@ -9,9 +9,10 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from agent.config import EMBEDDED, Home, Settings, load
+from agent.config import Home, Settings, load
 from agent.errors import UserError
 from agent.registry import Registry
+from agent.sections import EMBEDDED
 from agent.store.experience import ExperienceStore
 from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import EMBEDDED, Home, LearnerSettings, Settings, load
+from agent.config import Home, Settings, load
 from agent.errors import UserError
+from agent.sections import EMBEDDED, LearnerSettings
 from agent.store.records import Run
 from deploy import stack
 from deploy.serving.served import Served, write_atomically, write_served

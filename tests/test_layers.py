@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("agent.learner", 0),
     ("agent.population.schedule", 0),
     ("agent.config", 1),
+    ("agent.sections", 1),
     ("agent.store", 1),
     ("agent", 2),
     ("evaluators.loading", 2),
@@ -171,6 +172,7 @@ def test_a_cycle_is_found() -> None:
     assert sorted(cycles(modules)) == ["agent.a", "agent.b"]
 
 
+@pytest.mark.proof
 def test_floors_zero_and_one_load_without_heavy_libraries() -> None:
     # Migrations are scripts that alembic runs; they cannot be imported alone.
     light = [name for name in sources() if floor(name) < 2 and ".migrations." not in name]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import ModelSettings
 from agent.errors import UserError
+from agent.sections import ModelSettings
 from deploy.model import resolve
 
 
