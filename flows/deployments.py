@@ -26,6 +26,7 @@ from flows.session import Session, session
 from flows.upkeep import poll
 
 LOG = logging.getLogger("anchorage.flows")
+PREFECT_S = 60.0  # between two lines that say it does not answer
 
 
 @flow(name="collect")
@@ -145,6 +146,8 @@ def serve_flows(service: Service) -> None:
     schedule = Interval(every, anchor_date=datetime.now(UTC) + every)
     watcher = threading.Thread(target=watch, args=[service], name="reconcile", daemon=True)
     watcher.start()
+    while "PREFECT_API_URL" in os.environ and not server_answers(wait_s=PREFECT_S):
+        LOG.warning("Prefect does not answer; its schedules wait for it, nothing else does")
     deployments = [
         each.to_deployment(
             name=name, parameters=home, schedule=schedule if name == "loop" else None
