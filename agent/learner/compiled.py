@@ -29,14 +29,13 @@ _inlined = njit(inline="always")
 
 
 @_inlined  # type: ignore[untyped-decorator]
-def _philox(block: Any, words: Any) -> Any:
+def _philox(block: Any, k0: Any, k1: Any, t0: Any, t1: Any) -> Any:
     """noise.philox of one 64-bit block number; only the low 32 bits of each result count.
 
     State stays in 64-bit lanes and is masked where it is multiplied: one instruction a product.
     """
     c0, c1 = block, block >> _S32
-    c2, c3 = np.uint64(words[2]), np.uint64(words[3])
-    k0, k1 = np.uint64(words[0]), np.uint64(words[1])
+    c2, c3 = t0, t1
     for _ in range(10):
         p0, p1 = _M0 * (c0 & _WORD), _M1 * (c2 & _WORD)
         c0, c1 = (p1 >> _S32) ^ c1 ^ k0, p1
@@ -49,8 +48,10 @@ def _philox(block: Any, words: Any) -> Any:
 def _draw(index: Any, group: int, words: Any) -> None:
     """One group of places in the normal table into index (256,) of 16 bits."""
     first = np.uint64(group) * np.uint64(LANES)
+    k0, k1 = np.uint64(words[0]), np.uint64(words[1])
+    t0, t1 = np.uint64(words[2]), np.uint64(words[3])
     for lane in range(LANES):
-        c0, c1, c2, c3 = _philox(first + np.uint64(lane), words)
+        c0, c1, c2, c3 = _philox(first + np.uint64(lane), k0, k1, t0, t1)
         index[lane] = c0 & _HALF
         index[LANES + lane] = (c0 >> _S16) & _HALF
         index[2 * LANES + lane] = c1 & _HALF
@@ -65,8 +66,10 @@ def _draw(index: Any, group: int, words: Any) -> None:
 def _signs(eps: Any, bits: Any, group: int, words: Any) -> None:
     """One group of +1 / -1 into eps (4096,); bits (4, 32) is scratch."""
     first = np.uint64(group) * np.uint64(LANES)
+    k0, k1 = np.uint64(words[0]), np.uint64(words[1])
+    t0, t1 = np.uint64(words[2]), np.uint64(words[3])
     for lane in range(LANES):
-        c0, c1, c2, c3 = _philox(first + np.uint64(lane), words)
+        c0, c1, c2, c3 = _philox(first + np.uint64(lane), k0, k1, t0, t1)
         bits[0, lane], bits[1, lane] = c0 & _WORD, c1 & _WORD
         bits[2, lane], bits[3, lane] = c2 & _WORD, c3 & _WORD
     raw = eps.view(np.uint32)
@@ -84,17 +87,17 @@ def noise(out: Any, start: int, words: Any, table: Any) -> None:
     group_size = 8 * LANES if table.size else 128 * LANES
     eps, index = np.empty(group_size, np.float32), np.empty(8 * LANES, np.uint16)
     bits = np.empty((4, LANES), np.uint32)
-    end = start + out.size
-    for group in range(start // group_size, (end + group_size - 1) // group_size):
-        at = group * group_size
-        low, high = max(start, at), min(end, at + group_size)
+    for group in range(start // group_size, (start + out.size + group_size - 1) // group_size):
+        at = group * group_size - start
+        low, high = max(0, -at), min(group_size, out.size - at)
         if table.size:
             _draw(index, group, words)
-            for i in range(high - low):
-                out[low - start + i] = table[index[low - at + i]]
+            for i in range(low, high):
+                out[_place(at + i)] = table[index[_place(i)]]
         else:
             _signs(eps, bits, group, words)
-            out[low - start : high - start] = eps[low - at : high - at]
+            for i in range(low, high):
+                out[_place(at + i)] = eps[_place(i)]
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -106,36 +109,33 @@ def render(
     group_size = 8 * LANES if table.size else 128 * LANES
     eps, index = np.zeros(group_size, np.float32), np.empty(8 * LANES, np.uint16)
     bits = np.empty((4, LANES), np.uint32)
-    end = start + out.size
-    for group in range(start // group_size, (end + group_size - 1) // group_size):
-        at = group * group_size
-        low, high = max(start, at), min(end, at + group_size)
-        here = slice(low - start, high - start)
+    for group in range(start // group_size, (start + out.size + group_size - 1) // group_size):
+        at = group * group_size - start
+        low, high = max(0, -at), min(group_size, out.size - at)
         if noisy and table.size:
             _draw(index, group, words)
-            _add_drawn(
-                out[here], anchor[here], delta[here], scale, table, index[low - at : high - at]
-            )
+            for i in range(low, high):
+                k = _place(at + i)
+                out[k] = _sum(anchor[k], delta[k], scale, table[index[_place(i)]])
             continue
         if noisy:
             _signs(eps, bits, group, words)
-        _add(out[here], anchor[here], delta[here], scale, eps[low - at : high - at])
+        for i in range(low, high):
+            k = _place(at + i)
+            out[k] = _sum(anchor[k], delta[k], scale, eps[_place(i)])
 
 
 @_inlined  # type: ignore[untyped-decorator]
-def _add(out: Any, anchor: Any, delta: Any, scale: Any, eps: Any) -> None:
-    """out = anchor + (delta + scale * eps), elementwise."""
-    for i in range(out.size):
-        s = delta[i] + scale * eps[i]
-        out[i] = anchor[i] if s == np.float32(0) else anchor[i] + s
+def _place(i: Any) -> Any:
+    """An index that is never negative, so that no loop asks whether it counts from the end."""
+    return np.uint64(i)
 
 
 @_inlined  # type: ignore[untyped-decorator]
-def _add_drawn(out: Any, anchor: Any, delta: Any, scale: Any, table: Any, index: Any) -> None:
-    """`_add` of the normals at these places of the table."""
-    for i in range(out.size):
-        s = delta[i] + scale * table[index[i]]
-        out[i] = anchor[i] if s == np.float32(0) else anchor[i] + s
+def _sum(anchor: Any, delta: Any, scale: Any, eps: Any) -> Any:
+    """anchor + (delta + scale * eps), and the anchor itself where that adds 0."""
+    s = delta + scale * eps
+    return anchor if s == np.float32(0) else anchor + s
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -146,38 +146,34 @@ def render_bf16(
     noisy = words.size > 0
     group_size = 8 * LANES if table.size else 128 * LANES
     eps, index = np.zeros(group_size, np.float32), np.empty(8 * LANES, np.uint16)
-    bits, wide = np.empty((4, LANES), np.uint32), np.empty(group_size, np.float32)
-    end = start + out.size
-    for group in range(start // group_size, (end + group_size - 1) // group_size):
-        at = group * group_size
-        low, high = max(start, at), min(end, at + group_size)
-        here, sums = slice(low - start, high - start), wide[: high - low]
-        _widen(sums.view(np.uint32), anchor[here])
+    bits, sums = np.empty((4, LANES), np.uint32), np.empty(group_size, np.float32)
+    raw = sums.view(np.uint32)
+    for group in range(start // group_size, (start + out.size + group_size - 1) // group_size):
+        at = group * group_size - start
+        low, high = max(0, -at), min(group_size, out.size - at)
+        for i in range(low, high):
+            raw[_place(i)] = np.uint32(anchor[_place(at + i)]) << np.uint32(16)
         if noisy and table.size:
             _draw(index, group, words)
-            _add_drawn(sums, sums, delta[here], scale, table, index[low - at : high - at])
+            for i in range(low, high):
+                j = _place(i)
+                sums[j] = _sum(sums[j], delta[_place(at + i)], scale, table[index[j]])
         else:
             if noisy:
                 _signs(eps, bits, group, words)
-            _add(sums, sums, delta[here], scale, eps[low - at : high - at])
-        _narrow(out[here], sums.view(np.uint32))
+            for i in range(low, high):
+                j = _place(i)
+                sums[j] = _sum(sums[j], delta[_place(at + i)], scale, eps[j])
+        for i in range(low, high):
+            out[_place(at + i)] = _narrow(raw[_place(i)])
 
 
 @_inlined  # type: ignore[untyped-decorator]
-def _widen(bits32: Any, bits16: Any) -> None:
-    """bfloat16 -> float32, exactly."""
-    for i in range(bits16.size):
-        bits32[i] = np.uint32(bits16[i]) << np.uint32(16)
-
-
-@_inlined  # type: ignore[untyped-decorator]
-def _narrow(bits16: Any, bits32: Any) -> None:
-    """float32 -> bfloat16, to nearest, ties to even; a NaN stays a (quiet) NaN."""
-    for i in range(bits16.size):
-        b = bits32[i]
-        rounded = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE32))
-        nan = np.uint32(b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        bits16[i] = np.uint32(b | np.uint32(0x400000) if nan else rounded) >> np.uint32(16)
+def _narrow(b: Any) -> Any:
+    """float32 bits -> bfloat16 bits, to nearest, ties to even; a NaN stays a (quiet) NaN."""
+    rounded = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & _ONE32))
+    nan = np.uint32(b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint32(b | np.uint32(0x400000) if nan else rounded) >> np.uint32(16)
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -203,9 +199,9 @@ def update(
     bits = np.empty((4, LANES), np.uint32)
     acc = np.empty(group_size, np.float32)
     squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
-    end = start + delta.size
-    for group in range(start // group_size, (end + group_size - 1) // group_size):
-        acc[:] = np.float32(0)
+    for group in range(start // group_size, (start + delta.size + group_size - 1) // group_size):
+        for i in range(group_size):
+            acc[_place(i)] = np.float32(0)
         for p in range(coefficients.size):
             c = coefficients[p]
             if table.size:
@@ -216,41 +212,58 @@ def update(
                 _signs(eps, bits, group, words[p])
                 for i in range(group_size):
                     acc[i] += c * eps[i]
-        at = group * group_size
-        low, high = max(start, at), min(end, at + group_size)
-        here = delta[low - start : high - start]
-        w = weights[low - start : high - start] if weights.size else weights
-        _finish(here, acc[low - at : high - at], penalty, s, share, tau, w)
-        _tally(squares, moves, here, acc[low - at : high - at])
+        at = group * group_size - start
+        low, high = max(0, -at), min(group_size, delta.size - at)
+        _finish(delta, acc, at, low, high, penalty, s, share, tau, weights)
+        _tally(squares, moves, delta, acc, at, low, high)
     return squares.sum(), moves.sum()
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def _finish(delta: Any, acc: Any, penalty: int, s: Any, share: Any, tau: Any, weights: Any) -> None:
-    """delta = prox(delta + acc) in place; acc becomes delta before. A loop a penalty: each fast."""
+def _finish(
+    delta: Any,
+    acc: Any,
+    at: int,
+    low: int,
+    high: int,
+    penalty: int,
+    s: Any,
+    share: Any,
+    tau: Any,
+    weights: Any,
+) -> None:
+    """delta = prox(delta + acc) in place; acc becomes delta before. A loop a penalty: each fast.
+
+    Element i of acc, low <= i < high, belongs to element at + i of delta and weights.
+    """
     rest = np.float32(1) - share
     weighted = weights.size > 0
-    for i in range(delta.size):
-        before = delta[i]
-        delta[i] = before + acc[i]
-        acc[i] = before
+    for i in range(low, high):
+        j, k = _place(i), _place(at + i)
+        before = delta[k]
+        delta[k] = before + acc[j]
+        acc[j] = before
     if penalty == 1:
-        for i in range(delta.size):
-            t = s * weights[i] if weighted else s
-            delta[i] = delta[i] - t * delta[i]
+        for i in range(low, high):
+            k = _place(at + i)
+            t = s * weights[k] if weighted else s
+            delta[k] = delta[k] - t * delta[k]
     elif penalty == 2:
-        for i in range(delta.size):
-            t = s * weights[i] if weighted else s
-            delta[i] = _soft(delta[i], t)
+        for i in range(low, high):
+            k = _place(at + i)
+            t = s * weights[k] if weighted else s
+            delta[k] = _soft(delta[k], t)
     elif penalty == 3:
-        for i in range(delta.size):
-            t = s * weights[i] if weighted else s
-            delta[i] = delta[i] - t * min(max(delta[i], -tau), tau)
+        for i in range(low, high):
+            k = _place(at + i)
+            t = s * weights[k] if weighted else s
+            delta[k] = delta[k] - t * min(max(delta[k], -tau), tau)
     elif penalty == 4:
-        for i in range(delta.size):
-            t = s * weights[i] if weighted else s
-            m = _soft(delta[i], t * share)
-            delta[i] = m - t * rest * m
+        for i in range(low, high):
+            k = _place(at + i)
+            t = s * weights[k] if weighted else s
+            m = _soft(delta[k], t * share)
+            delta[k] = m - t * rest * m
 
 
 @_inlined  # type: ignore[untyped-decorator]
@@ -261,23 +274,32 @@ def _soft(d: Any, t: Any) -> Any:
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def _tally(squares: Any, moves: Any, delta: Any, before: Any) -> None:
-    """Add the squares of delta and of its move, in float64, element i into lane i mod 32."""
-    whole = delta.size - delta.size % LANES
-    for at in range(0, whole, LANES):
+def _tally(squares: Any, moves: Any, delta: Any, before: Any, at: int, low: int, high: int) -> None:
+    """Add the squares of delta and of its move, in float64, element low + i into lane i mod 32.
+
+    Elements low <= i < high of before, at + i of delta.
+    """
+    whole = high - (high - low) % (8 * LANES)
+    for first in range(low, whole, 8 * LANES):
         for lane in range(LANES):
-            now, moved = delta[at + lane], delta[at + lane] - before[at + lane]
-            squares[lane] += np.float64(now) * np.float64(now)
-            moves[lane] += np.float64(moved) * np.float64(moved)
-    for i in range(whole, delta.size):
-        now, moved = delta[i], delta[i] - before[i]
-        squares[i - whole] += np.float64(now) * np.float64(now)
-        moves[i - whole] += np.float64(moved) * np.float64(moved)
+            square, move = squares[lane], moves[lane]
+            for block in range(8):
+                i = first + block * LANES + lane
+                now = delta[_place(at + i)]
+                moved = now - before[_place(i)]
+                square += np.float64(now) * np.float64(now)
+                move += np.float64(moved) * np.float64(moved)
+            squares[lane], moves[lane] = square, move
+    for i in range(whole, high):
+        now = delta[_place(at + i)]
+        moved = now - before[_place(i)]
+        squares[(i - whole) % LANES] += np.float64(now) * np.float64(now)
+        moves[(i - whole) % LANES] += np.float64(moved) * np.float64(moved)
 
 
 @_compiled  # type: ignore[untyped-decorator]
 def sum_squares(values: Any) -> Any:
     """sum values^2 of (n,) float32, in float64, with the additions of `update` in its order."""
     squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
-    _tally(squares, moves, values, values)
+    _tally(squares, moves, values, values, 0, 0, values.size)
     return squares.sum()
