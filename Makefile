@@ -13,9 +13,11 @@ LOCK := requirements-$(EXTRA).lock
 demo: venv
 	$(BIN)/anchorage demo
 
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not integration and not proof"
-	$(BIN)/python -m pytest -q -m "integration or proof"
+	$(SIDE_BY_SIDE) -m "not integration and not proof"
+	$(SIDE_BY_SIDE) -m "proof and not integration"
+	$(BIN)/python -m pytest -q -m integration
 
 soak: venv
 	ANCHORAGE_SOAK=1 $(BIN)/python -m pytest -q --timeout=7200

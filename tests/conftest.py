@@ -13,9 +13,10 @@ WHOLE_FILE = re.compile(r"^pytestmark = .*pytest\.mark\.(proof|integration)\b", 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A file whose every test is left out by ``-m "not ..."`` is not imported either."""
-    if collection_path.suffix != ".py" or "not proof" not in config.option.markexpr:
+    if collection_path.suffix != ".py" or "not " not in config.option.markexpr:
         return None
-    return bool(WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))) or None
+    mark = WHOLE_FILE.search(collection_path.read_text(encoding="utf-8"))
+    return (mark is not None and f"not {mark[1]}" in config.option.markexpr) or None
 
 
 @pytest.fixture(scope="session")

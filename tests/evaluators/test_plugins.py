@@ -70,11 +70,13 @@ def sandbox(spec: str) -> Iterator[Sandbox]:
     sandbox.close()
 
 
+@pytest.mark.proof
 def test_a_verdict_comes_back_from_the_worker(sandbox: Sandbox) -> None:
     assert sandbox.verify("anchor", ROW) == Verdict(1.0, 0.0, "anchor")
     assert sandbox.verify("\ud800\n\x00", ROW) == Verdict(0.0, 0.0, "\ud800\n\x00")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("completion", "told"),
     [
@@ -99,6 +101,7 @@ def test_a_verifier_that_hangs_grows_or_dies_costs_its_row_only(
     assert sandbox.verify("anchor", ROW).reward == 1.0
 
 
+@pytest.mark.proof
 def test_a_verifier_that_sleeps_is_given_up(spec: str) -> None:
     sandbox = Sandbox(spec, Limits(wall_s=0.3))
     told = sandbox.verify("sleep", ROW).error or ""
@@ -106,6 +109,7 @@ def test_a_verifier_that_sleeps_is_given_up(spec: str) -> None:
     assert "no verdict within 0.3 s" in told
 
 
+@pytest.mark.proof
 def test_a_verifier_can_neither_write_files_nor_read_secrets(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +121,7 @@ def test_a_verifier_can_neither_write_files_nor_read_secrets(
     assert len(sandbox.verify("long", ROW).extracted or "") == 1000
 
 
+@pytest.mark.proof
 def test_a_worker_that_was_killed_between_two_verdicts_is_replaced(sandbox: Sandbox) -> None:
     assert sandbox.verify("anchor", ROW).reward == 1.0
     assert sandbox._worker is not None
@@ -126,6 +131,7 @@ def test_a_worker_that_was_killed_between_two_verdicts_is_replaced(sandbox: Sand
     assert sandbox.verify("anchor", ROW).reward == 1.0
 
 
+@pytest.mark.proof
 def test_a_closed_sandbox_leaves_no_process(spec: str) -> None:
     sandbox = Sandbox(spec, LIMITS)
     sandbox.verify("anchor", ROW)
@@ -185,6 +191,7 @@ def test_the_settings_change_prompts_and_lengths_and_nothing_else() -> None:
         tuned(TASKS, prompts={"pika": {"template": "?"}})
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "refusal"])
 def test_our_tasks_keep_the_contract(name: str) -> None:
     assert check(TASKS[name], rows(TASKS[name], "eval", data_dir=ROWS)) == []
@@ -194,6 +201,7 @@ def test_the_safety_prior_keeps_the_contract() -> None:
     assert check(TASKS["refusal"], rows(TASKS["refusal"], "eval", limit=20)) == []
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["json_answer", "sql"])
 def test_the_examples_keep_the_contract_in_process_and_in_the_sandbox(name: str) -> None:
     spec = f"{EXAMPLES / name}.py:TASK"

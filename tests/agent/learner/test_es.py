@@ -191,6 +191,7 @@ def climb(
     return seen
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("noise", ["normal", "rademacher"])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_es_climbs_a_quadratic(noise: NoiseKind, mirrored: bool) -> None:
@@ -203,6 +204,7 @@ def test_es_climbs_a_quadratic(noise: NoiseKind, mirrored: bool) -> None:
     assert np.mean(seen[-20:]) > 0.05 * start
 
 
+@pytest.mark.proof
 def test_es_climbs_a_noisy_step_function() -> None:
     """A reward without a gradient: the share of 200 noisy yes / no questions that are passed."""
     rng = np.random.default_rng(0)

@@ -21,6 +21,8 @@ from agent.learner.kernels_cpu import (
 from agent.learner.noise import Address, NoiseKind, normal, rademacher
 from agent.learner.penalty import PENALTIES, Penalty, PenaltyKind, prox
 
+pytestmark = pytest.mark.proof  # the loops are compiled first
+
 KINDS: tuple[NoiseKind, ...] = ("normal", "rademacher")
 DEFINITION = {"normal": normal, "rademacher": rademacher}
 HERE = Address(3, 1, 4)

@@ -154,7 +154,10 @@ def test_no_word_is_of_two_kinds_and_no_deed_of_two_things() -> None:
         ("countdown", "eval", 5000, "5000 rows asked, only"),
     ],
 )
-def test_what_cannot_be_made_is_refused(task: str, split: str, count: int, said: str) -> None:
+def test_what_cannot_be_made_is_refused(
+    task: str, split: str, count: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.embedded.rows.MAX_TRIES", 100)
     with pytest.raises(ValueError, match=re.escape(said)):
         rows(task, split, count, seed=0)
 
