@@ -1,6 +1,7 @@
 """Progress bars for long work, on stderr so that stdout stays what was asked for."""
 
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 SHOWN = 6  # finished bars that stay
+LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
 
 Advance = Callable[[int], None]  # told how many are done so far
 
@@ -65,13 +67,28 @@ class Bars:
         self._bars.stop()
 
     def track(self, what: str, total: int) -> Advance:
-        """A bar of its own, or one line where bars cannot be drawn; old finished ones go."""
+        """A bar of its own, or lines where bars cannot be drawn; old finished ones go."""
         if self._bars.disable:
-            self._console.print(f"  {what} ({total})", highlight=False)
+            return self._lines(what, total)
         for old in [each for each in self._bars.tasks if each.finished][:-SHOWN]:
             self._bars.update(old.id, visible=False)
         bar = self._bars.add_task(what, total=total)
         return lambda done: self._bars.update(bar, completed=done)
+
+    def _lines(self, what: str, total: int) -> Advance:
+        """The bar as lines: one at the beginning, then one every LINE_EVERY seconds."""
+        self._console.print(f"  {what} ({total})", highlight=False)
+        began = told = time.monotonic()
+
+        def advance(done: int) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= LINE_EVERY:
+                told = now
+                line = f"  {what}: {done}/{total} after {now - began:.0f} s"
+                self._console.print(line, highlight=False)
+
+        return advance
 
     def say(self, text: str) -> None:
         """A line above the bars."""
