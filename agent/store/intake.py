@@ -1,6 +1,8 @@
 """Traffic to training rows: which verified rows a round may learn from, and why others may not.
 
-Pure: rows in, rows out, in a fixed order. Every row ends in exactly one list of ``Intake``.
+Pure: rows in, rows out, in a fixed order. Every row ends in exactly one list of ``Intake``. The
+rows of its gate and sealed pools are kept from training for a person to look at; the gate itself
+judges by the tasks' own rows alone, so that no client can move it.
 """
 
 import hashlib
