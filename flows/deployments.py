@@ -49,10 +49,10 @@ def improve_flow(
 
 
 @flow(name="evaluate")
-def evaluate_flow(home: str, run_id: str) -> dict[str, Any]:
+def evaluate_flow(home: str, run_id: str, serve: bool = False) -> dict[str, Any]:
     """Anchor, champion and candidate on every task, and the gate's verdict."""
     with session(Path(home)) as opened:
-        return loop.weigh(opened, run_id).report.to_json()
+        return loop.weigh(opened, run_id, serve=serve).report.to_json()
 
 
 @flow(name="promote")
@@ -92,10 +92,12 @@ def loop_flow(
         name = opened.service.target(target).name
         collected = run_flow("collect", home, name)
         made = run_flow("improve", home, name, changes)
-        report = run_flow("evaluate", home, made["round"])
-        outcome: dict[str, Any] = {"state": report["verdict"]}
-        if promote.act(opened, made["digest"]):
-            outcome = run_flow("promote", home, made["digest"])
+        report, outcome = loop.conclude(
+            opened,
+            made["digest"],
+            weighed=lambda: run_flow("evaluate", home, made["round"], True),
+            promoted=lambda: run_flow("promote", home, made["digest"]),
+        )
         return {"collected": collected, "report": report, "outcome": outcome}
 
 

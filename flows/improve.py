@@ -37,6 +37,7 @@ from flows.service import Service
 from flows.snapshots import NEWEST, keep_snapshots
 
 Rewards = NDArray[np.float64]
+UNJUDGED = (None, "PROPOSED", "EVALUATED")  # states of a candidate without a verdict
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def unweighed(
     """The round of this target and these settings that ended and was never judged, if any."""
     learner = chosen(service.settings.learner, changes)
     for run in _begun(service, service.target(target), learner.model_dump(mode="json")):
-        if run.digest is not None and service.ledger.state(run.digest) in (None, "PROPOSED"):
+        if run.digest is not None and service.ledger.state(run.digest) in UNJUDGED:
             outcome = Outcome(service.journal.next_generation(run.run_id), str(run.reason))
             return _proposed(service, run.run_id, run.digest, outcome)
     return None

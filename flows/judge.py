@@ -52,10 +52,13 @@ def judge(
     run_id: str,
     progress: Reporter,
     curve: tuple[Point, ...] = (),
+    *,
+    serve: bool = False,
 ) -> Judged:
     """Evaluate a finished round's candidate, pass the gate, write EVALUATED and the verdict.
 
-    The sealed draw is asked only of a candidate that passed the first stage.
+    The sealed draw is asked only of a candidate that passed the first stage. ``serve``: the caller
+    is about to serve one that passes; the verdict says so, for whoever finds it left behind.
     """
     run = service.journal.run(run_id)
     digest = str(run.digest)
@@ -94,7 +97,7 @@ def judge(
         )
     moved = _shifts(service, population, names, digests, progress)
     report = _report(service, run, decision, seen.by_model(), curve, moved)
-    _write(service, report, looks)
+    _write(service, report, looks, serve)
     return Judged(report, seen.by_model())
 
 
@@ -209,7 +212,9 @@ def _report(
     )
 
 
-def _write(service: Service, report: RoundReport, looks: Sequence[Mapping[str, Any]]) -> None:
+def _write(
+    service: Service, report: RoundReport, looks: Sequence[Mapping[str, Any]], serve: bool
+) -> None:
     """EVALUATED and the verdict, each once however often a round is judged."""
     figures = {
         task: {key: value for key, value in row.items() if key != "interval"}
@@ -224,4 +229,5 @@ def _write(service: Service, report: RoundReport, looks: Sequence[Mapping[str, A
     asked = f"first stage{extended} and, if passed, sealed draw"
     service.record(report.digest, "EVALUATED", asked, statistics=statistics)
     why = "; ".join(str(reason["text"]) for reason in report.decisive())
-    service.record(report.digest, state, why, statistics={"reasons": list(report.reasons)})
+    verdict = {"reasons": list(report.reasons), "serve": serve}
+    service.record(report.digest, state, why, statistics=verdict)

@@ -1,7 +1,7 @@
-"""The two long stages of a turn: learning a candidate, and weighing it. One round at a time."""
+"""A turn of the loop: learn a candidate, weigh it, and act on the verdict. One round at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from filelock import FileLock, Timeout
 
 from agent.errors import UserError
 from deploy.serving.served import write_atomically
-from flows import catch_up, projection
+from flows import catch_up, projection, promote
 from flows.curve import points_of
 from flows.improve import Round, run_round, unweighed
 from flows.judge import Judged, judge
 from flows.plan import chosen
 from flows.service import Service
 from flows.session import Session
+
+Step = Callable[[], dict[str, Any]]
 
 
 def learn(session: Session, target: str, changes: Mapping[str, Any] | None = None) -> Round:
@@ -32,15 +34,33 @@ def learn(session: Session, target: str, changes: Mapping[str, Any] | None = Non
         return run_round(service, session.population, target, session.progress, changes)
 
 
-def weigh(session: Session, run_id: str) -> Judged:
-    """Evaluation and gate of a finished round, kept as its report and shown in MLflow."""
+def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
+    """Evaluation and gate of a finished round, kept as its report and shown in MLflow.
+
+    ``serve``: what passes is served next, by the caller or, if it dies, by whoever watches.
+    """
     service = session.service
     curve = points_of(service, run_id)
-    judged = judge(service, session.population, run_id, session.progress, curve)
+    judged = judge(service, session.population, run_id, session.progress, curve, serve=serve)
     write_atomically(report_path(service, run_id), json.dumps(judged.report.to_json()))
     catch_up.keep(service, judged.report, judged.tables)
     projection.attempt(f"round {run_id}", lambda: catch_up.show_run(service, run_id))
     return judged
+
+
+def conclude(
+    session: Session, digest: str, weighed: Step, promoted: Step
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report of a candidate and what became of it: weighed, and promoted where it passed.
+
+    One that is killed in between is finished by the next look (``flows.reconcile``).
+    """
+    with promote.concluding(session.service):
+        report = weighed()
+        outcome: dict[str, Any] = {"state": report["verdict"]}
+        if promote.act(session, digest):
+            outcome = promoted()
+    return report, outcome
 
 
 def report_path(service: Service, run_id: str) -> Path:

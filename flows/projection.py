@@ -9,18 +9,21 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from agent.registry import Alias, Rows
 from deploy.serving.served import write_atomically
-from flows import plots, report
-from flows.evaluate import Who
 from flows.service import Service
+
+if TYPE_CHECKING:  # a rollback shows aliases only, and does not wait for the plots' libraries
+    from flows.evaluate import Who
+    from flows.report import RoundReport
 
 LOG = logging.getLogger("anchorage.projection")
 WAIT_S = 20.0  # for another process that looks at aliases
+WAITING = ("PROMOTE", "HOLD", "AWAIT_REVIEW", "APPROVED")
 NUMBERS = ("norm", "step_norm", "predicted_norm", "predicted_norm_l2", "reward_mean", "reward_std")
 
 
@@ -66,7 +69,7 @@ def show_generation(
 
 
 def show_round(
-    service: Service, told: report.RoundReport, tables: Mapping[Who, Sequence[Path]]
+    service: Service, told: "RoundReport", tables: Mapping["Who", Sequence[Path]]
 ) -> None:
     """A judged round: metrics, plots, per-sample tables, verdict, report, and its version.
 
@@ -75,6 +78,8 @@ def show_round(
         told: The round with the gate's figures.
         tables: Per-sample parquet of "anchor", "champion" and "candidate".
     """
+    from flows import plots, report
+
     mlflow_run = show_plan(service, told.round_id)
     registry = service.registry
     generations = service.journal.generations(told.round_id)
@@ -130,9 +135,10 @@ def show_anchor(service: Service) -> None:
     show_aliases(service)
 
 
-def show_aliases(service: Service, challenger: str | None = None) -> None:
-    """Aliases as the ledger says: champion, previous, anchor, and the candidate of now.
+def show_aliases(service: Service) -> None:
+    """Aliases as the ledger says: champion, previous, anchor, and the challenger of now.
 
+    One that names nobody any more, because its challenger was decided on, is taken away.
     The champion alias is announced in a file before it is set and confirmed after, so that a
     person's move can be told from our own, also after a crash between the two (``shown``).
     """
@@ -141,15 +147,28 @@ def show_aliases(service: Service, challenger: str | None = None) -> None:
             "champion": service.champion(),
             "previous": service.ledger.previous(),
             "anchor": service.anchor.digest,
-            "challenger": challenger,
+            "challenger": challenger(service),
         }
         path, champion = _shown_path(service), str(wanted["champion"])
         set_now = service.registry.aliases()
         write_atomically(path, json.dumps([*shown(service), champion]))
         for alias, digest in wanted.items():
-            if digest is not None and (alias not in set_now or set_now[alias].digest != digest):
+            if digest is None and alias in set_now:
+                service.registry.drop_alias(alias)
+            elif digest is not None and (alias not in set_now or set_now[alias].digest != digest):
                 service.registry.set_alias(alias, digest)
         write_atomically(path, json.dumps([champion]))
+
+
+def challenger(service: Service) -> str | None:
+    """The newest candidate, proposed after the champion was, whose verdict or review is open.
+
+    None while its version is not shown yet.
+    """
+    states = service.ledger.states()
+    later = list(states)[1 + list(states).index(service.champion()) :]
+    waiting = [digest for digest in later if states[digest] in WAITING]
+    return waiting[-1] if waiting and service.registry.version(waiting[-1]) else None
 
 
 def shown(service: Service) -> list[str]:
@@ -176,7 +195,7 @@ def samples(table: Path, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _accuracies(told: report.RoundReport) -> dict[str, float]:
+def _accuracies(told: "RoundReport") -> dict[str, float]:
     """accuracy.<task>.<who> for every figure there is."""
     return {
         f"accuracy.{task}.{who}": row[who]
@@ -186,7 +205,7 @@ def _accuracies(told: report.RoundReport) -> dict[str, float]:
     }
 
 
-def _divergences(told: report.RoundReport) -> dict[str, float]:
+def _divergences(told: "RoundReport") -> dict[str, float]:
     """kl.<task> of the candidate and the ends of its interval, kl.<task>.low and .high."""
     rows = told.shift.get("candidate", {})
     means = {f"kl.{task}": row["kl"] for task, row in rows.items()}

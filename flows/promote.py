@@ -3,7 +3,10 @@
 How a swap is done, and undone, is `flows.swaps`; here it is decided, recorded and shown.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from filelock import FileLock, Timeout
 
 from agent.errors import UserError
 from agent.store.weights import short
@@ -38,11 +41,41 @@ def act(session: Session, digest: str) -> bool:
     """
     service = session.service
     state = service.ledger.state(digest)
-    projection.attempt("aliases", lambda: projection.show_aliases(service, digest))
+    projection.attempt("aliases", lambda: projection.show_aliases(service))
     if state in ("PROMOTE", "HOLD") and service.settings.review.mode == "manual":
         service.record(digest, "AWAIT_REVIEW", "review mode is manual: a person decides")
         return False
     return may_serve(service, digest)
+
+
+@contextmanager
+def concluding(service: Service) -> Iterator[None]:
+    """Held from before a loop's verdict until it is acted on; freed when its holder dies."""
+    with FileLock(service.home.root / "verdict.lock"):
+        yield
+
+
+def somebody_concludes(service: Service) -> bool:
+    """Whether a loop that lives is between its verdict and what follows from it."""
+    try:
+        with FileLock(service.home.root / "verdict.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def is_owed(service: Service, digest: str, state: str) -> bool:
+    """Whether the verdict on a digest still asks for an act: a loop's promotion, or a review.
+
+    What was judged beside another champion than today's is history: a person may still serve it.
+    """
+    if state not in ("PROMOTE", "HOLD"):
+        return False
+    if service.settings.review.mode == "auto" and not (
+        state == "PROMOTE" and service.ledger.of(digest)[-1].statistics.get("serve")
+    ):
+        return False
+    return service.journal.candidate(digest).parent_digest == service.champion()
 
 
 def promote(session: Session, digest: str, why: str = "passed the gate") -> Outcome:
@@ -84,6 +117,7 @@ def review(session: Session, digest: str, word: str, why: str) -> Outcome:
         raise UserError(f"digest {short(digest)} is {state or 'unknown'}; nobody is asked about it")
     if word == "reject":
         service.record(digest, "REJECT", why)
+        projection.attempt("aliases", lambda: projection.show_aliases(service))
         return Outcome(digest, service.champion(), "REJECT", why)
     if word != "approve":
         raise UserError(f"review {word!r}: allowed: approve, reject")

@@ -17,7 +17,7 @@ from flows import projection, promote, swaps
 from flows.service import Service
 from flows.session import Session
 
-Kind = Literal["served", "alias", "moved", "review", "unfinished", "approved"]
+Kind = Literal["served", "alias", "moved", "review", "unfinished", "approved", "left"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Disagreement:
 
 def disagreements(service: Service) -> list[Disagreement]:
     """Everything that differs from the ledger now; MLflow being down hides only its own part."""
-    found = [*_unfinished(service), *_served(service), *_approved(service)]
+    found = [*_unfinished(service), *_served(service), *_approved(service), *_left(service)]
     projection.attempt("reading aliases", lambda: found.extend(_shown(service)))
     return found
 
@@ -75,6 +75,18 @@ def _approved(service: Service) -> Iterator[Disagreement]:
             yield Disagreement("approved", digest, f"approved: {row.why}")
 
 
+def _left(service: Service) -> Iterator[Disagreement]:
+    """A verdict whose process ended before it asked for the review, or for the promotion.
+
+    The ledger is read first: what is written under a lock that is free now was left behind.
+    """
+    owed = [each for each in service.ledger.states().items() if promote.is_owed(service, *each)]
+    busy = service.ledger.unsettled() is not None or swaps.swap_under_way(service)
+    if owed and not busy and not promote.somebody_concludes(service):
+        for digest, state in owed:
+            yield Disagreement("left", digest, f"{state} of {short(digest)} was not acted on")
+
+
 def _shown(service: Service) -> Iterator[Disagreement]:
     """What MLflow shows: the champion alias, and tags of reviewers on waiting versions."""
     with projection.aliases_still(service):
@@ -89,8 +101,9 @@ def _shown(service: Service) -> Iterator[Disagreement]:
         name = short(alias.digest) or f"version {alias.number}"
         text = f"the champion alias was moved to {name}"
         yield Disagreement("moved", alias.digest, text, version=alias.number)
+    states = service.ledger.states()
     for version in service.registry.versions():
-        waits = service.ledger.state(version.digest) == "AWAIT_REVIEW"
+        waits = states.get(version.digest) == "AWAIT_REVIEW"
         if waits and version.review in ("approve", "reject"):
             text = f"{version.review} by a tag on version {version.number} ({REVIEW})"
             yield Disagreement("review", version.digest, text, str(version.review))
@@ -107,6 +120,8 @@ def _settle(session: Session, found: Disagreement) -> str:
         promote.review(session, found.digest, found.word, found.text)
     elif found.kind == "approved":
         promote.carry_out(session, found.digest, found.text)
+    elif found.kind == "left" and promote.act(session, found.digest):
+        promote.promote(session, found.digest, found.text)
     elif found.kind == "moved" and not promote.follow(session, found.digest, found.text):
         told = f"{found.text}, which the gate did not pass: put back"
         projection.attempt("note", lambda: service.registry.note(found.version, told))

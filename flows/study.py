@@ -190,7 +190,7 @@ def _settle(opened: Session, run: Run) -> dict[str, Any]:
     fresh = service.ledger.unsettled()
     if fresh is not None:
         service.record(fresh.digest, "CHAMPION", "a study has no traffic: nothing bakes")
-    projection.attempt("aliases", lambda: projection.show_aliases(service, digest))
+    projection.attempt("aliases", lambda: projection.show_aliases(service))
     return _row(opened, run)
 
 

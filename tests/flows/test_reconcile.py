@@ -209,13 +209,37 @@ def test_our_own_alias_is_never_taken_for_a_persons_move(make_desk: Any, moment:
     assert desk.agree() == desk.digests[0]
 
 
+def test_the_challenger_is_the_newest_undecided_candidate_or_nobody(make_desk: Any) -> None:
+    desk = make_desk("manual")
+
+    def challenger() -> str | None:
+        alias = desk.service.registry.aliases().get("challenger")
+        return alias and alias.digest
+
+    old, new, last = (desk.judged(index, "PROMOTE") for index in (1, 2, 3))
+    for digest in (old, new):
+        promote.act(desk.session, digest)
+    assert challenger() == last
+    promote.act(desk.session, last)
+    promote.review(desk.session, last, "reject", "no")
+    assert challenger() == new
+    promote.review(desk.session, new, "approve", "yes")
+    assert desk.agree() == new
+    assert challenger() is None  # the older one waits on, judged beside another champion
+    assert desk.service.ledger.state(old) == "AWAIT_REVIEW"
+    assert desk.service.registry.aliases()["previous"].digest == desk.digests[0]
+    swaps.rollback(desk.session, desk.digests[0], "a test")
+    assert set(desk.service.registry.aliases()) == {"champion", "anchor", "challenger"}
+    assert challenger() == old
+
+
 def test_approval_of_one_digest_never_promotes_another(make_desk: Any) -> None:
     """X waits, a person tags X; meanwhile Y has become the candidate that waits as well."""
     desk = make_desk("manual")
     x, y = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
     for digest in (x, y):
         assert not promote.act(desk.session, digest)
-    desk.service.registry.set_alias("challenger", y)  # what the UI shows first
+    assert desk.service.registry.aliases()["challenger"].digest == y  # what the UI shows first
     desk.tag(x, "approve")
     desk.session = desk.again()  # days later
     poll(desk.session)
