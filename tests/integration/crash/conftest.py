@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ class Stack:
         except ControlError:
             return None
 
+    def more(self, controllers: Controllers, count: int, verdict: str = "PROMOTE") -> list[str]:
+        """New candidates of this home at that state, as rounds would make them."""
+        service, first = Service.at(self.home.root), len(self.digests)
+        made = candidates(service, range(first, first + count), verdict)
+        told = controllers.act(act="register", digests=made)
+        assert told.get("ended") == {}, told
+        self.digests.extend(made)
+        return made
+
     def truth(self, service: Service) -> dict[str, Any]:
         """Everything that has to be the same digest, and that nothing is under way."""
         alias = service.registry.aliases().get("champion")
@@ -167,14 +176,15 @@ class Stack:
             "open": unsettled and unsettled.state,
         }
 
-    def settled(self, service: Service, within_s: float = 300.0) -> str:
-        """The one digest all agree on, once they do; nobody acts meanwhile."""
+    def settled(self, service: Service, on: str | None = None, within_s: float = 300.0) -> str:
+        """The one digest (``on``) all agree on, once they do; nobody acts meanwhile."""
 
         def agree() -> bool:
             told = self.truth(service)
             names = ("ledger", "chosen", "engine", "gateway", "alias")
             one = len({told[name] for name in names}) == 1
-            return one and not told["lease"] and told["open"] is None
+            there = on in (None, told["ledger"])
+            return one and there and not told["lease"] and told["open"] is None
 
         try:
             self.until(agree, within_s)
@@ -220,25 +230,41 @@ def candidate(anchor: Anchor, number: int, weights: Path) -> str:
     return export(moved, weights).name
 
 
-def passed(service: Service, digest: str, number: int) -> None:
-    """A round that made the digest, and the gate's word on it."""
+def judged(service: Service, digest: str, number: int, verdict: str) -> None:
+    """A round that made the digest, and what the gate said of it so far."""
     run = f"{number:04d}-gsm8k"
-    anchor = service.origin.digest
     service.journal.open_run(
         run,
-        anchor_digest=anchor,
-        parent_digest=anchor,
+        anchor_digest=service.origin.digest,
+        parent_digest=service.champion(),
         target="gsm8k",
         run_seed=number,
         plan={},
         now=float(number),
     )
     service.journal.finish(run, digest, "a test", float(number))
-    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+    states = ("PROPOSED", "EVALUATED", "PROMOTE")
+    for state in states[: 1 + states.index(verdict)]:
         service.record(digest, state, "a test")
 
 
-def home_with(root: Path, candidates: int, baking: dict[str, Any]) -> tuple[Home, list[str]]:
+def candidates(service: Service, numbers: Sequence[int], verdict: str) -> list[str]:
+    """Candidates at that state, which a cold engine has answered for."""
+    made = [candidate(service.origin, number, service.home.weights) for number in numbers]
+    for digest, number in zip(made, numbers, strict=True):
+        judged(service, digest, number, verdict)
+        probed(service.home, digest)
+    return made
+
+
+def probed(home: Home, digest: str) -> None:
+    """What a cold engine answers with these weights (see engine.py)."""
+    prompt = ({"role": "user", "content": "?"},)
+    table = {token: -1.0 - int(digest[token], 16) / 16 for token in range(5)}
+    write_probes(home, digest, Probes.of([prompt], [[table]]))
+
+
+def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, list[str]]:
     """A home whose original model is served, with candidates that passed the gate."""
     anchor = tiny_model(root / "anchor")
     home = Home.at(root / "h")
@@ -259,13 +285,8 @@ def home_with(root: Path, candidates: int, baking: dict[str, Any]) -> tuple[Home
     home.settings_json.write_text(settings.model_dump_json())
     service = Service.at(home.root)
     digests = [service.champion()]
-    for number in range(1, candidates + 1):
-        digests.append(candidate(anchor, number, home.weights))
-        passed(service, digests[-1], number)
-    prompt = ({"role": "user", "content": "?"},)
-    for digest in digests:
-        table = {token: -1.0 - int(digest[token], 16) / 16 for token in range(5)}
-        write_probes(home, digest, Probes.of([prompt], [[table]]))
+    probed(home, digests[0])
+    digests += candidates(service, range(1, 1 + count), "PROMOTE")
     write_served(home, Served(digests[0], str(anchor.directory)))
     return home, digests
 
@@ -278,7 +299,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Any]]:
     """``make_stack(candidates)``: a home that serves, one that promotes in it, and its parts."""
     open_: list[Any] = []

@@ -21,7 +21,7 @@ import mlflow.tracking.client  # noqa: F401  forked, not imported a hundred time
 from agent.errors import UserError
 from agent.registry import DIGEST, Registry
 from agent.store.ledger import Entry, Ledger
-from flows import promote, swaps
+from flows import loop, promote, swaps
 from flows.baking import bake
 from flows.progress import Silent
 from flows.service import Service
@@ -78,9 +78,25 @@ def register(session: Session, digests: list[str]) -> None:
         registry._client.create_model_version(registry.name, source, tags={DIGEST: digest})
 
 
-def promote_all(session: Session, digests: list[str]) -> int:
-    """One of several controllers that want the same promotions; how many this one made."""
-    service, made = session.service, 0
+def race(command: dict[str, Any]) -> dict[str, Any]:
+    """Two controllers that want the same promotions; how many each of them made."""
+    told, tell = os.pipe()
+    other = os.fork()
+    try:
+        made = promote_all(command)
+        if other == 0:
+            os.write(tell, b"%d" % made)
+    finally:
+        if other == 0:
+            os._exit(0)
+    os.close(tell)
+    return {"made": [made, int(os.read(told, 9))]}
+
+
+def promote_all(command: dict[str, Any]) -> int:
+    """Promote whatever nobody else has; how many that were."""
+    session, digests, made = opened(command), command["digests"], 0
+    service = session.service
     for digest in digests:
         while service.ledger.state(digest) in ("PROMOTE", "SWAP_INTENT"):
             try:
@@ -90,7 +106,22 @@ def promote_all(session: Session, digests: list[str]) -> int:
     return made
 
 
+def conclude(session: Session, digest: str) -> dict[str, Any]:
+    """What a loop does once its candidate was asked everything."""
+
+    def weighed() -> dict[str, Any]:
+        session.service.record(digest, "PROMOTE", "a test", statistics={"serve": True})
+        return {"verdict": "promote"}
+
+    def promoted() -> dict[str, Any]:
+        return promote.promote(session, digest, "a test").to_json()
+
+    return loop.conclude(session, digest, weighed, promoted)[1]
+
+
 def act(command: dict[str, Any]) -> dict[str, Any]:
+    if command["act"] == "race":
+        return race(command)
     session = opened(command)
     match command["act"]:
         case "register":
@@ -98,10 +129,10 @@ def act(command: dict[str, Any]) -> dict[str, Any]:
             return {}
         case "promote":
             return promote.promote(session, command["digest"], "a test").to_json()
+        case "conclude":
+            return conclude(session, command["digest"])
         case "rollback":
             return swaps.rollback(session, command["digest"], "a test").to_json()
-        case "race":
-            return {"made": promote_all(session, command["digests"])}
         case _:
             return bake(session)
 
