@@ -1,11 +1,13 @@
-"""Commands that act on the loop: as Prefect flows where the stack is up, else directly."""
+"""Commands that act on the loop: as Prefect flows where the stack is up, else directly.
+
+Each imports what it needs: a rollback does not wait for what a round is learnt and shown with.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent.config import Home
-from flows import loop, projection, promote, swaps
 from flows.progress import Reporter
 from flows.session import session
 from flows.stack import connected
@@ -15,6 +17,8 @@ def improve_now(
     home: Path | None, target: str | None, changes: Mapping[str, Any], progress: Reporter
 ) -> dict[str, Any]:
     """Learn one round, or go on with an interrupted one, and weigh its candidate; serve nothing."""
+    from flows import loop, projection, promote
+
     place = Home.at(home)
     with connected(place) as is_up, session(place.root, progress) as opened:
         name = opened.service.target(target).name
@@ -34,6 +38,8 @@ def improve_now(
 
 def weigh_now(home: Path | None, digests: Sequence[str], progress: Reporter) -> dict[str, str]:
     """Have the gate judge candidates that were proposed without a round: digest -> its state."""
+    from flows import loop, promote
+
     place = Home.at(home)
     told: dict[str, str] = {}
     with connected(place), session(place.root, progress) as opened:
@@ -48,6 +54,8 @@ def weigh_now(home: Path | None, digests: Sequence[str], progress: Reporter) -> 
 
 def promote_now(home: Path | None, digest: str, progress: Reporter) -> dict[str, Any]:
     """Serve a digest."""
+    from flows import promote
+
     place = Home.at(home)
     with connected(place), session(place.root, progress) as opened:
         return promote.promote(opened, opened.service.find(digest), "by hand").to_json()
@@ -55,6 +63,8 @@ def promote_now(home: Path | None, digest: str, progress: Reporter) -> dict[str,
 
 def rollback_now(home: Path | None, digest: str, reason: str, progress: Reporter) -> dict[str, Any]:
     """Serve an earlier digest again."""
+    from flows import swaps
+
     place = Home.at(home)
     with connected(place), session(place.root, progress) as opened:
         return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
@@ -64,6 +74,8 @@ def move_anchor_now(
     home: Path | None, digest: str, reason: str, progress: Reporter
 ) -> dict[str, Any]:
     """Tie later rounds to the champion."""
+    from flows import promote
+
     place = Home.at(home)
     with connected(place), session(place.root, progress) as opened:
         return promote.move_anchor(opened, opened.service.find(digest), reason).to_json()
@@ -73,6 +85,8 @@ def review_now(
     home: Path | None, digest: str, word: str, reason: str, progress: Reporter
 ) -> dict[str, Any]:
     """Approve or reject a waiting digest."""
+    from flows import promote
+
     place = Home.at(home)
     with connected(place), session(place.root, progress) as opened:
         return promote.review(opened, opened.service.find(digest), word, reason).to_json()

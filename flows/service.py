@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.config import Home, Settings, load
 from agent.errors import UserError
 from agent.registry import Registry
 from agent.sections import EMBEDDED
-from agent.store.experience import ExperienceStore
 from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch
 from agent.store.weights import Anchor, short, verify
@@ -21,9 +21,12 @@ from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import resolve
 from evaluators.loading import Split, examples, rows
 from evaluators.plugins import all_tasks, pinned, tuned
-from evaluators.runner import Shots
 from evaluators.task import Row, Task
 from evaluators.tasks import TASKS
+
+if TYPE_CHECKING:  # who only rolls back does not wait for the libraries behind these
+    from agent.store.experience import ExperienceStore
+    from evaluators.runner import Shots
 
 
 class Service:
@@ -102,8 +105,10 @@ class Service:
         return self.ledger.acquire(self.actor, time.time())
 
     @cached_property
-    def experience(self) -> ExperienceStore:
+    def experience(self) -> "ExperienceStore":
         """What the endpoint saw."""
+        from agent.store.experience import ExperienceStore
+
         return ExperienceStore.open(self.settings.gateway.experience_url or self.home.experience_db)
 
     @cached_property
@@ -234,7 +239,7 @@ class Service:
             self._training[task] = {self.task(task).key(row): row for row in rows}
         return self._training[task]
 
-    def shots(self, task: str) -> Shots:
+    def shots(self, task: str) -> "Shots":
         """A function from a row of the task to its worked examples; none for most tasks."""
         chosen = self.task(task)
         if not chosen.shots or not self._made_here(chosen):

@@ -2,7 +2,7 @@
 
 A stack of its own in a temporary home: the serving engine, the gateway, the watchdog. The same
 requests go to the engine's socket and through the gateway in turns; then two versions are swapped
-while clients stream, and once more while nobody asks.
+while clients stream, and once more while nobody asks; then rollbacks are timed (``rollbacks``).
 
     added latency   p(gateway) - p(direct) of the pooled latencies, p50 and p99, in ms
     throughput      median over the turns of answers/s through the gateway over answers/s direct
@@ -34,6 +34,7 @@ from deploy.services import Ports, services
 from deploy.serving.controller import change
 from deploy.serving.served import BLUE, Served, socket_of
 from deploy.supervise import Service as Process
+from flows.bench import rollbacks
 from flows.bench.load import Burst, Client, Door, clients
 from flows.probing import probe_served
 from flows.progress import Reporter, Silent
@@ -61,6 +62,8 @@ class Bench:
     """Swaps with nobody asking, and as many under streams."""
     streams: int = 8
     """Clients that stream while weights are swapped."""
+    rollbacks: int = 5
+    """Rollbacks by a process that runs, and as many by the command."""
 
     def __post_init__(self) -> None:
         if min(self.turns, self.requests, self.tokens, self.streams, *self.at_once) < 1:
@@ -76,13 +79,15 @@ def bench_endpoint(bench: Bench | None = None, progress: Reporter = SILENT) -> d
         settings = load(gateway={"host": "127.0.0.1", "port": 0, "rate": "", "token_quota": ""})
         service = Service(home, settings)
         other = _other(service)
-        if bench.swaps:
+        if bench.swaps or bench.rollbacks:
             _started(service, other, (BLUE,), progress)  # only to record how it behaves
             stack.down(home)
         anchor = Served(service.anchor.digest, str(service.anchor.directory))
         status = _started(service, anchor, (BLUE, "gateway", "watchdog"), progress)
         doors = _doors(home, settings, status["endpoint"])
         told = asyncio.run(_measure(bench, service, doors, (anchor, other), progress))
+        if bench.rollbacks:
+            told["rollback"] = rollbacks.rollbacks(service, other, bench.rollbacks, progress)
     finally:
         stack.down(home)
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,6 +109,10 @@ def table(told: Mapping[str, Any]) -> Table:
         text = f"pause p50 {swaps['pause_p50_ms']:.0f} ms, p95 {swaps['pause_p95_ms']:.0f} ms"
         lost = f"{swaps['failed_swaps']} swaps and {swaps['failed_answers']} answers failed"
         drawn.add_row(f"{swaps['swaps']} swaps, {name}", text, lost, "", "")
+    for name in ("act", "command") if "rollback" in told else ():
+        row = told["rollback"][name]
+        text = f"served p50 {row['served_p50_s']:.2f} s, longest {row['served_max_s']:.2f} s"
+        drawn.add_row(f"rollback, {name}", text, f"whole p50 {row['whole_p50_s']:.2f} s", "", "")
     return drawn
 
 
@@ -320,4 +329,5 @@ def _within(told: Mapping[str, Any]) -> bool:
         and all(row["throughput_ratio"] >= THROUGHPUT for row in told["latency"])
         and all(each["pause_p95_ms"] <= PAUSE_MS for each in swaps)
         and not any(each["failed_swaps"] + each["failed_answers"] for each in swaps)
+        and ("rollback" not in told or rollbacks.within(told["rollback"]))
     )

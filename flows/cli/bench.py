@@ -49,12 +49,14 @@ def endpoint(
     turns: Annotated[int, typer.Option(min=1, help="Bursts of each kind at each door.")] = 6,
     requests: Annotated[int, typer.Option(min=4, help="Answers of a burst.")] = 64,
     swaps: Annotated[int, typer.Option(min=0, help="Swaps idle, and as many under load.")] = 40,
+    rollbacks: Annotated[int, typer.Option(min=0, help="By a running process and by command.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The gateway beside the bare engine, and the swap's pause; exit code 1 over a bound."""
+    """The gateway beside the bare engine, the swap's pause, rollbacks; exit code 1 over a bound."""
     from flows.bench.endpoint import Bench, bench_endpoint, table
 
     with reporter(as_json) as bars:
-        told = bench_endpoint(Bench(turns=turns, requests=requests, swaps=swaps), bars)
+        asked = Bench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
+        told = bench_endpoint(asked, bars)
     show(told, as_json, table(told))
     raise typer.Exit(0 if told["within"] else 1)

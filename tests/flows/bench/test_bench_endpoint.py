@@ -7,6 +7,7 @@ import pytest
 from aiohttp import web
 
 from agent.errors import UserError
+from flows.bench import rollbacks
 from flows.bench.endpoint import Bench, compared, percentile, table
 from flows.bench.load import Burst, Door, clients
 
@@ -80,9 +81,14 @@ def test_the_table_names_every_measurement() -> None:
         "swaps": 4, "failed_swaps": 0, "failed_answers": 1, "pause_p50_ms": 100.0,
         "pause_p95_ms": 120.0,
     }  # fmt: skip
-    told = {
+    told: dict[str, Any] = {
         "latency": [compared(1, [Burst((0.01,), 0.01)], [Burst((0.011,), 0.011)])],
         "first_token": {"direct_ms": 1.0, "added_ms": 0.5},
         "swap": {"idle": swaps, "under 8 streams": swaps},
     }
     assert table(told).row_count == 4
+    times = {"served_p50_s": 0.2, "served_max_s": 0.3, "whole_p50_s": 0.4, "whole_max_s": 2.1}
+    told["rollback"] = {"act": times, "command": times}
+    assert table(told).row_count == 6
+    assert not rollbacks.within(told["rollback"])
+    assert rollbacks.within({"act": times | {"whole_max_s": 1.9}})
