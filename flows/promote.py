@@ -126,7 +126,7 @@ def review(session: Session, digest: str, word: str, why: str) -> Outcome:
 
 
 def carry_out(session: Session, digest: str, why: str) -> Outcome:
-    """Promote an approved digest; what keeps it from being served now does not undo the approval.
+    """Promote what passed or was approved; what keeps it from being served now undoes neither.
 
     Raises:
         UserError: It was refused for good.
@@ -135,9 +135,10 @@ def carry_out(session: Session, digest: str, why: str) -> Outcome:
     try:
         return promote(session, digest, why)
     except UserError as error:
-        if service.ledger.state(digest) != "APPROVED":
+        state = service.ledger.state(digest)
+        if state not in PASSED:
             raise
-        return Outcome(digest, service.champion(), "APPROVED", f"is tried again: {error}")
+        return Outcome(digest, service.champion(), state, f"is tried again: {error}")
 
 
 def follow(session: Session, digest: str, text: str) -> bool:

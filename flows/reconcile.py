@@ -118,10 +118,8 @@ def _settle(session: Session, found: Disagreement) -> str:
         swaps.serve_champion(session)
     elif found.kind == "review":
         promote.review(session, found.digest, found.word, found.text)
-    elif found.kind == "approved":
+    elif found.kind in ("approved", "left") and promote.act(session, found.digest):
         promote.carry_out(session, found.digest, found.text)
-    elif found.kind == "left" and promote.act(session, found.digest):
-        promote.promote(session, found.digest, found.text)
     elif found.kind == "moved" and not promote.follow(session, found.digest, found.text):
         told = f"{found.text}, which the gate did not pass: put back"
         projection.attempt("note", lambda: service.registry.note(found.version, told))
