@@ -62,12 +62,13 @@ def promote_now(home: Path | None, digest: str, progress: Reporter) -> dict[str,
 
 
 def rollback_now(home: Path | None, digest: str, reason: str, progress: Reporter) -> dict[str, Any]:
-    """Serve an earlier digest again."""
+    """Serve an earlier digest again; a stack that is up shows it in MLflow at its next look."""
     from flows import swaps
 
     place = Home.at(home)
-    with connected(place), session(place.root, progress) as opened:
-        return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
+    with connected(place) as is_up, session(place.root, progress) as opened:
+        chosen = opened.service.find(digest)
+        return swaps.rollback(opened, chosen, reason, show=not is_up).to_json()
 
 
 def move_anchor_now(

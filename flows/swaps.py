@@ -91,8 +91,10 @@ def swap_surely(session: Session, digest: str, told: Told, why: str) -> Outcome:
     return swap(session, digest, told, f"{why} (by a cold start: {outcome.reason})", "cold")
 
 
-def rollback(session: Session, digest: str, reason: str) -> Outcome:
+def rollback(session: Session, digest: str, reason: str, *, show: bool = True) -> Outcome:
     """Serve an earlier version again, in place or, where no engine works, by a cold start.
+
+    Without ``show`` MLflow's aliases are left to whoever watches.
 
     Raises:
         UserError: The digest is served already, was never served, or its weights are not kept.
@@ -108,7 +110,8 @@ def rollback(session: Session, digest: str, reason: str) -> Outcome:
             service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
 
     outcome = swap_surely(session, digest, told, reason)
-    projection.attempt("aliases", lambda: projection.show_aliases(service))
+    if show:
+        projection.attempt("aliases", lambda: projection.show_aliases(service))
     return outcome
 
 
