@@ -6,9 +6,10 @@ writer at a time, whoever comes second waits BUSY_SECONDS. Times are passed in, 
 
 import os
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,24 @@ STATE: tuple[Migration, ...] = (
 
 
 def private_file(path: Path) -> None:
-    """Make the file, mode 0600, unless it is there: then it is not even opened.
+    """Make an empty database in WAL mode, mode 0600, unless the file is there.
 
-    Closing any descriptor of a file drops all of this process's locks on it, SQLite's included;
-    another process would then take the log away from under our open connections.
+    SQLite's change to WAL does not wait for whoever makes it at the same time, it fails; so the
+    file gets its name when it is in WAL already. An existing file is not even opened: closing any
+    descriptor of a file drops all of this process's locks on it, SQLite's included; another
+    process would then take the log away from under our open connections.
     """
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    if path.exists():
+        return
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        with closing(sqlite3.connect(name)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        with suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        Path(name).unlink()
 
 
 class Database:

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,20 @@ def test_threads_of_one_connection_take_turns(tmp_path: Path) -> None:
             thread.join()
         rows = database.rows("SELECT epoch FROM epochs ORDER BY epoch")
         assert [row["epoch"] for row in rows] == list(range(1, 81))
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_all_who_open_a_new_file_at_once_succeed(tmp_path: Path, trial: int) -> None:
+    together = threading.Barrier(6)
+
+    def begin(_: int) -> Database:
+        together.wait()
+        return Database(tmp_path / "state.db")
+
+    with ThreadPoolExecutor(6) as pool:
+        for database in pool.map(begin, range(6)):
+            database.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.db"]
 
 
 def test_opening_again_keeps_the_locks_of_a_connection_that_is_open(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,20 +255,18 @@ def test_an_old_database_is_brought_up_with_its_rows(tmp_path: Path) -> None:
     opened.dispose()
 
 
-def test_two_processes_that_open_a_new_file_at_once_both_succeed(tmp_path: Path) -> None:
-    opened: list[ExperienceStore] = []
+@pytest.mark.parametrize("trial", range(10))
+def test_all_who_open_a_new_file_at_once_succeed(tmp_path: Path, trial: int) -> None:
+    together = threading.Barrier(6)
 
-    def begin() -> None:
-        opened.append(ExperienceStore.open(tmp_path / "new.db"))
+    def begin(_: int) -> ExperienceStore:
+        together.wait()
+        return ExperienceStore.open(tmp_path / "new.db")
 
-    threads = [threading.Thread(target=begin) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(opened) == 4
-    for store in opened:
-        store.close()
+    with ThreadPoolExecutor(6) as pool:
+        for store in pool.map(begin, range(6)):
+            store.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["new.db"]
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
