@@ -11,7 +11,9 @@ from agent.gateway.errors import error_body
 from agent.store.experience import Answer
 
 # Inside a JSON string every quote is escaped, so an unescaped match is a key of the answer itself.
-FINGERPRINT = re.compile(rb'(?<!\\)"system_fingerprint"\s*:\s*(?:null|"[^"\\]*")')
+FINGERPRINT = b'"system_fingerprint"'
+VALUE = re.compile(rb'\s*:\s*(?:null|"[^"\\]*")')
+SOME_CHOICE = b'"choices":[{'  # as the engine writes it: no need to look any closer
 ABORTED = re.compile(rb'(?<!\\)"finish_reason"\s*:\s*"abort"')
 NO_CHOICES = re.compile(rb'(?<!\\)"choices"\s*:\s*\[\s*\]')
 DONE = b"data: [DONE]"
@@ -24,12 +26,16 @@ class BrokenStreamError(Exception):
 
 def stamp(body: bytes, version: str) -> bytes:
     """The answer with ``system_fingerprint`` set to the version; every other byte as it was."""
-    field_ = b'"system_fingerprint":"' + version.encode() + b'"'
-    if FINGERPRINT.search(body):
-        return FINGERPRINT.sub(field_, body, count=1)
+    mark = FINGERPRINT + b':"' + version.encode() + b'"'
+    at = body.find(FINGERPRINT)
+    while at >= 0:
+        value = VALUE.match(body, at + len(FINGERPRINT))
+        if value is not None and body[at - 1 : at] != b"\\":
+            return body[:at] + mark + body[value.end() :]
+        at = body.find(FINGERPRINT, at + 1)
     if not body.startswith(b"{") or body[1:2] in (b"}", b""):
         return body
-    return b"{" + field_ + b"," + body[1:]
+    return b"{" + mark + b"," + body[1:]
 
 
 def stamp_event(event: bytes, version: str) -> bytes:
@@ -41,7 +47,7 @@ def stamp_event(event: bytes, version: str) -> bytes:
 
 def is_usage(event: bytes) -> bool:
     """Whether an event is the closing one that only counts tokens."""
-    return NO_CHOICES.search(event) is not None
+    return SOME_CHOICE not in event and NO_CHOICES.search(event) is not None
 
 
 def error_event(message: str, code: str) -> bytes:

@@ -9,19 +9,13 @@ from pathlib import Path
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from agent.errors import UserError
 from agent.gateway import paths
 from agent.gateway.capture import Capture
-from agent.gateway.doorkeeper import Doorkeeper
-from agent.gateway.errors import ApiError
-from agent.gateway.hold import Admission, Recover
-from agent.gateway.hold import Route as EngineRoute
+from agent.gateway.doorkeeper import ONE_MODEL, Door, Doorkeeper
+from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore
 from agent.gateway.metrics import Metrics
 from agent.gateway.paths import Kept, Service
@@ -63,9 +57,7 @@ def create_app(
     metrics = Metrics()
     service = Service(
         settings=settings,
-        admission=_admission(
-            settings, EngineRoute(version, _upstream(settings, upstream)), metrics
-        ),
+        admission=_admission(settings, Route(version, _upstream(settings, upstream)), metrics),
         capture=Capture(
             experience,
             Verifier(verify, settings.verify_workers, settings.verify_timeout_s),
@@ -81,7 +73,7 @@ def create_app(
     )
     service.admission.recover = recover
     _watch(service)
-    return _application(service)
+    return Endpoint(service)
 
 
 def engine_at(settings: GatewaySettings, socket: Path) -> Upstream:
@@ -105,7 +97,7 @@ def _upstream(settings: GatewaySettings, engine: httpx.AsyncBaseTransport | Path
     return Upstream(TransportLine(engine, timeout), settings.retry_after_s)
 
 
-def _admission(settings: GatewaySettings, route: EngineRoute, metrics: Metrics) -> Admission:
+def _admission(settings: GatewaySettings, route: Route, metrics: Metrics) -> Admission:
     return Admission(
         route=route,
         max_in_flight=settings.max_in_flight,
@@ -125,33 +117,36 @@ def _watch(service: Service) -> None:
     watch("capture_backlog", "Rows and verdicts not yet written", lambda: service.capture.backlog)
 
 
-def _application(service: Service) -> Starlette:
-    routes = [
-        Route("/v1/chat/completions", paths.completer(read_chat), methods=["POST"]),
-        Route("/v1/completions", paths.completer(read_completion), methods=["POST"]),
-        Route("/v1/models", paths.list_models, methods=["GET"]),
-        Route("/v1/models/{model:path}", paths.one_model, methods=["GET"]),
-        Route("/v1/feedback", paths.give_feedback, methods=["POST"]),
-        Route("/v1/rewards", paths.list_rewards, methods=["GET"]),
-        Route("/healthz", paths.health, methods=["GET"]),
-        Route("/metrics", paths.metrics_text, methods=["GET"]),
-        Route("/openapi.json", paths.description, methods=["GET"]),
-    ]
-    door = Middleware(
-        Doorkeeper,
-        metrics=service.metrics,
-        version=lambda: service.admission.route.version,
-        loopback_only=lambda: service.keys.open,
-    )
-    app = Starlette(
-        routes=routes,
-        middleware=[door],
-        lifespan=_lifespan,
-        exception_handlers={HTTPException: _plain_error},
-    )
-    app.router.redirect_slashes = False
-    app.state.service = service
-    return app
+DOORS = {
+    b"/v1/chat/completions": Door("chat.completions", "POST", paths.completer(read_chat)),
+    b"/v1/completions": Door("completions", "POST", paths.completer(read_completion)),
+    b"/v1/models": Door("models", "GET", paths.list_models),
+    ONE_MODEL: Door("model", "GET", paths.one_model),
+    b"/v1/feedback": Door("feedback", "POST", paths.give_feedback),
+    b"/v1/rewards": Door("rewards", "GET", paths.list_rewards),
+    b"/healthz": Door("healthz", "GET", paths.health),
+    b"/metrics": Door("metrics", "GET", paths.metrics_text),
+    b"/openapi.json": Door("openapi", "GET", paths.description),
+}
+
+
+class Endpoint(Starlette):
+    """Its begin, its end and its state are Starlette's; who gets where is the doorkeeper's."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(lifespan=_lifespan)
+        self.state.service = service
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """One layer: the doorkeeper finds the path, and answers every error in OpenAI's shape."""
+        service: Service = self.state.service
+        return Doorkeeper(
+            self.router,
+            DOORS,
+            metrics=service.metrics,
+            version=lambda: service.admission.route.version,
+            loopback_only=lambda: service.keys.open,
+        )
 
 
 @asynccontextmanager
@@ -180,9 +175,3 @@ async def _retention(service: Service) -> None:
         with suppress(SQLAlchemyError):  # a busy database is tried again an hour later
             await asyncio.to_thread(expire, service.store, before)
         await asyncio.sleep(RETENTION_EVERY_S)
-
-
-async def _plain_error(_request: Request, error: Exception) -> Response:
-    """What the router itself refuses: a wrong method."""
-    assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail, headers=error.headers).response()

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,7 +22,8 @@ from agent.store.intake import text_hash
 
 LOG = logging.getLogger("anchorage.gateway")
 BATCH = 256  # rows of one transaction
-LINGER_S = 0.01  # a batch waits this long for company
+ROWS_LINGER_S = 0.2  # rows wait this long for company, unless somebody waits for one of them
+LINGER_S = 0.01  # verdicts, which come in company
 ORPHAN_AGE_S = 60.0  # an unjudged row older than this lost its process
 TICK_S = 1e-6  # verdicts of one batch get moments of their own, in order
 
@@ -50,6 +52,7 @@ class Capture:
         self._judging: set[asyncio.Task[None]] = set()
         self._owed = 0
         self._writers: list[asyncio.Task[None]] = []
+        self._hurry = asyncio.Event()
 
     @property
     def backlog(self) -> int:
@@ -70,6 +73,8 @@ class Capture:
         try:
             self._rows.put_nowait((row, call))
             self._owed += 1
+            if self._rows.qsize() >= BATCH:
+                self._hurry.set()
         except asyncio.QueueFull:
             self._on_drop()
             self.end(row.inference_id)
@@ -78,10 +83,8 @@ class Capture:
         """Wait until the answer's row is written, if it is still on its way."""
         event = self._pending.get(inference_id)
         if event is not None:
-            try:
-                await asyncio.wait_for(event.wait(), timeout_s)
-            except TimeoutError:
-                return
+            self._hurry.set()
+            await _either(event, timeout_s)
 
     async def start(self) -> None:
         """Begin writing; verify what an earlier process left unjudged."""
@@ -94,6 +97,7 @@ class Capture:
 
     async def drained(self) -> None:
         """Wait until every row and every verdict is written."""
+        self._hurry.set()
         await self._rows.join()
         while self._judging:
             await asyncio.wait(set(self._judging))
@@ -111,7 +115,11 @@ class Capture:
 
     async def _write_rows(self) -> None:
         while True:
-            batch = await _batch(self._rows)
+            batch = [await self._rows.get()]
+            if self._rows.qsize() < BATCH:
+                await _either(self._hurry, ROWS_LINGER_S)
+            self._hurry.clear()
+            _fill(batch, self._rows)
             try:
                 rows = await asyncio.to_thread(self._record, batch)
             except Exception as error:  # the store's failure is not the endpoint's
@@ -132,7 +140,9 @@ class Capture:
 
     async def _write_verdicts(self) -> None:
         while True:
-            batch = await _batch(self._verdicts)
+            batch = [await self._verdicts.get()]
+            await asyncio.sleep(LINGER_S)
+            _fill(batch, self._verdicts)
             now = time.time()
             dated = [replace(item, judged=now + i * TICK_S) for i, item in enumerate(batch)]
             try:
@@ -217,13 +227,16 @@ def _to_judge(row: Interaction) -> list[Unjudged]:
     ]
 
 
-async def _batch(queue: "asyncio.Queue[T]") -> list[T]:
-    """The first item, and what else comes within a moment: one transaction for all of them."""
-    items = [await queue.get()]
-    await asyncio.sleep(LINGER_S)
-    while len(items) < BATCH and not queue.empty():
-        items.append(queue.get_nowait())
-    return items
+def _fill(batch: list[T], queue: "asyncio.Queue[T]") -> None:
+    """What came meanwhile: one transaction for all of them."""
+    while len(batch) < BATCH and not queue.empty():
+        batch.append(queue.get_nowait())
+
+
+async def _either(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait for the event, but not longer."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_s)
 
 
 def _failed(what: str, count: int, error: Exception) -> None:

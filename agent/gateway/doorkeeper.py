@@ -1,4 +1,4 @@
-"""The outermost layer: only paths written out here go in, and everything that goes out is labelled.
+"""The outermost layer: only paths that are written out go in, and everything out is labelled.
 
 Paths are compared as the bytes of the request line, before any decoding, so that no spelling
 (``//``, ``%2f``, ``..``, ``;``, case, absolute form) can mean one thing here and another behind.
@@ -6,11 +6,13 @@ Paths are compared as the bytes of the request line, before any decoding, so tha
 
 import logging
 import re
+import secrets
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent.gateway.errors import ApiError
@@ -19,54 +21,61 @@ from agent.gateway.metrics import Metrics
 from agent.gateway.settings import LOOPBACK_NAMES
 
 LOG = logging.getLogger("anchorage.gateway")
-ENDPOINTS = {
-    b"/v1/chat/completions": "chat.completions",
-    b"/v1/completions": "completions",
-    b"/v1/models": "models",
-    b"/v1/feedback": "feedback",
-    b"/v1/rewards": "rewards",
-    b"/healthz": "healthz",
-    b"/metrics": "metrics",
-    b"/openapi.json": "openapi",
-}
-ONE_MODEL = re.compile(rb"/v1/models/(?![./])(?:[A-Za-z0-9_@-]|%40|%2[Ff]|[./](?![./])){1,256}")
+ONE_MODEL = b"/v1/models/"  # and a name
+MODEL_PATH = re.compile(rb"/v1/models/(?![./])(?:[A-Za-z0-9_@-]|%40|%2[Ff]|[./](?![./])){1,256}")
 CLIENT_CLOSED = 499  # what the log says of a client that left; nobody receives it
+METHODS = {"POST": ("POST",), "GET": ("GET", "HEAD")}
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What one path does: its name in metrics and log, its method, its answer."""
+
+    name: str
+    method: str
+    answer: Callable[[Request], Awaitable[Response]]
 
 
 class Doorkeeper:
-    """ASGI middleware: path and host allow-list, ids and version on all responses, one log line."""
+    """ASGI: path and host allow-list, ids and version on all responses, one log line.
+
+    doors: by the raw path; ``ONE_MODEL`` stands for all models. inner: told of the application's
+    begin and end, asked nothing else.
+    """
 
     def __init__(
         self,
-        app: ASGIApp,
+        inner: ASGIApp,
+        doors: Mapping[bytes, Door],
         *,
         metrics: Metrics,
         version: Callable[[], str],
         loopback_only: Callable[[], bool],
     ) -> None:
-        self._app = app
+        self._inner = inner
+        self._doors = doors
         self._metrics = metrics
         self._version = version
         self._loopback_only = loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._inner(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        endpoint = _endpoint(scope)
-        scope.setdefault("state", {})
-        scope["state"]["request_id"] = request_id = uuid.uuid4().hex
+        door = self._door(scope)
+        request_id = secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
         sent = _Labels(send, request_id, self._version)
         try:
-            self._check(scope, endpoint)
-            await self._app(scope, receive, sent)
+            response = await self._let_in(door, Request(scope, receive, sent))
+            await response(scope, receive, sent)
         except ApiError as error:
             await _answer(error, scope, receive, sent)
         except ClientGoneError:
@@ -76,21 +85,30 @@ class Doorkeeper:
             failed = ApiError(500, "internal error", kind="server_error", code="internal")
             await _answer(failed, scope, receive, sent)
         finally:
-            self._note(endpoint or "other", sent.status, began, scope)
+            self._note(door.name if door else "other", sent.status, began, scope)
 
-    def _check(self, scope: Scope, endpoint: str | None) -> None:
-        if endpoint is None:
+    def _door(self, scope: Scope) -> Door | None:
+        raw: bytes = scope.get("raw_path") or scope["path"].encode()
+        if raw != ONE_MODEL and (door := self._doors.get(raw)) is not None:
+            return door
+        return self._doors[ONE_MODEL] if MODEL_PATH.fullmatch(raw) else None
+
+    async def _let_in(self, door: Door | None, request: Request) -> Response:
+        if door is None:
             raise ApiError(404, "no such path", code="not_found")
-        if self._loopback_only() and _host(scope) not in LOOPBACK_NAMES:
+        if self._loopback_only() and _host(request.scope) not in LOOPBACK_NAMES:
             raise ApiError(421, "host: not this machine", code="wrong_host")
+        methods = METHODS[door.method]
+        if request.method not in methods:
+            raise ApiError(405, "Method Not Allowed", headers={"Allow": ", ".join(methods)})
+        return await door.answer(request)
 
-    def _note(self, endpoint: str, status: int, began: float, scope: Scope) -> None:
+    def _note(self, name: str, status: int, began: float, scope: Scope) -> None:
         seconds = time.perf_counter() - began
-        self._metrics.requests.labels(endpoint, str(status)).inc()
-        self._metrics.latency.labels(endpoint).observe(seconds)
+        self._metrics.answered(name, status, seconds)
         fields = {
             "request_id": scope["state"]["request_id"],
-            "endpoint": endpoint,
+            "endpoint": name,
             "status": status,
             "ms": round(seconds * 1000, 2),
             "principal": scope["state"].get("principal"),
@@ -110,22 +128,22 @@ class _Labels:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self._request_id
-            headers.setdefault("x-model-version", self._version()[:12])
-            headers.setdefault("cache-control", "no-store")
-            headers["x-content-type-options"] = "nosniff"
+            message["headers"] = [*message["headers"], *self._labels(message["headers"])]
         await self._send(message)
+
+    def _labels(self, headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+        there = {name for name, _ in headers}
+        yield b"x-request-id", self._request_id.encode()
+        yield b"x-content-type-options", b"nosniff"
+        if b"x-model-version" not in there:
+            yield b"x-model-version", self._version()[:12].encode()
+        if b"cache-control" not in there:
+            yield b"cache-control", b"no-store"
 
 
 async def _answer(error: ApiError, scope: Scope, receive: Receive, sent: _Labels) -> None:
     if sent.status == 0:
         await error.response()(scope, receive, sent)
-
-
-def _endpoint(scope: Scope) -> str | None:
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    return ENDPOINTS.get(raw) or ("model" if ONE_MODEL.fullmatch(raw) else None)
 
 
 def _host(scope: Scope) -> str:

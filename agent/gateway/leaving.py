@@ -14,16 +14,31 @@ class ClientGoneError(Exception):
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, or stop at once when the client closes the connection."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(gone(receive))
+    """Run to the end, or stop at once when the client closes the connection.
+
+    The work runs in the caller's task, which the watching one cancels.
+    """
+    worker = asyncio.current_task()
+    assert worker is not None
+    left = False
+
+    def stop(watch: "asyncio.Task[None]") -> None:
+        nonlocal left
+        if not watch.cancelled():
+            left = True
+            worker.cancel()
+
+    watch = asyncio.create_task(gone(receive))
+    watch.add_done_callback(stop)
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGoneError
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and not worker.uncancel():
+            raise ClientGoneError from None
+        raise
     finally:
-        await cancelled(task, watch)
+        watch.remove_done_callback(stop)
+        watch.cancel()
 
 
 async def gone(receive: Receive) -> None:

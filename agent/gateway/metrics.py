@@ -60,6 +60,11 @@ class Metrics:
         """A gauge that asks for its value when it is scraped."""
         Gauge(f"anchorage_{name}", text, registry=self.registry).set_function(read)
 
+    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        self.requests.labels(endpoint, str(status)).inc()
+        self.latency.labels(endpoint).observe(seconds)
+
     def verdict(self, task: str, version: str, finding: Finding) -> None:
         """Count one verification."""
         short = version[:12]

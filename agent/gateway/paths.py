@@ -67,10 +67,11 @@ async def list_models(request: Request) -> Response:
 async def one_model(request: Request) -> Response:
     """One entry of the list."""
     await _principal(request, "infer")
+    name = request.scope["path"].removeprefix("/v1/models/")
     for model in _models(request.app.state.service):
-        if model["id"] == request.path_params["model"]:
+        if model["id"] == name:
             return _json(model)
-    raise unknown_model(request.path_params["model"])
+    raise unknown_model(name)
 
 
 async def give_feedback(request: Request) -> Response:

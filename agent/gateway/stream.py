@@ -20,6 +20,7 @@ from agent.gateway.errors import ApiError
 from agent.gateway.exchange import Exchange, too_long
 from agent.gateway.hold import Route
 from agent.gateway.leaving import ClientGoneError, cancelled, gone
+from agent.gateway.patience import Patience
 from agent.store.experience import Status
 
 BUFFER_EVENTS = 8192  # read ahead of a slow client, so that it cannot delay a swap
@@ -52,15 +53,23 @@ class StreamedAnswer(Response):
         reader = asyncio.create_task(self._read())
         watch = asyncio.create_task(gone(receive))
         watch.add_done_callback(lambda _: reader.cancel())
+        sender = asyncio.current_task()
+        assert sender is not None
+        stuck = Patience(sender.cancel)
+        limit_s = self._exchange.gateway.settings.idle_timeout_s
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while piece := await self._next():
-                async with asyncio.timeout(self._exchange.gateway.settings.idle_timeout_s):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                stuck.begin(limit_s)
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                stuck.end()
             await send({"type": "http.response.body", "body": b""})
-        except TimeoutError:
-            raise ClientGoneError from None  # it stopped reading
+        except asyncio.CancelledError:
+            if stuck.rang and not sender.uncancel():
+                raise ClientGoneError from None  # it stopped reading
+            raise
         finally:
+            stuck.close()
             await cancelled(reader, watch)
             await self._reply.close()
             self._exchange.close()

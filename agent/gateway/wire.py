@@ -14,6 +14,8 @@ from typing import cast
 import httptools
 import httpx
 
+from agent.gateway.patience import Patience
+
 MAX_BUFFERED_BYTES = 1 << 20  # unread bytes of one reply before the engine is made to wait
 MAX_IDLE_S = 3.0  # the engine closes idle connections after 5 s
 MAX_IDLE = 64  # connections kept for later
@@ -121,6 +123,7 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = False
         self._broken: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._patience = Patience(self._silent)
 
     # -- the caller's side --------------------------------------------------------------------
 
@@ -174,13 +177,16 @@ class _Connection(asyncio.Protocol):
 
     async def _wait(self, timeout_s: float) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
+        self._patience.begin(timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._waiter
-        except TimeoutError as error:
-            raise httpx.ReadTimeout("the engine is silent") from error
+            await self._waiter
         finally:
+            self._patience.end()
             self._waiter = None
+
+    def _silent(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(httpx.ReadTimeout("the engine is silent"))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -204,6 +210,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._broken = self._broken or exc or ConnectionResetError()
         self._transport = None
+        self._patience.close()
         self._wake()
 
     # -- the parser's side --------------------------------------------------------------------

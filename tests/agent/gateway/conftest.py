@@ -202,9 +202,11 @@ class Running:
         """Wait until everything captured is written and judged."""
         until = time.monotonic() + 10
         service = self.app.state.service
+        loop = service.capture._writers[0].get_loop()
         while service.capture.backlog or service.capture._pending:
             assert time.monotonic() < until, "capture did not settle"
-            time.sleep(0.005)
+            asyncio.run_coroutine_threadsafe(service.capture.drained(), loop).result(10)
+            time.sleep(0.002)
 
 
 Start = Callable[..., Running]
