@@ -11,9 +11,9 @@ class Patience:
     one is set again only when it rings, for what is left of the wait that is going on then.
     """
 
-    def __init__(self, late: Callable[[], object]) -> None:
+    def __init__(self, late: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
         self._late = late
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
         self._until: float | None = None  # loop time, s; None: nobody waits
         self.rang = False  # whether ``late`` was called

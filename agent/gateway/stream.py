@@ -55,7 +55,7 @@ class StreamedAnswer(Response):
         watch.add_done_callback(lambda _: reader.cancel())
         sender = asyncio.current_task()
         assert sender is not None
-        stuck = Patience(sender.cancel)
+        stuck = Patience(sender.cancel, asyncio.get_running_loop())
         limit_s = self._exchange.gateway.settings.idle_timeout_s
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -123,7 +123,7 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = False
         self._broken: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._patience = Patience(self._silent)
+        self._patience = Patience(self._silent, asyncio.get_running_loop())
 
     # -- the caller's side --------------------------------------------------------------------
 

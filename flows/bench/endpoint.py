@@ -6,23 +6,25 @@ while clients stream, and once more while nobody asks; then rollbacks are timed 
 
     added latency   p(gateway) - p(direct) of the pooled latencies, p50 and p99, in ms
     throughput      median over the turns of answers/s through the gateway over answers/s direct
+    gateway's time  processor time of the gateway's process over its answers, in ms
     first token     median to a stream's first event, gateway - direct, in ms
     swap pause      how long the gateway admitted nobody, answers under way waited for, in ms
+
+With N clients that ask again at once, N requests are always under way, and the mean latency is N
+over the throughput (Little's law): beyond one at a time, added latency is the throughput once more,
+N (1/X_gateway - 1/X_direct). What the gateway itself costs is its processor time.
 """
 
 import asyncio
-import math
 import shutil
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
+import psutil
 from rich.table import Table
 
 from agent.config import Home, Settings, load
@@ -31,18 +33,17 @@ from agent.learner.noise import Address
 from agent.store.weights import Parameters, export
 from deploy import stack
 from deploy.services import Ports, services
-from deploy.serving.controller import change
 from deploy.serving.served import BLUE, Served, socket_of
 from deploy.supervise import Service as Process
 from flows.bench import rollbacks
-from flows.bench.load import Burst, Client, Door, clients
+from flows.bench.load import Burst, Client, Door, clients, percentile
+from flows.bench.swapping import Shuttle, swapped
 from flows.probing import probe_served
 from flows.progress import Reporter, Silent
 from flows.service import Service
 
 ADDED_MS, THROUGHPUT, PAUSE_MS = 2.0, 0.95, 250.0  # what the endpoint promises
 OTHER_SIGMA: Final = 0.001  # the second version is the anchor and this much noise
-PAUSE = "anchorage_swap_pause_seconds_sum"
 SILENT: Final = Silent()
 
 
@@ -50,10 +51,10 @@ SILENT: Final = Silent()
 class Bench:
     """How much is measured."""
 
-    turns: int = 6
+    turns: int = 8
     """Bursts of each kind at each door."""
     requests: int = 64
-    """Answers of a burst (a fourth of it one at a time)."""
+    """Least answers of a burst (a fourth of it one at a time); each client asks for four."""
     at_once: tuple[int, ...] = (1, 8, 32)
     """Requests under way at a time."""
     tokens: int = 16
@@ -85,7 +86,8 @@ def bench_endpoint(bench: Bench | None = None, progress: Reporter = SILENT) -> d
         anchor = Served(service.anchor.digest, str(service.anchor.directory))
         status = _started(service, anchor, (BLUE, "gateway", "watchdog"), progress)
         doors = _doors(home, settings, status["endpoint"])
-        told = asyncio.run(_measure(bench, service, doors, (anchor, other), progress))
+        process = psutil.Process(_pid(status, "gateway"))
+        told = asyncio.run(_measure(bench, service, doors, process, (anchor, other), progress))
         if bench.rollbacks:
             told["rollback"] = rollbacks.rollbacks(service, other, bench.rollbacks, progress)
     finally:
@@ -97,32 +99,38 @@ def bench_endpoint(bench: Bench | None = None, progress: Reporter = SILENT) -> d
 def table(told: Mapping[str, Any]) -> Table:
     """The document for people."""
     drawn = Table(title="gateway beside the bare engine", title_justify="left")
-    for column in ("at once", "direct p50 ms", "added p50 ms", "added p99 ms", "throughput"):
+    columns = {
+        "direct p50 ms": "direct_p50_ms",
+        "added p50 ms": "added_p50_ms",
+        "added p99 ms": "added_p99_ms",
+        "throughput": "throughput_ratio",
+        "gateway's CPU ms": "gateway_cpu_ms",
+    }
+    for column in ("at once", *columns):
         drawn.add_column(column, justify="right")
     for row in told["latency"]:
-        numbers = (row["direct_p50_ms"], row["added_p50_ms"], row["added_p99_ms"])
-        cells = (f"{number:.2f}" for number in numbers)
-        drawn.add_row(str(row["at_once"]), *cells, f"{row['throughput_ratio']:.3f}")
+        drawn.add_row(str(row["at_once"]), *(f"{row[name]:.2f}" for name in columns.values()))
     first = told["first_token"]
-    drawn.add_row("1, streamed", f"{first['direct_ms']:.2f}", f"{first['added_ms']:.2f}", "", "")
+    drawn.add_row("1, streamed", f"{first['direct_ms']:.2f}", f"{first['added_ms']:.2f}")
     for name, swaps in told["swap"].items():
         text = f"pause p50 {swaps['pause_p50_ms']:.0f} ms, p95 {swaps['pause_p95_ms']:.0f} ms"
         lost = f"{swaps['failed_swaps']} swaps and {swaps['failed_answers']} answers failed"
-        drawn.add_row(f"{swaps['swaps']} swaps, {name}", text, lost, "", "")
+        drawn.add_row(f"{swaps['swaps']} swaps, {name}", text, lost)
     for name in ("act", "command") if "rollback" in told else ():
         row = told["rollback"][name]
         text = f"served p50 {row['served_p50_s']:.2f} s, longest {row['served_max_s']:.2f} s"
-        drawn.add_row(f"rollback, {name}", text, f"whole p50 {row['whole_p50_s']:.2f} s", "", "")
+        drawn.add_row(f"rollback, {name}", text, f"whole p50 {row['whole_p50_s']:.2f} s")
     return drawn
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of them does not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+def compared(
+    at_once: int, direct: Sequence[Burst], gateway: Sequence[Burst], cpu_s: float
+) -> dict[str, float]:
+    """One row of the document: bursts at the two doors, turn by turn.
 
-
-def compared(at_once: int, direct: Sequence[Burst], gateway: Sequence[Burst]) -> dict[str, float]:
-    """One row of the document: bursts at the two doors, turn by turn."""
+    cpu_s: processor time of the gateway during its bursts, of whose answers each client's first is
+    not in the bursts.
+    """
     pooled = [[s for burst in bursts for s in burst.latencies] for bursts in (direct, gateway)]
     low, high = ([1000 * percentile(door, share) for door in pooled] for share in (0.5, 0.99))
     ratios = [
@@ -135,6 +143,7 @@ def compared(at_once: int, direct: Sequence[Burst], gateway: Sequence[Burst]) ->
         "added_p50_ms": low[1] - low[0],
         "added_p99_ms": high[1] - high[0],
         "throughput_ratio": median(ratios),
+        "gateway_cpu_ms": 1000 * cpu_s / (len(pooled[1]) + at_once * len(gateway)),
     }
 
 
@@ -178,6 +187,7 @@ async def _measure(
     bench: Bench,
     service: Service,
     doors: tuple[Door, Door],
+    process: psutil.Process,
     versions: tuple[Served, Served],
     progress: Reporter,
 ) -> dict[str, Any]:
@@ -190,23 +200,45 @@ async def _measure(
     async with clients(doors, body) as (direct, gateway):
         for client in (direct, gateway):
             await client.burst(2 * max(bench.at_once), max(bench.at_once))  # warm
-        rows = [await _latency(bench, count, direct, gateway, progress) for count in bench.at_once]
+        rows = [
+            await _latency(bench, count, direct, gateway, process, progress)
+            for count in bench.at_once
+        ]
         first = await _first_token(bench, direct, gateway, progress)
-        swaps = await _swaps(bench, service, gateway, doors[1], versions, progress)
+        shuttle = Shuttle(service, doors[1], versions, progress)
+        swaps = await swapped(bench.swaps, bench.streams, gateway, shuttle)
     return {"latency": rows, "first_token": first, "swap": swaps}
 
 
 async def _latency(
-    bench: Bench, at_once: int, direct: Client, gateway: Client, progress: Reporter
+    bench: Bench,
+    at_once: int,
+    direct: Client,
+    gateway: Client,
+    process: psutil.Process,
+    progress: Reporter,
 ) -> dict[str, float]:
     advance = progress.track(f"{at_once} at once", bench.turns)
-    requests = max(at_once, bench.requests if at_once > 1 else bench.requests // 4)
+    requests = max(4 * at_once, bench.requests if at_once > 1 else bench.requests // 4)
     found: tuple[list[Burst], list[Burst]] = ([], [])
+    cpu_s = 0.0
     for turn in range(bench.turns):
         for client, bursts in _in_turn(turn, (direct, found[0]), (gateway, found[1])):
+            before_s = _cpu_s(process)
             bursts.append(await client.burst(requests, at_once))
+            cpu_s += (_cpu_s(process) - before_s) * (client is gateway)
         advance(turn + 1)
-    return compared(at_once, *found)
+    return compared(at_once, *found, cpu_s)
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Processor time of a process so far, its threads together."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _pid(status: Mapping[str, Any], name: str) -> int:
+    return int(next(each["pid"] for each in status["services"] if each["name"] == name))
 
 
 async def _first_token(
@@ -226,99 +258,6 @@ async def _first_token(
 def _in_turn(turn: int, *pairs: Any) -> Any:
     """First one first, then the other first."""
     return pairs if turn % 2 == 0 else pairs[::-1]
-
-
-async def _swaps(
-    bench: Bench,
-    service: Service,
-    gateway: Client,
-    door: Door,
-    versions: tuple[Served, Served],
-    progress: Reporter,
-) -> dict[str, Any]:
-    """Back and forth while nobody asks, then under streams."""
-    if bench.swaps == 0:
-        return {}
-
-    async def swapping(what: str) -> dict[str, Any]:
-        return await asyncio.to_thread(
-            _back_and_forth, bench.swaps, service, door, versions, progress, what
-        )
-
-    idle = await swapping("idle")
-    loaded, streams, failed = await _under_streams(bench.streams, gateway, lambda: swapping("busy"))
-    name = f"under {bench.streams} streams"
-    return {
-        "idle": idle | {"answers": 0, "failed_answers": 0},
-        name: loaded | {"answers": streams, "failed_answers": failed},
-    }
-
-
-async def _under_streams(
-    count: int, gateway: Client, act: Callable[[], Awaitable[dict[str, Any]]]
-) -> tuple[dict[str, Any], int, int]:
-    """What ``act`` returns, done while clients stream; and their answers, whole and failed."""
-    stop = asyncio.Event()
-    whole: list[bool] = []
-
-    async def client() -> None:
-        while not stop.is_set():
-            try:
-                whole.append(await gateway.stream())
-            except (UserError, OSError):
-                whole.append(False)
-
-    tasks = [asyncio.create_task(client()) for _ in range(count)]
-    try:
-        told = await act()
-    finally:
-        stop.set()
-        await asyncio.gather(*tasks)
-    return told, len(whole), whole.count(False)
-
-
-def _back_and_forth(
-    count: int,
-    service: Service,
-    door: Door,
-    versions: tuple[Served, Served],
-    progress: Reporter,
-    what: str,
-) -> dict[str, Any]:
-    advance = progress.track(f"swaps, {what}", count)
-    pauses: list[float] = []
-    failed = 0
-    for done in range(count):
-        target = versions[(done + 1) % 2]
-        before = _paused_s(door)
-        outcome = change(
-            service.home,
-            target.digest,
-            Path(target.directory),
-            anchor=service.anchor,
-            record=lambda _event, _digest, _why: None,
-        )
-        failed += not outcome.swapped
-        pauses.append(1000 * (_paused_s(door) - before))
-        advance(done + 1)
-        time.sleep(0.05)  # so that clients meet every version
-    return {
-        "swaps": count,
-        "failed_swaps": failed,
-        "pause_p50_ms": percentile(pauses, 0.5),
-        "pause_p95_ms": percentile(pauses, 0.95),
-        "pause_max_ms": max(pauses),
-    }
-
-
-def _paused_s(door: Door) -> float:
-    """All pauses of the gateway so far."""
-    text = httpx.get(f"{door.url}/metrics", timeout=10).text
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == PAUSE:
-                return float(sample.value)
-    raise UserError(f"{door.url}/metrics: no {PAUSE}")
 
 
 def _within(told: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ else the machine does meets both.
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -112,3 +113,8 @@ async def clients(doors: Sequence[Door], body: Mapping[str, Any]) -> AsyncIterat
     finally:
         for session in sessions:
             await session.close()
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of them does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

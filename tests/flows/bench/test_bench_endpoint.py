@@ -8,8 +8,8 @@ from aiohttp import web
 
 from agent.errors import UserError
 from flows.bench import rollbacks
-from flows.bench.endpoint import Bench, compared, percentile, table
-from flows.bench.load import Burst, Door, clients
+from flows.bench.endpoint import Bench, compared, table
+from flows.bench.load import Burst, Door, clients, percentile
 
 pytestmark = pytest.mark.proof
 
@@ -23,10 +23,11 @@ def test_percentiles_are_values_that_were_measured() -> None:
 def test_a_door_that_adds_a_millisecond_and_a_tenth_of_the_time_says_so() -> None:
     direct = [Burst((0.010, 0.012, 0.014), 0.030), Burst((0.010, 0.012, 0.014), 0.040)]
     slower = [Burst(tuple(s + 0.001 for s in b.latencies), b.seconds / 0.9) for b in direct]
-    row = compared(8, direct, slower)
+    row = compared(8, direct, slower, cpu_s=0.022)
     assert row["added_p50_ms"] == pytest.approx(1.0)
     assert row["added_p99_ms"] == pytest.approx(1.0)
     assert row["throughput_ratio"] == pytest.approx(0.9)
+    assert row["gateway_cpu_ms"] == pytest.approx(1.0)  # of 2 bursts of 3, and 2 of 8 before them
 
 
 def test_counts_below_one_are_refused() -> None:
@@ -82,7 +83,7 @@ def test_the_table_names_every_measurement() -> None:
         "pause_p95_ms": 120.0,
     }  # fmt: skip
     told: dict[str, Any] = {
-        "latency": [compared(1, [Burst((0.01,), 0.01)], [Burst((0.011,), 0.011)])],
+        "latency": [compared(1, [Burst((0.01,), 0.01)], [Burst((0.011,), 0.011)], 0.0)],
         "first_token": {"direct_ms": 1.0, "added_ms": 0.5},
         "swap": {"idle": swaps, "under 8 streams": swaps},
     }
