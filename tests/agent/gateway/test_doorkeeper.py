@@ -214,3 +214,16 @@ def test_a_failing_store_costs_rows_but_no_answers_and_no_words(
     running.settled()
     assert "rows lost" in caplog.text
     assert CANARY not in caplog.text
+
+
+def test_a_path_has_its_method_and_models_have_names(running: Any) -> None:
+    with running.http() as client:
+        wrong = client.get("/v1/chat/completions")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        wrong = client.post("/v1/models", json={})
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
+        assert wrong.json()["error"]["type"] == "invalid_request_error"
+        head = client.head("/healthz")
+        assert (head.status_code, head.content) == (200, b"")
+        assert client.get("/v1/models/").status_code == 404
+        assert client.get("/v1/models/tiny").json()["id"] == "tiny"
