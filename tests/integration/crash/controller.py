@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,31 @@ class StoppableRegistry(Registry):
         self.here(f"alias:{alias}:after")
 
 
+class StoppableService(Service):
+    """The home's parts, two of them with a moment; MLflow's is opened by who gets that far."""
+
+    here: Any
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        ledger = StoppableLedger(self.home.state_db)
+        ledger.here = self.here
+        return ledger
+
+    @cached_property
+    def registry(self) -> Registry:
+        uri = f"sqlite:///{self.home.mlflow / 'mlflow.db'}"
+        registry = StoppableRegistry(uri, self.settings.model.name, self.home.mlflow)
+        registry.here = self.here
+        return registry
+
+
 def opened(command: dict[str, Any]) -> Session:
-    service = Service.at(HOME)
-    here = moments(command.get("point", ""), command.get("signal", signal.SIGKILL))
-    ledger = StoppableLedger(service.home.state_db)
-    ledger.here = here
-    vars(service)["ledger"] = ledger
-    uri = f"sqlite:///{service.home.mlflow / 'mlflow.db'}"
-    registry = StoppableRegistry(uri, service.settings.model.name, service.home.mlflow)
-    registry.here = here
-    vars(service)["registry"] = registry
+    service = StoppableService.at(HOME)
+    point = command.get("point", "")
+    service.here = moments(point, command.get("signal", signal.SIGKILL))
+    if point.startswith("alias:"):
+        _ = service.registry  # opened now, or the watch shows the aliases before it is
     return Session(service, Silent())
 
 

@@ -98,9 +98,8 @@ def test_a_controller_killed_anywhere_leaves_one_champion(
         stack.settled(service)
         first = time.monotonic()
         for wanted, point in points:
-            _t = time.monotonic()
             took.append(killed(running, wanted, point))
-            LOG.info("KILL %s %s %.1f of %.1f", wanted, point, took[-1], time.monotonic() - _t)
+            LOG.info("%s at %s: %.1f s until all agreed", wanted, point, took[-1])
     finally:
         over.set()
         asking.join()
