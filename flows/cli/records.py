@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, Home
+from flows.cli.options import AsJson, Home, KnownHome
 from flows.terminal import pairs, reporter, show
 
 app = typer.Typer()
@@ -16,7 +16,7 @@ key_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
 @app.command()
 def history(
     limit: Annotated[int, typer.Option(help="Newest rows.")] = 50,
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """The ledger, newest first: who, what, why, before and after."""
@@ -31,7 +31,7 @@ def history(
 def replay(
     candidate: Annotated[str, typer.Argument(help="A candidate's digest or a round's id.")],
     snapshots: Annotated[bool, typer.Option(help="Start from the newest sound snapshot.")] = False,
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild weights from anchor and journal, checking the hash after every generation."""
@@ -45,7 +45,7 @@ def replay(
 def export(
     candidate: Annotated[str, typer.Argument(help="A candidate's digest or a round's id.")],
     into: Annotated[Path, typer.Argument(help="Folder for <digest>/.")],
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a candidate as a Hugging Face directory that transformers and vLLM load."""
@@ -61,7 +61,7 @@ def forget(
     replay: Annotated[
         bool, typer.Option("--replay", help="Learn those rounds again without its rewards.")
     ] = False,
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete a principal's text and rows; lists the rounds and versions that learnt from them."""
@@ -91,7 +91,7 @@ def create_key(
 
 
 @key_app.command("list")
-def list_keys(home: Home = None, as_json: AsJson = False) -> None:
+def list_keys(home: KnownHome = None, as_json: AsJson = False) -> None:
     """Every key, without its token."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service
@@ -101,7 +101,7 @@ def list_keys(home: Home = None, as_json: AsJson = False) -> None:
 
 
 @key_app.command("revoke")
-def revoke_key(key_id: str, home: Home = None) -> None:
+def revoke_key(key_id: str, home: KnownHome = None) -> None:
     """End a key."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service

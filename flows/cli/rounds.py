@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.errors import UserError
-from flows.cli.options import AsJson, Config, Digest, Home, Target
+from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
 from flows.terminal import pairs, reporter, show
 
 app = typer.Typer()
@@ -144,7 +144,7 @@ def rescore(
 
 
 @app.command()
-def promote(digest: Digest, home: Home = None, as_json: AsJson = False) -> None:
+def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> None:
     """Serve a candidate that passed the gate (or was approved, or served before)."""
     from flows.runs import promote_now
 
@@ -157,7 +157,7 @@ def promote(digest: Digest, home: Home = None, as_json: AsJson = False) -> None:
 def rollback(
     digest: Annotated[str, typer.Argument(help="A kept digest, or anchor, previous.")] = "previous",
     reason: Annotated[str, typer.Option(help="Why, for the ledger.")] = "by hand",
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve an earlier version again."""
@@ -172,7 +172,7 @@ def rollback(
 def approve(
     digest: Digest,
     reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve exactly this digest; it is promoted next."""
@@ -183,7 +183,7 @@ def approve(
 def refuse(
     digest: Digest,
     reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Reject exactly this digest."""
@@ -194,7 +194,7 @@ def refuse(
 def move(
     digest: Digest,
     reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
-    home: Home = None,
+    home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Tie later rounds to the champion (off unless review.allow_anchor_move is set)."""
