@@ -260,8 +260,13 @@ def test_an_interrupted_up_stops_all(home: Home) -> None:
     def interrupt(_service: str, _state: str) -> None:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt):
-        stack.up(home, load(), SERVED, make=make, progress=interrupt, timeout_s=60)
+    # A shell starts its background jobs with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stack.up(home, load(), SERVED, make=make, progress=interrupt, timeout_s=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert survivors(home) == []
 
 
