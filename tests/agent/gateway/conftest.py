@@ -279,8 +279,8 @@ def _serving(*apps: tuple[Starlette, socket.socket]) -> Iterator[None]:
             await server.startup(sockets=[sock])
         ready.set()
         await stop.wait()
-        for server, (_, sock) in zip(servers, apps, strict=True):
-            await server.shutdown(sockets=[sock])
+        ends = zip(servers, apps, strict=True)
+        await asyncio.gather(*(server.shutdown(sockets=[sock]) for server, (_, sock) in ends))
 
     def drive() -> None:
         loop.run_until_complete(run())
