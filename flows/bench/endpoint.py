@@ -126,24 +126,27 @@ def table(told: Mapping[str, Any]) -> Table:
 def compared(
     at_once: int, direct: Sequence[Burst], gateway: Sequence[Burst], cpu_s: float
 ) -> dict[str, float]:
-    """One row of the document: bursts at the two doors, turn by turn.
+    """One row of the document: bursts at the two doors, compared turn by turn (medians of turns).
 
     cpu_s: processor time of the gateway during its bursts, of whose answers each client's first is
     not in the bursts.
     """
-    pooled = [[s for burst in bursts for s in burst.latencies] for bursts in (direct, gateway)]
-    low, high = ([1000 * percentile(door, share) for door in pooled] for share in (0.5, 0.99))
-    ratios = [
-        (len(g.latencies) / g.seconds) / (len(d.latencies) / d.seconds)
-        for d, g in zip(direct, gateway, strict=True)
-    ]
+    turns = list(zip(direct, gateway, strict=True))
+    answers = sum(len(burst.latencies) for burst in gateway)
+
+    def added(share: float) -> float:
+        return median(
+            percentile(g.latencies, share) - percentile(d.latencies, share) for d, g in turns
+        )
+
+    ratios = [(len(g.latencies) / g.seconds) / (len(d.latencies) / d.seconds) for d, g in turns]
     return {
         "at_once": at_once,
-        "direct_p50_ms": low[0],
-        "added_p50_ms": low[1] - low[0],
-        "added_p99_ms": high[1] - high[0],
+        "direct_p50_ms": 1000 * median(percentile(d.latencies, 0.5) for d in direct),
+        "added_p50_ms": 1000 * added(0.5),
+        "added_p99_ms": 1000 * added(0.99),
         "throughput_ratio": median(ratios),
-        "gateway_cpu_ms": 1000 * cpu_s / (len(pooled[1]) + at_once * len(gateway)),
+        "gateway_cpu_ms": 1000 * cpu_s / (answers + at_once * len(gateway)),
     }
 
 
