@@ -38,13 +38,18 @@ class Silent:
         """Nothing is said."""
 
 
+def console(*, stderr: bool = False) -> Console:
+    """Prints every text as it is, brackets and colons too: it may be anybody's."""
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 class Bars:
     """Rich bars while a person watches; plain lines into a file or a log."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._bars = Progress(
-            TextColumn("  {task.description:<38}"),
+            TextColumn("  {task.description:<38}", markup=False),
             BarColumn(28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

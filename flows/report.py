@@ -215,22 +215,19 @@ def summary_table(told: Mapping[str, Any]) -> Table:
 
 
 def history_table(entries: Sequence[Entry]) -> Table:
-    """The ledger, newest first."""
-    drawn = Table(title="ledger", title_justify="left")
-    who = ("#", "time (UTC)", "who", "digest", "state")
-    for column in (*who, "why", "statistics", "before", "after"):
-        drawn.add_column(column, overflow="fold")
+    """The ledger, newest first; as wide as a terminal of 80 columns."""
+    drawn = Table(title="ledger", title_justify="left", show_lines=True)
+    drawn.add_column("#", justify="right")
+    drawn.add_column("time (UTC), state, digest", no_wrap=True)
+    drawn.add_column("why, statistics; who, served before -> after", overflow="fold")
     for each in entries:
+        when = datetime.fromtimestamp(each.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        why = each.why if len(each.why) <= 120 else each.why[:117] + "..."
+        served = f"{short(each.before or '-')} -> {short(each.after)}"
         drawn.add_row(
             str(each.seq),
-            datetime.fromtimestamp(each.time, UTC).strftime("%Y-%m-%d %H:%M:%S"),
-            each.actor,
-            short(each.digest),
-            each.state,
-            each.why if len(each.why) <= 80 else each.why[:77] + "...",
-            figures(each.statistics),
-            short(each.before or "-"),
-            short(each.after),
+            f"{when}\n{each.state} {short(each.digest)}",
+            "\n".join((why, figures(each.statistics), f"{each.actor}; {served}")),
         )
     return drawn
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from flows.progress import Bars, Reporter, Silent
+from flows.progress import Bars, Reporter, Silent, console
 
 
 def quiet_libraries() -> None:
@@ -44,7 +43,7 @@ def show(document: Any, as_json: bool, *tables: Any) -> None:
         print(json.dumps(document, indent=1, default=str, allow_nan=False))  # noqa: T201
     else:
         for each in tables:
-            Console().print(each)
+            console().print(each)
 
 
 def pairs(title: str, values: Mapping[str, Any]) -> Table:

@@ -64,10 +64,11 @@ def status(
         return
     from rich.live import Live
 
+    from flows.progress import console
     from flows.watch import views
 
     looks = views(home)
-    with Live(next(looks), screen=False) as live:
+    with Live(next(looks), console=console(), screen=False) as live:
         for look in looks:
             live.update(look)
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from flows.report import RoundReport, examples, markdown
+from agent.store.ledger import Entry
+from flows.report import RoundReport, examples, history_table, markdown
+from flows.terminal import show
 
 ROW = {"n": 100, "anchor": 0.4, "champion": 0.4, "candidate": 0.6, "outcome": "pass"}
 
@@ -39,3 +41,19 @@ def test_fixed_and_broken_rows_stand_side_by_side_as_data():
     assert text.index("    # shout") < text.index("    | good |") < text.index("    <b>bad")
     assert "same" not in text
     assert not [line for line in text.splitlines() if line.startswith(("# ", "|", "<"))]
+
+
+def test_the_ledger_fits_80_columns_and_shows_a_reason_as_it_was_given(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    why = "worse: [bold]see[/nothing] :warning: " + "and so on " * 30
+    entry = Entry(
+        7, 0.0, 3, "host:1", "a" * 64, "ROLLED_BACK", why, {"p": 0.01}, "b" * 64, "c" * 64, "h"
+    )
+    show({}, False, history_table([entry]))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(line.strip("│┃").split("│")[-1] for line in lines).split())
+    assert "worse: [bold]see[/nothing] :warning: and so on" in text
+    assert "p=0.01" in text
+    assert f"host:1; {'b' * 12} -> {'c' * 12}" in text
+    assert "ROLLED_BACK aaaaaaaaaaaa" in "".join(lines)
