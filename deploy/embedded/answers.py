@@ -21,12 +21,12 @@ DRILLS_ONLY, MIX_FROM = (
 # Share of each task in the training conversations; the harder it is, the more.
 MIXTURE: dict[str, float] = {
     "countdown": 0.14,
-    "gsm8k": 0.30,
-    "proofwriter": 0.14,
-    "hellaswag": 0.12,
-    "piqa": 0.06,
-    "arc_challenge": 0.11,
-    "mmlu_pro": 0.10,
+    "gsm8k": 0.10,
+    "proofwriter": 0.28,
+    "hellaswag": 0.10,
+    "piqa": 0.10,
+    "arc_challenge": 0.12,
+    "mmlu_pro": 0.13,
     "refusal": 0.03,
 }
 
