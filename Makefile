@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 UV := uv==0.13.9
 LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
-INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Bytecode is made here on all cores, not by whichever command or test comes first.
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 LOCK := requirements-$(EXTRA).lock
 
 .PHONY: demo test soak lint venv lock clean
