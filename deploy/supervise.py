@@ -23,7 +23,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from agent.config import Home
 from agent.errors import UserError
 from deploy.orphans import MARKER, config_path, end, with_children
-from deploy.unix import UnixTransport
+from deploy.serving.control import UnixTransport
 
 GROUP = "stack"
 STOP_S = 10.0  # for a service to end by itself
@@ -40,7 +40,7 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class Program:
     """One process of the stack; ``env`` is added to the caller's, ``nice`` lowers its priority."""
 
     name: str
@@ -60,7 +60,7 @@ class State:
     pid: int | None
 
 
-def write_config(home: Home, services: Sequence[Service], cwd: Path) -> Path:
+def write_config(home: Home, services: Sequence[Program], cwd: Path) -> Path:
     """Write supervisord's configuration; the path to it."""
     home.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _supervisor(home: Home) -> Iterator[Any]:
         transport.close()
 
 
-def _program(service: Service, cwd: Path, place: int) -> str:
+def _program(service: Program, cwd: Path, place: int) -> str:
     """One service's section; env and nice replace themselves by the command, so the pid is its."""
     variables = [f"{key}={value}" for key, value in service.env.items()]
     argv = ["env", *variables, "nice", "-n", str(service.nice), *service.argv]

@@ -7,20 +7,21 @@
 5. Steps 2-3 again on a sealed draw, at a level spent (:mod:`evaluators.confirm`).
 6. The verdict: reject if a step shows harm, else hold if a step cannot tell, else promote.
 
-How one comparison ends is said in :mod:`evaluators.judge`. Fields are shares (0.01 is one point).
+How one comparison ends is said in :mod:`evaluators.comparison`. Fields are
+shares (0.01 is one point).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from evaluators.comparison import Comparison, Reason, Stage, Step, pooled_margin, task_margin
 from evaluators.confirm import spent_alpha
 from evaluators.evidence import Evidence, accuracy, evidence
-from evaluators.judge import Comparison, Reason, Stage, Step, pooled_margin, task_margin
 from evaluators.samples import Defect, Sample, Tables, defects, moved_digests, overlap
 from evaluators.stats import level
 
-__all__ = ["POOLED", "Decision", "GateSettings", "Reason", "Sample", "Tables", "decide"]
+__all__ = ["POOLED", "Decision", "GateRules", "Reason", "Sample", "Tables", "decide"]
 
 Verdict = Literal["promote", "hold", "reject"]
 Baseline = Literal["anchor", "champion"]
@@ -28,7 +29,7 @@ POOLED = "all prior tasks"
 
 
 @dataclass(frozen=True, slots=True)
-class GateSettings:
+class GateRules:
     """Levels, margins and special tasks of the gate."""
 
     alpha: float = 0.025
@@ -84,7 +85,7 @@ class Decision:
 def decide(
     tables: Tables,
     target: str,
-    settings: GateSettings | None = None,
+    settings: GateRules | None = None,
     sealed: Tables | None = None,
 ) -> Decision:
     """Judge a candidate.
@@ -96,7 +97,7 @@ def decide(
         sealed: samples of the sealed draw, read only if the first stage passes; None decides on
             the first stage alone and says so.
     """
-    settings = settings or GateSettings()
+    settings = settings or GateRules()
     priors = tuple(task for task in tables.tasks() if task != target)
     reasons = tuple(_incomplete(tables, target, priors, settings))
     if not reasons:
@@ -114,7 +115,7 @@ def _verdict(reasons: Sequence[Reason]) -> Verdict:
 
 
 def _incomplete(
-    tables: Tables, target: str, priors: Sequence[str], settings: GateSettings
+    tables: Tables, target: str, priors: Sequence[str], settings: GateRules
 ) -> Iterator[Reason]:
     yield from _held(defects(tables, [target], settings.graded), "first")
     if tables.champion is None:
@@ -131,7 +132,7 @@ def _held(found: Sequence[Defect], stage: Stage) -> Iterator[Reason]:
 
 
 def _first_stage(
-    tables: Tables, target: str, priors: Sequence[str], settings: GateSettings
+    tables: Tables, target: str, priors: Sequence[str], settings: GateRules
 ) -> Iterator[Reason]:
     yield from _no_harm(tables, priors, settings, "first", settings.alpha)
     found = _evidence(tables, "champion", [target], settings)
@@ -143,7 +144,7 @@ def _first_stage(
 
 
 def _confirmation(
-    first: Tables, sealed: Tables | None, priors: Sequence[str], settings: GateSettings
+    first: Tables, sealed: Tables | None, priors: Sequence[str], settings: GateRules
 ) -> Iterator[Reason]:
     if sealed is None:
         text = "no sealed draw given: decided on the first stage alone"
@@ -161,7 +162,7 @@ def _confirmation(
 
 
 def _no_harm(
-    tables: Tables, priors: Sequence[str], settings: GateSettings, stage: Stage, alpha: float
+    tables: Tables, priors: Sequence[str], settings: GateRules, stage: Stage, alpha: float
 ) -> Iterator[Reason]:
     """Steps 2 and 3: each prior task, then all of them pooled."""
     retained = settings.retained.intersection(priors) - settings.zero_tolerance
@@ -186,7 +187,7 @@ def _no_harm(
 
 
 def _evidence(
-    tables: Tables, baseline: Baseline, tasks: Sequence[str], settings: GateSettings
+    tables: Tables, baseline: Baseline, tasks: Sequence[str], settings: GateRules
 ) -> Evidence:
     """The candidate's rows of ``tasks`` against those of ``baseline``."""
     old = [s for s in dict(tables.named())[baseline] if s.task in tasks]

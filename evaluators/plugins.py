@@ -14,8 +14,8 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from evaluators.errors import UserError
-from evaluators.resolve import resolve
+from agent.errors import UserError
+from evaluators.loading import resolve
 from evaluators.sandbox import Limits, sandboxed
 from evaluators.task import Row, Task, Verdict, judge, with_prompt
 from evaluators.tasks import TASKS

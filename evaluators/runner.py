@@ -3,28 +3,86 @@
 ``generate`` answers; this module asks in fixed batches, writes each finished batch to an
 append-only part file, and publishes the parquet file only when every row is there. After a kill the
 rows of the part file are not asked again. What the samples say is told by evaluators/summary.py.
+
+What is asked of a model: rows as chats, and the hash of everything that shapes an answer.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluators.asking import (
-    Completion,
-    Question,
-    canonical_json,
-    harness_hash,
-    question,
-)
-from evaluators.asking import Generate as Generate
-from evaluators.errors import UserError
+from agent.errors import UserError
 from evaluators.summary import SampleRow, rescored, scored
-from evaluators.task import Row, Task
+from evaluators.task import Message, Row, Task
+
+
+class ModelAnswer(Protocol):
+    """What a model answered; ``finish`` is "stop", or "length" where max_tokens cut it."""
+
+    @property
+    def text(self) -> str:
+        """The answer without the prompt."""
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens were generated; None where nobody counted."""
+
+    @property
+    def finish(self) -> str:
+        """Why it ended."""
+
+
+# (chats, longest answer of each in tokens) -> one completion each, in the same order
+Generate = Callable[[list[list[Message]], list[int]], Sequence[ModelAnswer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row, ready to be asked."""
+
+    task: Task
+    row: Row
+    example_id: str
+    messages: list[Message]
+    prompt_hash: str
+
+
+def canonical_json(value: object) -> str:
+    """One text for one value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def short_hash(value: object) -> str:
+    """The first 16 hex characters of the sha256 of the value's canonical JSON."""
+    return sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def question(task: Task, row: Row, shots: Sequence[Row] = ()) -> Question:
+    """A row as the chat it is asked in."""
+    messages = task.messages(row, shots)
+    return Question(task, row, task.key(row), messages, short_hash(messages))
+
+
+def harness_hash(questions: Iterable[Question], settings: Mapping[str, Any]) -> str:
+    """sha256 over everything that makes two evaluations comparable, as hex.
+
+    Per question the task, its extraction's version, the longest answer, the example id and the
+    prompt (template, prefill and worked examples included), in order; then the settings.
+    """
+    asked = [
+        (q.task.name, q.task.version, q.task.max_tokens, q.example_id, q.prompt_hash)
+        for q in questions
+    ]
+    whole = canonical_json({"questions": asked, "settings": dict(settings)})
+    return sha256(whole.encode()).hexdigest()
+
 
 BATCH_ROWS = 256
 
@@ -210,7 +268,7 @@ def _asked(batch: list[Question], generate: Generate, head: Mapping[str, str]) -
     return [_sample(q, answer, head) for q, answer in zip(batch, completions, strict=True)]
 
 
-def _sample(asked: Question, answer: Completion, head: Mapping[str, str]) -> SampleRow:
+def _sample(asked: Question, answer: ModelAnswer, head: Mapping[str, str]) -> SampleRow:
     """One row; text that is no Unicode (lone surrogates) is replaced before it is judged."""
     sample: SampleRow = {
         "task": asked.task.name,

@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
-from evaluators.errors import UserError
-from evaluators.resolve import resolve
+from agent.errors import UserError
+from evaluators.loading import resolve
 from evaluators.task import Row, Task, Verdict, failed, judge
 
 MAX_REPLY_BYTES = 1_000_000

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evaluators.errors import UserError
+from agent.errors import UserError
 from evaluators.stats import wilson
 from evaluators.task import Row, Task, judge
 

@@ -2,15 +2,18 @@
 
 A task is data plus four pure functions of a row (key, fields, gold, wrong) and one pure function of
 (completion, row), the verifier. Nothing here reads a file, a clock or the environment.
+
+Scores of finished answers: JSONL in, JSONL out, no model needed.
 """
 
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from evaluators.errors import UserError
+from agent.errors import UserError
 
 Row = Mapping[str, Any]
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -163,3 +166,44 @@ def checked(verdict: object) -> Verdict:
     if verdict.extracted is None:
         return verdict
     return replace(verdict, extracted=str(verdict.extracted)[:MAX_SHOWN_CHARS])
+
+
+def score_lines(task: Task, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """``{completion, example}`` a line becomes ``{reward, format, extracted}``; blank lines pass.
+
+    A row on which the verifier fails scores 0 and says why under ``error``.
+
+    Raises:
+        UserError: a line that is not such an object, by its number.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        completion, example = parse_line(line, number)
+        verdict = judge(task, completion, example)
+        scores: dict[str, Any] = {
+            "reward": verdict.reward,
+            "format": verdict.format,
+            "extracted": verdict.extracted,
+        }
+        yield scores | ({"error": verdict.error} if verdict.error else {})
+
+
+def parse_line(line: str, number: int) -> tuple[str, Row]:
+    """The completion (a string) and the example (an object) of one line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"line {number}: not JSON ({error})") from None
+    if not isinstance(value, Mapping):
+        raise UserError(f"line {number}: {type(value).__name__}; an object is wanted")
+    completion, example = value.get("completion"), value.get("example")
+    if not isinstance(completion, str):
+        raise UserError(f"line {number}: completion {_kind(completion)}; a string is wanted")
+    if not isinstance(example, Mapping):
+        raise UserError(f"line {number}: example {_kind(example)}; an object is wanted")
+    return completion, example
+
+
+def _kind(value: object) -> str:
+    return "is missing" if value is None else f"is {type(value).__name__}"

@@ -16,14 +16,14 @@ import httpx
 from prefect import flow, serve
 from prefect.schedules import Interval
 
-from flows import loop, promote, swaps
-from flows.baking import bake
-from flows.collect import collect_rows
-from flows.progress import Silent
-from flows.reconcile import repair
+from flows.learn import loop
+from flows.learn.collect import collect_rows
+from flows.serve import promote, swaps
+from flows.serve.bake import bake
+from flows.serve.reconcile import poll, repair
 from flows.service import Service
 from flows.session import Session, session
-from flows.upkeep import poll
+from flows.show.progress import Silent
 
 LOG = logging.getLogger("anchorage.flows")
 PREFECT_S = 60.0  # between two lines that say it does not answer

@@ -16,8 +16,8 @@ from agent.population.nursery import Nursery
 from agent.population.pool import Population
 from agent.population.schedule import Engine
 from agent.population.vllm import EngineOptions, on_cpu
-from flows.progress import Reporter, Silent
 from flows.service import Service
+from flows.show.progress import Reporter, Silent
 
 _OPEN: dict[Path, "Session"] = {}
 
@@ -45,11 +45,11 @@ class Session:
         """One more engine, as the settings place it; whoever asks for it closes it."""
         chosen = self.service.settings.engines
         if chosen.placement == "ray":
-            from agent.population.ray import Place, RayEngine, attach
+            from agent.population.ray import Placement, RayEngine, attach
 
             attach(chosen.ray_address)
             gpus = 0.0 if on_cpu() else float(options.tensor_parallel)
-            return RayEngine(options, Place(cpus=float(len(options.cores) or 1), gpus=gpus))
+            return RayEngine(options, Placement(cpus=float(len(options.cores) or 1), gpus=gpus))
         if self._nursery is None:
             self._nursery = Nursery(self.service.home.logs / "nursery.log")
         return self._nursery.engine(options)

@@ -25,7 +25,7 @@ from agent.gateway.app import engine_at
 from agent.gateway.errors import ApiError
 from agent.gateway.fields import Strict
 from agent.gateway.hold import HoldConflictError
-from agent.gateway.paths import Service
+from agent.gateway.paths import GatewayParts
 from agent.gateway.requests import parse
 from agent.gateway.upstream import Upstream
 
@@ -36,7 +36,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{12,64}$")]
 Seconds = Annotated[float, Field(gt=0, le=MAX_WAIT_S)]
 
 
-class Hold(Strict):
+class HoldRequest(Strict):
     """Stop admitting; ``deadline_s`` after the beginning the lease runs out."""
 
     max_wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
@@ -44,14 +44,14 @@ class Hold(Strict):
     wait: bool = True
 
 
-class Renew(Strict):
+class RenewRequest(Strict):
     """Move the deadline."""
 
     lease: str
     deadline_s: Seconds
 
 
-class Release(Strict):
+class ReleaseRequest(Strict):
     """Which weights the engine has now."""
 
     version: Digest
@@ -59,14 +59,14 @@ class Release(Strict):
     socket: str | None = None
 
 
-class Flip(Strict):
+class FlipRequest(Strict):
     """Another engine, warm and verified."""
 
     version: Digest
     socket: str
 
 
-class Retire(Strict):
+class RetireRequest(Strict):
     """A version whose engine is about to be stopped."""
 
     version: Digest
@@ -95,7 +95,7 @@ def create_admin(public: Starlette) -> Starlette:
 
 async def hold(request: Request) -> Response:
     """Return when nobody is inside any more; the default lease is the wait and a minute."""
-    _, asked = parse(await request.body(), Hold)
+    _, asked = parse(await request.body(), HoldRequest)
     gate = _service(request).admission
     deadline_s = asked.deadline_s or asked.max_wait_s + 60.0
     lease = await gate.hold(asked.max_wait_s, deadline_s, wait=asked.wait)
@@ -104,14 +104,14 @@ async def hold(request: Request) -> Response:
 
 async def renew(request: Request) -> Response:
     """More time for the same hold."""
-    _, asked = parse(await request.body(), Renew)
+    _, asked = parse(await request.body(), RenewRequest)
     _service(request).admission.renew(asked.lease, asked.deadline_s)
     return await state(request)
 
 
 async def release(request: Request) -> Response:
     """Open the door with the version that answers from now on."""
-    _, asked = parse(await request.body(), Release)
+    _, asked = parse(await request.body(), ReleaseRequest)
     to = _engine(request, asked.socket) if asked.socket else None
     _service(request).admission.release(asked.version, asked.lease, to)
     return await state(request)
@@ -119,14 +119,14 @@ async def release(request: Request) -> Response:
 
 async def flip(request: Request) -> Response:
     """Send new requests to another engine at once."""
-    _, asked = parse(await request.body(), Flip)
+    _, asked = parse(await request.body(), FlipRequest)
     _service(request).admission.flip(asked.version, _engine(request, asked.socket))
     return await state(request)
 
 
 async def retire(request: Request) -> Response:
     """Refuse a warm version and close the connections to its engine."""
-    _, asked = parse(await request.body(), Retire)
+    _, asked = parse(await request.body(), RetireRequest)
     route = _service(request).admission.retire(asked.version)
     await route.upstream.close()
     return await state(request)
@@ -188,8 +188,8 @@ async def metrics(request: Request) -> Response:
     return Response(_service(request).metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+def _service(request: Request) -> GatewayParts:
+    service: GatewayParts = request.app.state.service
     return service
 
 

@@ -13,17 +13,15 @@ from starlette.types import ASGIApp
 
 from agent.errors import UserError
 from agent.gateway import paths
-from agent.gateway.capture import Capture
+from agent.gateway.capture import Capture, Verifier, Verify
 from agent.gateway.doorkeeper import ONE_MODEL, Door, Doorkeeper
 from agent.gateway.hold import Admission, Recover, Route
-from agent.gateway.keys import KeyStore
+from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
-from agent.gateway.paths import Kept, Service
-from agent.gateway.quota import Quota
+from agent.gateway.paths import GatewayParts, Kept
 from agent.gateway.requests import read_chat, read_completion
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 from agent.gateway.upstream import TransportLine, Upstream
-from agent.gateway.verify import Verifier, Verify
 from agent.store.experience import ExperienceStore
 from agent.store.forget import expire
 
@@ -33,7 +31,7 @@ DAY_S = 86_400.0
 
 
 def create_app(
-    settings: GatewaySettings,
+    settings: GatewayOptions,
     *,
     upstream: httpx.AsyncBaseTransport | Path,
     verify: Verify,
@@ -55,7 +53,7 @@ def create_app(
     if not settings.loopback and not keys.list_keys():
         raise UserError(f"host: {settings.host} without keys; allowed: 127.0.0.1, or create a key")
     metrics = Metrics()
-    service = Service(
+    service = GatewayParts(
         settings=settings,
         admission=_admission(settings, Route(version, _upstream(settings, upstream)), metrics),
         capture=Capture(
@@ -76,7 +74,7 @@ def create_app(
     return Endpoint(service)
 
 
-def engine_at(settings: GatewaySettings, socket: Path) -> Upstream:
+def engine_at(settings: GatewayOptions, socket: Path) -> Upstream:
     """An engine behind a socket, with the gateway's timeouts."""
     return Upstream.at(
         socket,
@@ -86,7 +84,7 @@ def engine_at(settings: GatewaySettings, socket: Path) -> Upstream:
     )
 
 
-def _upstream(settings: GatewaySettings, engine: httpx.AsyncBaseTransport | Path) -> Upstream:
+def _upstream(settings: GatewayOptions, engine: httpx.AsyncBaseTransport | Path) -> Upstream:
     if isinstance(engine, Path):
         return engine_at(settings, engine)
     timeout = httpx.Timeout(
@@ -97,7 +95,7 @@ def _upstream(settings: GatewaySettings, engine: httpx.AsyncBaseTransport | Path
     return Upstream(TransportLine(engine, timeout), settings.retry_after_s)
 
 
-def _admission(settings: GatewaySettings, route: Route, metrics: Metrics) -> Admission:
+def _admission(settings: GatewayOptions, route: Route, metrics: Metrics) -> Admission:
     return Admission(
         route=route,
         max_in_flight=settings.max_in_flight,
@@ -109,7 +107,7 @@ def _admission(settings: GatewaySettings, route: Route, metrics: Metrics) -> Adm
     )
 
 
-def _watch(service: Service) -> None:
+def _watch(service: GatewayParts) -> None:
     gate, watch = service.admission, service.metrics.watch
     watch("in_flight", "Requests inside the engine", lambda: gate.in_flight)
     watch("queued", "Requests waiting to enter", lambda: gate.queued)
@@ -133,13 +131,13 @@ DOORS = {
 class Endpoint(Starlette):
     """Its begin, its end and its state are Starlette's; who gets where is the doorkeeper's."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: GatewayParts) -> None:
         super().__init__(lifespan=_lifespan)
         self.state.service = service
 
     def build_middleware_stack(self) -> ASGIApp:
         """One layer: the doorkeeper finds the path, and answers every error in OpenAI's shape."""
-        service: Service = self.state.service
+        service: GatewayParts = self.state.service
         return Doorkeeper(
             self.router,
             DOORS,
@@ -151,7 +149,7 @@ class Endpoint(Starlette):
 
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    service: Service = app.state.service
+    service: GatewayParts = app.state.service
     await service.capture.start()
     background = [
         asyncio.create_task(_retention(service)),
@@ -168,7 +166,7 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
             await route.upstream.close()
 
 
-async def _retention(service: Service) -> None:
+async def _retention(service: GatewayParts) -> None:
     """Delete what is older than the settings allow, now and every hour."""
     while service.settings.retention_days:
         before = time.time() - service.settings.retention_days * DAY_S

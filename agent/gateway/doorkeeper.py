@@ -15,8 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agent.gateway.errors import ApiError
-from agent.gateway.leaving import ClientGoneError
+from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.metrics import Metrics
 from agent.gateway.settings import LOOPBACK_NAMES
 

@@ -12,14 +12,12 @@ from starlette.types import Receive
 
 from agent.gateway.answers import Answered, aborted, stamp
 from agent.gateway.capture import Capture
-from agent.gateway.errors import ApiError, bad_gateway, unavailable
+from agent.gateway.errors import ApiError, bad_gateway, unavailable, until_gone
 from agent.gateway.hold import Admission, Route, Ticket
-from agent.gateway.keys import Principal
-from agent.gateway.leaving import until_gone
+from agent.gateway.keys import Principal, Quota
 from agent.gateway.metrics import Metrics
-from agent.gateway.quota import Quota
 from agent.gateway.requests import Call
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 from agent.gateway.upstream import Reply
 from agent.store.experience import Interaction, Status
 
@@ -30,7 +28,7 @@ PIN_CHARACTERS = 12  # shortest digest prefix in `name@digest`
 class Gateway:
     """The parts one request needs."""
 
-    settings: GatewaySettings
+    settings: GatewayOptions
     admission: Admission
     capture: Capture
     quota: Quota

@@ -39,7 +39,7 @@ class Ticket:
 
 
 @dataclass(slots=True)
-class Lease:
+class HoldLease:
     """One hold, and until when."""
 
     id: str
@@ -61,7 +61,7 @@ class Admission:
     recover: Recover | None = None
     on_pause: Callable[[float], None] = lambda _seconds: None  # told the length of each hold
     on_mixed: Callable[[], None] = lambda: None  # told of each answer that spans two versions
-    lease: Lease | None = None
+    lease: HoldLease | None = None
     draining: bool = False
     warm: dict[str, Route] = field(default_factory=dict)  # other versions with an engine running
     _inside: set[Ticket] = field(default_factory=set)
@@ -212,27 +212,27 @@ class Admission:
             return unavailable("new weights are being loaded", "swapping", self.retry_after_s)
         return unavailable("too many requests are waiting", "overloaded", self.retry_after_s)
 
-    def _begin(self, deadline_s: float) -> Lease:
+    def _begin(self, deadline_s: float) -> HoldLease:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        lease = Lease(secrets.token_hex(8), now, now, loop.call_later(0, lambda: None))
+        lease = HoldLease(secrets.token_hex(8), now, now, loop.call_later(0, lambda: None))
         self._arm(lease, deadline_s)
         self.lease = lease
         return lease
 
-    def _arm(self, lease: Lease, deadline_s: float) -> None:
+    def _arm(self, lease: HoldLease, deadline_s: float) -> None:
         loop = asyncio.get_running_loop()
         lease.deadline = loop.time() + deadline_s
         lease.timer = loop.call_later(deadline_s, self._run_out, lease, deadline_s)
 
-    def _mine(self, lease_id: str | None) -> Lease:
+    def _mine(self, lease_id: str | None) -> HoldLease:
         if self.lease is None:
             raise HoldConflictError("nothing is held")
         if self.lease.recovering or lease_id not in (None, self.lease.id):
             raise HoldConflictError("the lease is not yours any more")
         return self.lease
 
-    def _release(self, lease: Lease, route: Route) -> None:
+    def _release(self, lease: HoldLease, route: Route) -> None:
         self._serve(route)
         self._end(lease)
 
@@ -246,7 +246,7 @@ class Admission:
         self.warm = others
         self.route = route
 
-    def _end(self, lease: Lease) -> None:
+    def _end(self, lease: HoldLease) -> None:
         if self.lease is not lease:
             return
         lease.timer.cancel()
@@ -254,7 +254,7 @@ class Admission:
         self.on_pause(asyncio.get_running_loop().time() - lease.began)
         self._let_in()
 
-    def _run_out(self, lease: Lease, again_s: float) -> None:
+    def _run_out(self, lease: HoldLease, again_s: float) -> None:
         """The controller is late: ask for recovery, or go on with the version before the hold."""
         if self.lease is not lease:
             return
@@ -268,7 +268,7 @@ class Admission:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _recovered(self, lease: Lease, again_s: float) -> None:
+    async def _recovered(self, lease: HoldLease, again_s: float) -> None:
         """Stay held until somebody outside says which version is served; ask again on failure."""
         assert self.recover is not None
         try:

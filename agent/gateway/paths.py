@@ -1,27 +1,80 @@
-"""What each public path does. Order everywhere: who asks, then what, then whether it may."""
+"""What each public path does. Order everywhere: who asks, then what, then whether it may.
+
+The endpoint's description for tools, built from the models that check the requests.
+"""
 
 import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 from uuid import uuid4
 
 import orjson
+from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from agent.gateway import openapi
-from agent.gateway.errors import ApiError
+from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.exchange import Exchange, Gateway, unknown_model
-from agent.gateway.fields import FeedbackRequest
+from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest
 from agent.gateway.keys import KeyStore, Principal
-from agent.gateway.leaving import ClientGoneError
 from agent.gateway.requests import Call, parse
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 from agent.gateway.stream import StreamedAnswer
 from agent.store.experience import ExperienceStore
 from agent.store.feedback import Feedback, FeedbackRefusedError, add
+
+REF = "#/components/schemas/{model}"
+ERROR = {"description": "An error in OpenAI's shape", "content": {"application/json": {}}}
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1 of every public path."""
+    models = (ChatRequest, CompletionRequest, FeedbackRequest)
+    _, schemas = models_json_schema([(m, "validation") for m in models], ref_template=REF)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Anchorage", "version": "1"},
+        "paths": {
+            "/v1/chat/completions": {"post": _post("createChatCompletion", ChatRequest)},
+            "/v1/completions": {"post": _post("createCompletion", CompletionRequest)},
+            "/v1/feedback": {"post": _post("createFeedback", FeedbackRequest)},
+            "/v1/models": {"get": _get("listModels")},
+            "/v1/models/{model}": {"get": _get("retrieveModel", [_path("model")])},
+            "/v1/rewards": {
+                "get": _get("listRewards", [_query("since", "number"), _query("limit", "integer")])
+            },
+            "/healthz": {"get": _get("health")},
+            "/metrics": {"get": _get("metrics")},
+        },
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _post(name: str, model: type) -> dict[str, Any]:
+    schema = {"$ref": REF.format(model=model.__name__)}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return _get(name) | {"requestBody": body}
+
+
+def _get(name: str, parameters: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    responses = {"2XX": {"description": "Done"}, "4XX": ERROR, "5XX": ERROR}
+    return {"operationId": name, "parameters": parameters or [], "responses": responses}
+
+
+def _query(name: str, kind: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": {"type": kind, "minimum": 0}}
+
+
+def _path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
 
 BODY_TIMEOUT_S = 30.0  # for a request's body to arrive
 SETTLE_S = 5.0  # for an answer's row to be written before feedback on it is looked up
@@ -29,12 +82,12 @@ MAX_REWARDS = 1000  # rows of one /v1/rewards answer
 REFUSALS = {"unknown_inference": 404, "unknown_feedback": 404, "already_superseded": 409}
 TEXT_FIELDS = frozenset({"prompt", "prompt_hash", "row_hash", "group_hash", "example"})
 
-Read = Callable[[bytes, GatewaySettings], Call]
+Read = Callable[[bytes, GatewayOptions], Call]
 Kept = Callable[[], Sequence[str]]
 
 
 @dataclass(slots=True)
-class Service(Gateway):
+class GatewayParts(Gateway):
     """The parts behind every path."""
 
     store: ExperienceStore
@@ -46,7 +99,7 @@ def completer(read: Read) -> Callable[[Request], Awaitable[Response]]:
     """The function of one kind of completion, which differ in how a request is read."""
 
     async def complete(request: Request) -> Response:
-        service: Service = request.app.state.service
+        service: GatewayParts = request.app.state.service
         principal = await _principal(request, "infer")
         call = read(await _body(request), service.settings)
         if call.task is not None:
@@ -76,7 +129,7 @@ async def one_model(request: Request) -> Response:
 
 async def give_feedback(request: Request) -> Response:
     """Record an opinion: 201 when new, 200 when it was recorded before."""
-    service: Service = request.app.state.service
+    service: GatewayParts = request.app.state.service
     principal = await _principal(request, "feedback")
     _, checked = parse(await _body(request), FeedbackRequest)
     await service.quota.take(principal.owner)
@@ -103,7 +156,7 @@ async def give_feedback(request: Request) -> Response:
 
 async def list_rewards(request: Request) -> Response:
     """Verdicts on the caller's own answers (a reviewer sees all), oldest first, after ``since``."""
-    service: Service = request.app.state.service
+    service: GatewayParts = request.app.state.service
     principal = await _principal(request, "submit_task", "review")
     since = _number(request, "since", 0.0)
     limit = min(max(1, int(_number(request, "limit", MAX_REWARDS))), MAX_REWARDS)
@@ -116,7 +169,7 @@ async def list_rewards(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while requests can be answered or will be soon; 503 without an engine or at the end."""
-    service: Service = request.app.state.service
+    service: GatewayParts = request.app.state.service
     gate = service.admission
     reachable = await gate.route.upstream.reachable()
     state = "draining" if gate.draining else "held" if gate.lease else "ok"
@@ -137,7 +190,7 @@ async def metrics_text(request: Request) -> Response:
 
 async def description(request: Request) -> Response:
     """The OpenAPI document."""
-    return _json(openapi.document())
+    return _json(document())
 
 
 async def _principal(request: Request, *scopes: str) -> Principal:
@@ -181,7 +234,7 @@ async def _body(request: Request) -> bytes:
     return b"".join(pieces)
 
 
-def _models(service: Service) -> list[dict[str, object]]:
+def _models(service: GatewayParts) -> list[dict[str, object]]:
     gate, name = service.admission, service.settings.model
     served = [gate.route.version, *gate.warm]
     kept = [digest for digest in service.kept() if digest not in served]

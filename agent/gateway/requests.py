@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from agent.gateway.errors import ApiError
 from agent.gateway.fields import IGNORED, ChatRequest, CompletionRequest, Sampling
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 
 Endpoint = Literal["chat.completions", "completions"]
 MAX_SCHEMA_DEPTH = 32  # of a tool's parameters or a response schema
@@ -64,7 +64,7 @@ def parse(body: bytes, model: type[Model]) -> tuple[dict[str, Any], Model]:
         raise _refusal(error) from None
 
 
-def read_chat(body: bytes, settings: GatewaySettings) -> Call:
+def read_chat(body: bytes, settings: GatewayOptions) -> Call:
     """A chat completion request."""
     raw, checked = parse(body, ChatRequest)
     _check_size("tools", raw.get("tools"))
@@ -74,7 +74,7 @@ def read_chat(body: bytes, settings: GatewaySettings) -> Call:
     return _call("chat.completions", raw, checked, raw["messages"], 1, settings)
 
 
-def read_completion(body: bytes, settings: GatewaySettings) -> Call:
+def read_completion(body: bytes, settings: GatewayOptions) -> Call:
     """A plain completion request."""
     raw, checked = parse(body, CompletionRequest)
     prompt = raw["prompt"]
@@ -88,7 +88,7 @@ def _call(
     checked: Sampling,
     prompt: Any,
     prompts: int,
-    settings: GatewaySettings,
+    settings: GatewayOptions,
 ) -> Call:
     _cap("n", (checked.n or 1) * prompts, settings.max_n)
     _cap("max_tokens", checked.max_tokens, settings.max_tokens)

@@ -9,7 +9,7 @@ LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True, slots=True)
-class GatewaySettings:
+class GatewayOptions:
     """One typed object per gateway; ``create_app`` refuses values that contradict each other."""
 
     model: str  # the name clients ask for

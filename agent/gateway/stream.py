@@ -16,11 +16,10 @@ from agent.gateway.answers import (
     is_usage,
     stamp_event,
 )
-from agent.gateway.errors import ApiError
+from agent.gateway.errors import ApiError, ClientGoneError, cancelled, gone
 from agent.gateway.exchange import Exchange, too_long
 from agent.gateway.hold import Route
-from agent.gateway.leaving import ClientGoneError, cancelled, gone
-from agent.gateway.patience import Patience
+from agent.gateway.wire import Patience
 from agent.store.experience import Status
 
 BUFFER_EVENTS = 8192  # read ahead of a slow client, so that it cannot delay a swap

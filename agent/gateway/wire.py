@@ -3,18 +3,62 @@
 A general client costs more processor time per request than everything else the gateway does, and
 on a small machine that time is the engine's. This one knows POST with a length, parses with
 httptools (the parser uvicorn uses), and is a plain asyncio protocol.
+
+How long to wait in each of many waits, with one timer for all of them.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import cast
 
 import httptools
 import httpx
 
-from agent.gateway.patience import Patience
+
+class Patience:
+    """Calls ``late`` once a wait has lasted ``limit_s``.
+
+    A timer of its own for every wait costs more than the wait: a stream has one per token. This
+    one is set again only when it rings, for what is left of the wait that is going on then.
+    """
+
+    def __init__(self, late: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
+        self._late = late
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._until: float | None = None  # loop time, s; None: nobody waits
+        self.rang = False  # whether ``late`` was called
+
+    def begin(self, limit_s: float) -> None:
+        """A wait begins."""
+        self._until = self._loop.time() + limit_s
+        if self._timer is not None and self._timer.when() > self._until:
+            self.close()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._until, self._ring)
+
+    def end(self) -> None:
+        """It is over."""
+        self._until = None
+
+    def close(self) -> None:
+        """No timer any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._until is None:
+            return
+        if self._loop.time() < self._until:
+            self._timer = self._loop.call_at(self._until, self._ring)
+        else:
+            self._until, self.rang = None, True
+            self._late()
+
 
 MAX_BUFFERED_BYTES = 1 << 20  # unread bytes of one reply before the engine is made to wait
 MAX_IDLE_S = 3.0  # the engine closes idle connections after 5 s
@@ -30,7 +74,7 @@ class Wire:
         self._idle_timeout_s = idle_timeout_s
         self._idle: deque[_Connection] = deque()
 
-    async def post(self, path: str, body: bytes, request_id: str) -> "Reply":
+    async def post(self, path: str, body: bytes, request_id: str) -> "WireReply":
         """Send a JSON body; httpx's exceptions say what went wrong, as its transports do."""
         head = (
             f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n"
@@ -39,10 +83,10 @@ class Wire:
         while (kept := self._kept()) is not None:
             # False: the engine closed it while it was idle, so nothing was done.
             if await kept.ask(head + body, self._idle_timeout_s):
-                return Reply(kept, self, self._idle_timeout_s)
+                return WireReply(kept, self, self._idle_timeout_s)
         fresh = await self._connect()
         if await fresh.ask(head + body, self._idle_timeout_s):
-            return Reply(fresh, self, self._idle_timeout_s)
+            return WireReply(fresh, self, self._idle_timeout_s)
         raise httpx.RemoteProtocolError("closed before an answer")
 
     def keep(self, connection: "_Connection") -> None:
@@ -79,7 +123,7 @@ class Wire:
         return connection
 
 
-class Reply:
+class WireReply:
     """A status, and a body to be read whole, in pieces, or not at all."""
 
     def __init__(self, connection: "_Connection", wire: Wire, idle_timeout_s: float) -> None:

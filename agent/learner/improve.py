@@ -18,7 +18,7 @@ from agent.learner.es import Applied, Member, Shaping, Step, members, step
 from agent.learner.noise import NoiseKind
 from agent.learner.penalty import Penalty, check
 
-__all__ = ["Applied", "Apply", "Evaluate", "Outcome", "Plan", "Record", "improve"]
+__all__ = ["Applied", "Apply", "Evaluate", "Plan", "Record", "RoundOutcome", "improve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RoundOutcome:
     """How a round ended: generations done in all, and "completed" or the alarm."""
 
     generations: int
@@ -86,7 +86,7 @@ Decision: TypeAlias = Evaluate | Apply | Record
 Answer: TypeAlias = NDArray[np.float64] | Applied | None
 
 
-def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answer, Outcome]:
+def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answer, RoundOutcome]:
     """Run a plan from its start_generation; `past` are the readings already recorded, in order."""
     if past and len(past) != plan.start_generation:
         raise ValueError(f"{len(past)} past readings, start_generation {plan.start_generation}")
@@ -95,7 +95,7 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
     for generation in range(plan.start_generation, plan.generations):
         # Looked at before, not after, a generation: a resumed round then ends where it would have.
         if plan.early_stop and (reason := alarm(history)):
-            return Outcome(generation, reason)
+            return RoundOutcome(generation, reason)
         rewards = yield Evaluate(generation, crew)
         assert isinstance(rewards, np.ndarray)
         taken = _step(plan, generation, crew, rewards)
@@ -104,7 +104,7 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
         predicted = predicted.after(taken, plan.parameters)
         history.append(measure(taken, applied, rewards, predicted))
         yield Record(taken, history[-1], rewards)
-    return Outcome(plan.generations, "completed")
+    return RoundOutcome(plan.generations, "completed")
 
 
 def _step(

@@ -20,7 +20,7 @@ PLAIN = {LINEAR, "UnquantizedEmbeddingMethod", "NoneType"}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ModuleSlice:
     """Rows [start, stop) of a parameter of a module."""
 
     module: str
@@ -34,7 +34,7 @@ class Place:
         return f"{self.module}.{self.parameter}"
 
 
-def places(specs: Mapping[str, Spec], packed: Mapping[str, list[str]]) -> dict[str, Place]:
+def places(specs: Mapping[str, Spec], packed: Mapping[str, list[str]]) -> dict[str, ModuleSlice]:
     """Tensor name -> its rows; parts of one parameter follow each other in the packed order."""
     fused = {part: whole for whole, parts in packed.items() for part in parts}
     turn = {part: index for parts in packed.values() for index, part in enumerate(parts)}
@@ -44,7 +44,7 @@ def places(specs: Mapping[str, Spec], packed: Mapping[str, list[str]]) -> dict[s
         parent, part, parameter = _split(name)
         module = parent + fused.get(part, part)
         start = ends.get(f"{module}.{parameter}", 0)
-        found[name] = Place(module, parameter, start, start + specs[name][0][0])
+        found[name] = ModuleSlice(module, parameter, start, start + specs[name][0][0])
         ends[found[name].whole] = found[name].stop
     return found
 
@@ -59,7 +59,9 @@ def _split(name: str) -> tuple[str, str, str]:
 class Layout:
     """The places of one model. ``put`` fills all of them."""
 
-    def __init__(self, model: torch.nn.Module, found: Mapping[str, Place], dtype: torch.dtype):
+    def __init__(
+        self, model: torch.nn.Module, found: Mapping[str, ModuleSlice], dtype: torch.dtype
+    ):
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._places, self._dtype = found, dtype
 
@@ -81,7 +83,7 @@ class Layout:
         sure = all(layout._fits(held[n], parameters[n], shapes[n]) for n in held)
         return layout if sure else None
 
-    def _fits(self, place: Place, parameter: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    def _fits(self, place: ModuleSlice, parameter: torch.Tensor, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is all of a parameter, on the CPU and not split."""
         module = self._modules[place.module]
         if self._method(place) not in PLAIN or getattr(module, "tp_size", 1) != 1:
@@ -95,11 +97,11 @@ class Layout:
             return shape == (module.org_vocab_size, *parameter.shape[1:])
         return shape == tuple(parameter.shape)
 
-    def _method(self, place: Place) -> str:
+    def _method(self, place: ModuleSlice) -> str:
         """How vLLM computes with the module of a place."""
         return type(getattr(self._modules[place.module], "quant_method", None)).__name__
 
-    def _is_linear(self, place: Place) -> bool:
+    def _is_linear(self, place: ModuleSlice) -> bool:
         """Whether a place belongs to a Linear layer, whose weight is kept packed."""
         return self._method(place) == LINEAR
 
@@ -126,6 +128,6 @@ class Layout:
                 module.weight = torch.nn.Parameter(waiting.pop(place.module), requires_grad=False)
                 module.quant_method.process_weights_after_loading(module)
 
-    def _copy(self, into: torch.Tensor, place: Place, tensor: torch.Tensor) -> None:
+    def _copy(self, into: torch.Tensor, place: ModuleSlice, tensor: torch.Tensor) -> None:
         """Fill the rows, rounded once, to the dtype the model computes in."""
         into[place.start : place.stop].copy_(tensor.to(self._dtype))

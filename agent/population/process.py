@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.population.remote import Json, RemoteEngine, answer
 from agent.population.schedule import Engine
 from agent.population.vllm import EngineOptions, environment
-from agent.population.wire import Json, RemoteEngine, answer
 
 LIMIT_S = 3600.0  # no call, nor the start, may take longer: the engine hangs
 

@@ -10,14 +10,14 @@ from typing import Any
 from agent.errors import UserError
 from agent.population.nursery import Nursery
 from agent.population.process import LIMIT_S, EngineLostError
+from agent.population.remote import Json, RemoteEngine
 from agent.population.vllm import EngineOptions
-from agent.population.wire import Json, RemoteEngine
 
 CLOSE_S = 10.0  # for an actor to end its engine by itself; without it the engine ends soon after
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """What one engine takes of one node."""
 
     cpus: float = 1.0
@@ -69,7 +69,7 @@ class Seat:
 class RayEngine(RemoteEngine):
     """The ``Engine`` protocol over one actor; call ``attach`` first."""
 
-    def __init__(self, options: EngineOptions, place: Place, limit_s: float = LIMIT_S):
+    def __init__(self, options: EngineOptions, place: Placement, limit_s: float = LIMIT_S):
         super().__init__(self._ask)
         self._limit_s = limit_s
         self._group = _reserve(place)
@@ -103,7 +103,7 @@ class RayEngine(RemoteEngine):
             raise EngineLostError(f"engine on ray: {type(error).__name__}: {told}") from error
 
 
-def _reserve(place: Place) -> Any:
+def _reserve(place: Placement) -> Any:
     """A placement group of one bundle, or one line that the cluster has no such place."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -115,7 +115,7 @@ def _reserve(place: Place) -> Any:
     return group
 
 
-def _seated(group: Any, place: Place, options: EngineOptions, limit_s: float) -> Any:
+def _seated(group: Any, place: Placement, options: EngineOptions, limit_s: float) -> Any:
     """An actor in that group; it starts its engine while the caller goes on."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

@@ -19,8 +19,7 @@ from sqlalchemy import (
     update,
 )
 
-from agent.store.experience_db import open_engine, writing
-from agent.store.experience_tables import answers, interactions, rounds_used
+from agent.store.experience_db import answers, interactions, open_engine, rounds_used, writing
 
 Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
@@ -131,7 +130,7 @@ class Earned(NamedTuple):
     reward: float
 
 
-class Served(NamedTuple):
+class VersionTraffic(NamedTuple):
     """One request as its engine ended it."""
 
     created: float
@@ -246,13 +245,13 @@ class ExperienceStore:
         since: float = 0.0,
         until: float | None = None,
         newest: int | None = None,
-    ) -> list[Served]:
+    ) -> list[VersionTraffic]:
         """What one version answered or failed, created in (since, until], oldest first."""
         query = select(
             interactions.c.created, interactions.c.status, interactions.c.latency_s
         ).where(interactions.c.status != "cancelled")
         found = self._all(_of_version(query, version, since, until, newest))
-        return sorted(Served(*row) for row in found)
+        return sorted(VersionTraffic(*row) for row in found)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:
         """Note that these rows, in this order, are a round's prompts."""

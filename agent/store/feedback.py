@@ -9,7 +9,7 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from agent.store.experience import ExperienceStore
-from agent.store.experience_tables import feedback
+from agent.store.experience_db import feedback
 
 Refusal = Literal["unknown_inference", "unknown_feedback", "already_superseded", "id_reused"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Connection, delete, insert, select
 
 from agent.store.experience import ExperienceStore
-from agent.store.experience_tables import feedback, forgotten, interactions, rounds_used
+from agent.store.experience_db import feedback, forgotten, interactions, rounds_used
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from agent.learner.es import Step
 from agent.learner.kernels_cpu import Render, Update, render_many, update_many
 from agent.learner.noise import Address, NoiseKind
 from agent.store.anchor import Anchor
-from agent.store.floats import Floats, read_floats
+from agent.store.importance import Floats, read_floats
 from agent.store.tensorfile import Spec
 from agent.store.theta import Moves, Theta
 

@@ -13,13 +13,12 @@ import numpy as np
 from agent.errors import UserError
 from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
-from agent.store.journal import Journal
+from agent.store.journal import DamagedError, Generation, Journal, Rewards
 from agent.store.parameters import Parameters
-from agent.store.records import DamagedError, Generation, Rewards
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ReplayRoute:
     """How to reach a state: the snapshot to begin with (None: the anchor), the rest in order."""
 
     snapshot: Path | None
@@ -60,15 +59,15 @@ def lineage(journal: Journal, anchor: Anchor, digest_or_run: str) -> list[Genera
 
 def route(
     journal: Journal, anchor: Anchor, digest_or_run: str, snapshots: Path | None = None
-) -> Route:
+) -> ReplayRoute:
     """The newest sound snapshot on the way and the generations after it."""
     generations = lineage(journal, anchor, digest_or_run)
     for done in range(len(generations), 0, -1):
         wanted = generations[done - 1].delta_hash
         path = snapshot_path(snapshots, wanted) if snapshots else None
         if path and path.exists() and _is_sound(anchor, path, wanted):
-            return Route(path, tuple(generations[done:]))
-    return Route(None, tuple(generations))
+            return ReplayRoute(path, tuple(generations[done:]))
+    return ReplayRoute(None, tuple(generations))
 
 
 def _is_sound(anchor: Anchor, path: Path, delta_hash: str) -> bool:

@@ -20,8 +20,7 @@ from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
 from agent.store.anchor import Anchor
-from agent.store.floats import Floats
-from agent.store.importance import read_importance
+from agent.store.importance import Floats, read_importance
 from agent.store.tensorfile import (
     Spec,
     beside,

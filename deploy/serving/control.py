@@ -3,19 +3,106 @@
 A socket's path outlives the process behind it, so a late call could reach an engine that was
 restarted meanwhile. ``pinned`` gives the socket a second name that leads to this process only:
 once it is gone, calls are refused.
+
+HTTP over a unix socket, and who listens on one.
+
+What is really served: the choice on disk, the engine's weights, the gateway's stamp.
 """
 
 import secrets
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
+from agent.config import Home
 from agent.population.schedule import Logprobs, Messages
-from deploy.unix import UnixTransport
+from deploy.serving.served import read_served, socket_of
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Three answers; None where a part does not answer, or (the gateway) is held just now."""
+
+    chosen: str
+    engine: str | None
+    gateway: str | None
+
+    def others(self, digest: str) -> list[str]:
+        """What differs from a digest, in words."""
+        told = {"chosen": self.chosen, "engine": self.engine, "gateway": self.gateway}
+        return [f"{part} {each[:12]}" for part, each in told.items() if each and each != digest]
+
+
+def observe(home: Home) -> Observed:
+    """Look now. UserError in a home that never served."""
+    chosen = read_served(home)
+    return Observed(chosen.digest, _engine(home), _gateway(home))
+
+
+def _engine(home: Home) -> str | None:
+    """The digest the engine answers with; a word where its weights have none.
+
+    One that was never reloaded has what its process was started on.
+    """
+    chosen = read_served(home)
+    try:
+        with EngineControl.at(socket_of(home, chosen.slot)) as engine:
+            served = engine.served()
+            if served != "start":
+                return served
+            directory = engine.started_on()
+    except ControlError:
+        return None
+    return chosen.digest if directory == chosen.directory else directory.rpartition("/")[2]
+
+
+def _gateway(home: Home) -> str | None:
+    try:
+        with GatewayControl.at(home.sockets / ADMIN) as gateway:
+            state = gateway.state()
+    except ControlError:
+        return None
+    return None if state["held"] else str(state["version"])
+
+
+class UnixTransport(httpx.HTTPTransport):
+    """httpx's transport on a unix socket, plain HTTP.
+
+    It knocks before it opens a connection: httpcore does not close a socket that was refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(uds=str(path), verify=False)
+        self._path = path
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send one request; ConnectError where nobody listens."""
+        try:
+            with socket.socket(socket.AF_UNIX) as knock:
+                knock.connect(str(self._path))
+        except OSError as error:
+            raise httpx.ConnectError(str(error), request=request) from error
+        return super().handle_request(request)
+
+
+def listener_of(path: Path) -> int | None:
+    """The process that listens on a unix socket, as the kernel says; None where nobody does."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return None
+        told = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, _uid, _gid = struct.unpack("3i", told)
+    return int(pid)
+
 
 HOST = "http://engine"
 ADMIN = "gateway-admin.sock"

@@ -51,7 +51,7 @@ def change(
     keep_warm: bool = True,
     lease_s: float = 60.0,
     max_wait_s: float = 30.0,
-) -> swap.Outcome:
+) -> swap.SwapOutcome:
     """Serve another version; the outcome says what is served now, and why if it is not this one.
 
     A stack that is down serves it from its next start. UserError before anything is touched: a

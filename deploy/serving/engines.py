@@ -8,10 +8,9 @@ import psutil
 
 from agent.config import Home
 from deploy.orphans import end, supervisor_of, with_children
-from deploy.serving.control import ADMIN, ControlError, EngineControl
+from deploy.serving.control import ADMIN, ControlError, EngineControl, listener_of
 from deploy.serving.served import SLOTS, socket_of
 from deploy.supervise import kill_service, last_line, start_service, states, stop_service
-from deploy.unix import listener_of
 
 START_S = 600.0  # a cold start takes 15 s of one CPU core, and minutes for a large model on a GPU
 POLL_S = 0.1

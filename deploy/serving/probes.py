@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent.config import Home
 from agent.errors import UserError
-from agent.population.probes import largest_difference
+from agent.population.logprobs import largest_difference
 from agent.population.schedule import Logprobs, Messages
 from deploy.serving.control import ControlError, EngineControl
 from deploy.serving.served import write_atomically

@@ -196,7 +196,7 @@ Step = (
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SwapOutcome:
     """What is served after a swap, and why it is not the target where it is not."""
 
     swapped: bool
@@ -204,7 +204,7 @@ class Outcome:
     reason: str = ""
 
 
-Protocol = Generator[Step, None, Outcome]
+Protocol = Generator[Step, None, SwapOutcome]
 
 
 def in_place(previous: Served, target: Served) -> Protocol:
@@ -227,9 +227,9 @@ def in_place(previous: Served, target: Served) -> Protocol:
     except Exception as fault:
         yield from _undo(previous, touched)
         left = yield from _open(previous, RolledBack(target, str(fault)))
-        return Outcome(False, previous, f"{fault}{left}")
+        return SwapOutcome(False, previous, f"{fault}{left}")
     left = yield from _open(target)
-    return Outcome(True, target, left)
+    return SwapOutcome(True, target, left)
 
 
 def blue_green(previous: Served, target: Served, *, keep_warm: bool = True) -> Protocol:
@@ -259,12 +259,12 @@ def blue_green(previous: Served, target: Served, *, keep_warm: bool = True) -> P
         yield StopOther(target)
         yield RolledBack(target, str(fault))
         yield End()
-        return Outcome(False, previous, str(fault))
+        return SwapOutcome(False, previous, str(fault))
     yield Drain(previous)
     if not keep_warm:
         yield StopOther(previous)
     yield End()
-    return Outcome(True, target)
+    return SwapOutcome(True, target)
 
 
 def cold(previous: Served, target: Served) -> Protocol:
@@ -286,10 +286,10 @@ def cold(previous: Served, target: Served) -> Protocol:
     yield StartCold(target)
     yield Swapped(target)
     left = yield from _open(target)
-    return Outcome(True, target, f"by a cold start{held}{left}")
+    return SwapOutcome(True, target, f"by a cold start{held}{left}")
 
 
-def run(protocol: Protocol, perform: Callable[[Step], None]) -> Outcome:
+def run(protocol: Protocol, perform: Callable[[Step], None]) -> SwapOutcome:
     """Drive a protocol to its end. What ``perform`` raises is the protocol's to handle."""
     try:
         step = next(protocol)
@@ -301,7 +301,7 @@ def run(protocol: Protocol, perform: Callable[[Step], None]) -> Outcome:
             else:
                 step = next(protocol)
     except StopIteration as end:
-        outcome: Outcome = end.value
+        outcome: SwapOutcome = end.value
         return outcome
 
 
@@ -361,4 +361,4 @@ def offline(previous: Served, target: Served) -> Protocol:
     yield StampCold(target)
     yield Swapped(target)
     yield End()
-    return Outcome(True, target, "the stack is down: served from its next start")
+    return SwapOutcome(True, target, "the stack is down: served from its next start")

@@ -10,7 +10,7 @@ import re
 import sqlite3
 from contextlib import closing
 
-from evaluators.blocks import last_block
+from evaluators.choice import last_block
 from evaluators.task import Row, Source, Task, Verdict
 
 MAX_QUERY_CHARS = 2000

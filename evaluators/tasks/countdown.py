@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import permutations
 
-from evaluators.blocks import last_block
+from evaluators.choice import last_block
 from evaluators.task import Row, Source, Task, Verdict
 
 MAX_CHARS = 1000  # of one expression

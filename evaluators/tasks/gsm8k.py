@@ -9,7 +9,7 @@ wants |number - gold| < 1e-6. Format: the last ``####`` is followed by a number 
 import re
 from fractions import Fraction
 
-from evaluators.blocks import last_block
+from evaluators.choice import last_block
 from evaluators.task import Row, Source, Task, Verdict, content_key
 
 REGION_CHARS = 4096

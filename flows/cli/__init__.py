@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from agent.errors import UserError
-from evaluators.errors import UserError as EvaluatorError
 from flows.cli import bench, offline, records, rounds, stack
-from flows.terminal import quiet_libraries
+from flows.show.terminal import quiet_libraries
 
 app = typer.Typer(
     name="anchorage",
@@ -58,7 +57,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ANCHORAGE_VERBOSE"):
             traceback.print_exc()
-        known = isinstance(error, UserError | EvaluatorError) or hasattr(error, "exit_code")
+        known = isinstance(error, UserError) or hasattr(error, "exit_code")
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         kind = "" if known else f"{type(error).__name__}: "
         hint = "" if known else " (--verbose shows where)"

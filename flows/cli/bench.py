@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson
-from flows.terminal import reporter, show
+from flows.show.terminal import reporter, show
 
 app = typer.Typer(help="Measure: the learner, the gate, the endpoint.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def learner(
     as_json: AsJson = False,
 ) -> None:
     """The exact learner beside the published recipe: speed, exactness, drift under pure noise."""
-    from flows.bench.learner import SIZES, bench_learner, tables
+    from flows.lab.bench.learner import SIZES, bench_learner, tables
 
     with reporter(as_json) as bars:
         told = bench_learner(size or tuple(SIZES), progress=bars)
@@ -34,10 +34,10 @@ def gate(
     as_json: AsJson = False,
 ) -> None:
     """The gate's error rates by simulation, and 300 rounds of drift; exit code 1 over a bound."""
-    from flows.bench.gate import Bench, bench_gate, plot_gate, table
+    from flows.lab.bench.gate import GateBench, bench_gate, plot_gate, table
 
     with reporter(as_json) as bars:
-        told = bench_gate(Bench(draws=draws, seed=seed), bars)
+        told = bench_gate(GateBench(draws=draws, seed=seed), bars)
     if plot is not None:
         told["plot"] = str(plot_gate(told, plot))
     show(told, as_json, table(told))
@@ -53,10 +53,10 @@ def endpoint(
     as_json: AsJson = False,
 ) -> None:
     """The gateway beside the bare engine, the swap's pause, rollbacks; exit code 1 over a bound."""
-    from flows.bench.endpoint import Bench, bench_endpoint, table
+    from flows.lab.bench.endpoint import EndpointBench, bench_endpoint, table
 
     with reporter(as_json) as bars:
-        asked = Bench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
+        asked = EndpointBench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
         told = bench_endpoint(asked, bars)
     show(told, as_json, table(told))
     raise typer.Exit(0 if told["within"] else 1)

@@ -9,7 +9,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Home
-from flows.terminal import pairs, reporter, show
+from flows.show.terminal import pairs, reporter, show
 
 app = typer.Typer()
 task_app = typer.Typer(help="Tasks of your own.", no_args_is_help=True)
@@ -22,7 +22,7 @@ def score(
 ) -> None:
     """Score finished answers: JSONL {completion, example} in, {reward, format, extracted} out."""
     from evaluators.plugins import load
-    from evaluators.scoring import score_lines
+    from evaluators.task import score_lines
     from evaluators.tasks import TASKS
 
     if task not in TASKS and ":" not in task:
@@ -49,16 +49,16 @@ def gate(
     as_json: AsJson = False,
 ) -> None:
     """Judge per-sample tables without a model or a service."""
-    from evaluators.gate import GateSettings
-    from flows.gate_files import gate_files
-    from flows.report import gate_table
+    from evaluators.gate import GateRules
+    from flows.commands.gate_files import gate_files
+    from flows.show.report import gate_table
 
     told = gate_files(
         anchor,
         champion,
         candidate,
         target,
-        settings=GateSettings(sequential=sequential),
+        settings=GateRules(sequential=sequential),
         confirm_anchor=confirm_anchor,
         confirm_champion=confirm_champion,
         confirm_candidate=confirm_candidate,
@@ -102,7 +102,7 @@ def build_embedded(
 ) -> None:
     """Train the embedded model from nothing, measure it, and write its card."""
     from deploy.embedded.build import Recipe
-    from flows.embedded import make_embedded
+    from flows.lab.embedded_model import make_embedded
 
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
     with reporter(as_json) as bars:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, Home, KnownHome
-from flows.terminal import pairs, reporter, show
+from flows.show.terminal import pairs, reporter, show
 
 app = typer.Typer()
 key_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
@@ -20,8 +20,8 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """The ledger, newest first: who, what, why, before and after."""
-    from flows.report import history_table
     from flows.service import Service
+    from flows.show.report import history_table
 
     entries = Service.at(home).ledger.history(limit)
     show([asdict(entry) for entry in entries], as_json, history_table(entries))
@@ -35,7 +35,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Rebuild weights from anchor and journal, checking the hash after every generation."""
-    from flows.replays import replay_now
+    from flows.commands.replays import replay_now
 
     told = replay_now(home, candidate, snapshots)
     show(told, as_json, pairs("replayed", told))
@@ -49,7 +49,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a candidate as a Hugging Face directory that transformers and vLLM load."""
-    from flows.replays import export_now
+    from flows.commands.replays import export_now
 
     told = export_now(home, candidate, into)
     show(told, as_json, pairs("exported", told))
@@ -65,8 +65,8 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Delete a principal's text and rows; lists the rounds and versions that learnt from them."""
-    from flows.forget import forget_now
-    from flows.runs import weigh_now
+    from flows.commands.forget import forget_now
+    from flows.commands.runs import weigh_now
 
     with reporter(as_json) as bars:
         told = forget_now(home, principal, replay, bars)

@@ -8,7 +8,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
-from flows.terminal import pairs, reporter, show
+from flows.show.terminal import pairs, reporter, show
 
 app = typer.Typer()
 anchor_app = typer.Typer(help="What rounds are tied to.", no_args_is_help=True)
@@ -18,7 +18,7 @@ review_app = typer.Typer(help="Candidates that wait for a person.", no_args_is_h
 @app.command()
 def collect(target: Target = None, home: Home = None, as_json: AsJson = False) -> None:
     """Which rows the next round would train on, and what was set aside."""
-    from flows.collect import collect_rows
+    from flows.learn.collect import collect_rows
     from flows.service import Service
 
     service = Service.at(home)
@@ -37,7 +37,7 @@ def improve(
     as_json: AsJson = False,
 ) -> None:
     """Learn: one round from the champion to a candidate. An interrupted round goes on."""
-    from flows.runs import improve_now
+    from flows.commands.runs import improve_now
 
     asked = _changes(changes or [])
     if generations is not None:
@@ -68,10 +68,10 @@ def study(
     Without --config the embedded model learns in small rounds. Exit code 1 when at the end a task
     does not keep its margin against the anchor.
     """
-    from flows.report import study_tables
-    from flows.study import Plan, study_now
+    from flows.lab.study import StudyPlan, study_now
+    from flows.show.report import study_tables
 
-    plan = Plan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
+    plan = StudyPlan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
     with reporter(as_json) as bars:
         told = study_now(home, config, plan, plot, bars)
     show(told, as_json, *study_tables(told))
@@ -115,11 +115,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy of any model on any tasks; rows that weights have answered are not asked again."""
-    from flows.measure import Endpoint, evaluate_model
-    from flows.report import summary_table
+    from flows.commands.measure import RemoteModel, evaluate_model
+    from flows.show.report import summary_table
 
     names = [name for each in tasks or [] for name in each.split(",") if name]
-    endpoint = Endpoint(model_name, key_env)
+    endpoint = RemoteModel(model_name, key_env)
     with reporter(as_json) as bars:
         told = evaluate_model(
             home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
@@ -135,8 +135,8 @@ def rescore(
     as_json: AsJson = False,
 ) -> None:
     """Judge old answers by the extraction of today, without a model; lists what changed."""
-    from flows.measure import rescore_table
-    from flows.report import summary_table
+    from flows.commands.measure import rescore_table
+    from flows.show.report import summary_table
 
     told = rescore_table(home, table, out)
     shown = summary_table(told | {"model": f"{table.name}, {len(told['changed'])} rows changed"})
@@ -146,7 +146,7 @@ def rescore(
 @app.command()
 def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> None:
     """Serve a candidate that passed the gate (or was approved, or served before)."""
-    from flows.runs import promote_now
+    from flows.commands.runs import promote_now
 
     with reporter(as_json) as bars:
         told = promote_now(home, digest, bars)
@@ -161,7 +161,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Serve an earlier version again."""
-    from flows.runs import rollback_now
+    from flows.commands.runs import rollback_now
 
     with reporter(as_json) as bars:
         told = rollback_now(home, digest, reason, bars)
@@ -198,7 +198,7 @@ def move(
     as_json: AsJson = False,
 ) -> None:
     """Tie later rounds to the champion (off unless review.allow_anchor_move is set)."""
-    from flows.runs import move_anchor_now
+    from flows.commands.runs import move_anchor_now
 
     with reporter(as_json) as bars:
         told = move_anchor_now(home, digest, reason, bars)
@@ -206,7 +206,7 @@ def move(
 
 
 def _review(home: Path | None, digest: str, word: str, reason: str, as_json: bool) -> None:
-    from flows.runs import review_now
+    from flows.commands.runs import review_now
 
     with reporter(as_json) as bars:
         told = review_now(home, digest, word, reason, bars)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.options import AsJson, Config, Home
-from flows.terminal import pairs, reporter, show, status_table
+from flows.show.terminal import pairs, reporter, show, status_table
 
 app = typer.Typer()
 service_app = typer.Typer(help="Processes of the stack (started by `up`).")
@@ -14,8 +14,8 @@ service_app = typer.Typer(help="Processes of the stack (started by `up`).")
 @app.command()
 def demo(home: Home = None, as_json: AsJson = False) -> None:
     """The whole loop in one go: serve, learn, judge, promote, reject, roll back. Minutes."""
-    from flows.demo import run_demo
-    from flows.report import demo_tables
+    from flows.lab.demo import run_demo
+    from flows.show.report import demo_tables
 
     with reporter(as_json) as bars:
         told = run_demo(home, bars)
@@ -31,7 +31,7 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start the service; returns when the endpoint answers."""
-    from flows.stack import start
+    from flows.serve.stack import start
 
     with reporter(as_json) as bars:
         told = start(home, config, model, port, bars)
@@ -41,7 +41,7 @@ def up(
 @app.command()
 def down(home: Home = None, as_json: AsJson = False) -> None:
     """Stop everything that `up` started; nothing is left running."""
-    from flows.stack import stop
+    from flows.serve.stack import stop
 
     told = stop(home)
     show(told, as_json, pairs("stopped", told))
@@ -56,7 +56,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What runs, where, and which version is served."""
-    from flows.stack import state
+    from flows.serve.stack import state
 
     if not watch:
         told = state(home)
@@ -64,8 +64,8 @@ def status(
         return
     from rich.live import Live
 
-    from flows.progress import console
-    from flows.watch import views
+    from flows.show.progress import console
+    from flows.show.watch import views
 
     looks = views(home)
     with Live(next(looks), console=console(), screen=False) as live:
@@ -76,7 +76,7 @@ def status(
 @app.command()
 def doctor(home: Home = None, as_json: AsJson = False) -> None:
     """Check the machine, the home and the hash chains; exit code 1 when something is wrong."""
-    from flows.doctor import examine
+    from flows.commands.doctor import examine
 
     told = examine(home)
     rows = {each["check"]: ("ok: " if each["ok"] else "WRONG: ") + each["found"] for each in told}
@@ -87,7 +87,7 @@ def doctor(home: Home = None, as_json: AsJson = False) -> None:
 @service_app.command("gateway")
 def gateway_service(port: Annotated[int, typer.Option()], home: Home = None) -> None:
     """The gateway's process."""
-    from flows.endpoint import run
+    from flows.serve.gateway_process import run
     from flows.service import Service
 
     run(Service.at(home), port)

@@ -18,14 +18,14 @@ from agent.config import Home, Settings, load
 from agent.errors import UserError
 from deploy import orphans, stack, supervise
 from deploy.orphans import survivors
-from deploy.services import Ports, services
 from deploy.serving.served import BLUE, Served, read_served
-from deploy.supervise import Probe, Service
+from deploy.stack import Ports, services
+from deploy.supervise import Probe, Program
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 SERVED = Served("a" * 64, "/weights")
-Make = Callable[[Home, Settings, Ports], Sequence[Service]]
+Make = Callable[[Home, Settings, Ports], Sequence[Program]]
 
 WEB = (
     "import sys; from http.server import HTTPServer, SimpleHTTPRequestHandler as Handler; "
@@ -35,18 +35,18 @@ WEB = (
 FAMILY = "setsid sleep 987 & sleep 987 & wait"
 
 
-def web(name: str, port: int) -> Service:
-    return Service(
+def web(name: str, port: int) -> Program:
+    return Program(
         name, (sys.executable, "-c", WEB, str(port)), ready=Probe(f"http://127.0.0.1:{port}/")
     )
 
 
-def small(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
+def small(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
     return (
         web(BLUE, ports.mlflow),
         web("gateway", ports.gateway),
-        Service("family", ("bash", "-c", FAMILY), nice=5),
-        Service("spare", ("sleep", "987"), autostart=False),
+        Program("family", ("bash", "-c", FAMILY), nice=5),
+        Program("spare", ("sleep", "987"), autostart=False),
     )
 
 
@@ -147,7 +147,7 @@ def test_a_killed_service_leaves_nothing_that_outlives_its_successor_or_the_stac
 ) -> None:
     """The child has a title, which wipes its environment, and its parent is killed twice."""
     root = str(Path(stack.__file__).parent.parent)
-    titled = Service("titled", ("env", f"PYTHONPATH={root}", sys.executable, "-c", PARENT))
+    titled = Program("titled", ("env", f"PYTHONPATH={root}", sys.executable, "-c", PARENT))
     stack.up(
         home,
         load(),
@@ -233,8 +233,8 @@ FAILURES = {
 
 @pytest.mark.parametrize("script", FAILURES.values(), ids=FAILURES.keys())
 def test_a_service_that_ends_while_starting_stops_all(home: Home, script: str) -> None:
-    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
-        broken = Service(BLUE, ("bash", "-c", script), ready=Probe("http://127.0.0.1:9/"))
+    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
+        broken = Program(BLUE, ("bash", "-c", script), ready=Probe("http://127.0.0.1:9/"))
         return (broken, *small(home, settings, ports)[1:])
 
     with pytest.raises(UserError, match=r"^engine: ended while starting: weights: none$"):
@@ -244,9 +244,9 @@ def test_a_service_that_ends_while_starting_stops_all(home: Home, script: str) -
 
 
 def test_a_service_that_never_answers_stops_all(home: Home) -> None:
-    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
+    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
         silent = ("bash", "-c", "echo 'still loading'; sleep 987")
-        return (Service(BLUE, silent, ready=Probe("http://127.0.0.1:9/")),)
+        return (Program(BLUE, silent, ready=Probe("http://127.0.0.1:9/")),)
 
     with pytest.raises(UserError, match="engine: does not answer yet; it wrote: still loading"):
         stack.up(home, load(), SERVED, make=make, timeout_s=2)
@@ -254,8 +254,8 @@ def test_a_service_that_never_answers_stops_all(home: Home) -> None:
 
 
 def test_an_interrupted_up_stops_all(home: Home) -> None:
-    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
-        return (Service(BLUE, ("sleep", "987"), ready=Probe("http://127.0.0.1:9/")),)
+    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
+        return (Program(BLUE, ("sleep", "987"), ready=Probe("http://127.0.0.1:9/")),)
 
     def interrupt(_service: str, _state: str) -> None:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -301,17 +301,17 @@ def test_a_command_reaches_its_service_byte_for_byte(home: Home) -> None:
     odd = "a 'b' \"c\" %(x)s 100% $HOME \\ é,=;"
     script = "import os, sys, time; print([sys.argv[1], os.environ['ODD']]); time.sleep(987)"
 
-    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
+    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
         argv = (sys.executable, "-u", "-c", script, odd)
-        return (*small(home, settings, ports)[:2], Service("echo", argv, {"ODD": odd}))
+        return (*small(home, settings, ports)[:2], Program("echo", argv, {"ODD": odd}))
 
     up(home, make)
     assert supervise.last_line(home, "echo") == str([odd, odd])
 
 
 def test_what_an_ini_file_cannot_hold_is_refused(home: Home) -> None:
-    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Service]:
-        return (Service(BLUE, ("echo", "half ;a comment")),)
+    def make(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
+        return (Program(BLUE, ("echo", "half ;a comment")),)
 
     with pytest.raises(UserError, match="' ;'"):
         up(home, make)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.asking import question
 from evaluators.export import export
 from evaluators.loading import rows
+from evaluators.runner import question
 from evaluators.summary import SampleRow, scored, summaries
 from evaluators.tasks import TASKS
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from evaluators.gate import GateSettings, Sample, Tables, decide
+from evaluators.gate import GateRules, Sample, Tables, decide
 
 pytestmark = pytest.mark.proof
 
 TASKS = ("alpha", "beta", "target")
 SETTINGS = st.builds(
-    GateSettings,
+    GateRules,
     alpha=st.sampled_from([0.025, 0.1]),
     target_alpha=st.sampled_from([0.01, 0.2]),
     margins=st.sampled_from([{}, {"alpha": 0.3, "beta": 0.3}]),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluators.errors import UserError
+from agent.errors import UserError
 from evaluators.loading import EVAL_SHARE, in_eval_share, rows
 from evaluators.plugins import pinned
 from evaluators.task import Row, Source
@@ -180,7 +180,7 @@ def test_an_unreachable_hub_is_one_line_that_names_the_way_out() -> None:
     code = (
         "from evaluators.loading import rows\n"
         "from evaluators.tasks import TASKS\n"
-        "from evaluators.errors import UserError\n"
+        "from agent.errors import UserError\n"
         "try: rows(TASKS['gsm8k'], 'eval')\n"
         "except UserError as error: print(error)"
     )

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.errors import UserError
 from evaluators import examples
-from evaluators.errors import UserError
-from evaluators.loading import read_file, rows
+from evaluators.loading import read_file, resolve, rows
 from evaluators.plugins import all_tasks, check, load, tuned
-from evaluators.resolve import resolve
 from evaluators.sandbox import Limits, Sandbox
 from evaluators.task import Row, Task, Verdict, judge, training_reward
 from evaluators.tasks import TASKS

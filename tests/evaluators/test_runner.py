@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from evaluators.errors import UserError
+from agent.errors import UserError
 from evaluators.loading import examples, rows
 from evaluators.runner import (
     Shots,

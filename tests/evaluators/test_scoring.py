@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.errors import UserError
-from evaluators.scoring import score_lines
+from agent.errors import UserError
+from evaluators.task import score_lines
 from evaluators.tasks import TASKS
 
 CASES = Path(__file__).parent / "cases"

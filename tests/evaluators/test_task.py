@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.errors import UserError
+from agent.errors import UserError
 from evaluators.loading import examples, rows
 from evaluators.task import (
     MAX_COMPLETION_CHARS,

@@ -14,9 +14,9 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion, Messages
 from agent.registry import Registry
 from agent.store.weights import Anchor, Parameters
-from flows.progress import Reporter, Silent
 from flows.service import Service
 from flows.session import Session
+from flows.show.progress import Reporter, Silent
 
 TASKS = {"gsm8k": 0, "countdown": 1, "piqa": 2}  # task -> the tensor its answers hang on
 SETTINGS = {

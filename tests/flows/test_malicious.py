@@ -20,7 +20,7 @@ from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.experience import Answer, Interaction, Judgement
 from evaluators.gate import Sample, Tables, decide
-from flows.collect import collect_rows
+from flows.learn.collect import collect_rows
 from flows.service import Service
 
 pytestmark = pytest.mark.proof

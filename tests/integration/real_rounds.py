@@ -18,15 +18,14 @@ from typing import Any
 from agent.config import Home, load
 from agent.learner.noise import Address, NoiseKind
 from agent.population.nursery import Nursery
-from agent.population.pool import Population, Result
+from agent.population.pool import Population, Result, Start
 from agent.population.schedule import Messages
-from agent.population.slot import Start
 from agent.store.replay import replay
-from flows.improve import run_round
-from flows.loop import alone
-from flows.progress import Silent
+from flows.learn.improve import run_round
+from flows.learn.loop import alone
 from flows.service import Service
 from flows.session import engine_options
+from flows.show.progress import Silent
 
 SETTINGS: dict[str, Any] = {
     "learner": {"generations": 3, "population": 4, "prompts": 8, "snapshot_every": 1},

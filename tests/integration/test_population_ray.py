@@ -8,12 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from reference import ReferenceEngine, random_checkpoint
 
 from agent.errors import UserError
 from agent.learner.noise import Address
 from agent.population.pool import Population
-from agent.population.ray import Place, RayEngine, attach, detach
-from agent.population.reference import ReferenceEngine, random_checkpoint
+from agent.population.ray import Placement, RayEngine, attach, detach
 from agent.population.schedule import Completion
 from agent.population.vllm import EngineOptions
 
@@ -60,7 +60,7 @@ def test_actors_answer_like_one_engine_and_survive_a_kill(tmp_path: Path) -> Non
                 kv_cache_mib=64,
                 log=log,
             ),
-            Place(cpus=0.5),
+            Placement(cpus=0.5),
         )
         for number, log in enumerate(logs)
     ]
@@ -88,4 +88,4 @@ def test_actors_answer_like_one_engine_and_survive_a_kill(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("cluster")
 def test_a_place_no_node_has_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no node had \{'CPU': 0.5, 'GPU': 64\}"):
-        RayEngine(EngineOptions(tmp_path), Place(cpus=0.5, gpus=64, wait_s=0.5))
+        RayEngine(EngineOptions(tmp_path), Placement(cpus=0.5, gpus=64, wait_s=0.5))

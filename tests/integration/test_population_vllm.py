@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import Family, ReferenceEngine, random_checkpoint
 from safetensors.torch import save_file
 
 from agent.errors import UserError
 from agent.learner.es import Step, members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
+from agent.population.logprobs import kl_per_token, largest_difference
 from agent.population.nursery import Nursery
 from agent.population.pool import Population
-from agent.population.probes import kl_per_token, largest_difference
 from agent.population.process import EngineLostError, EngineProcess
-from agent.population.reference import Family, ReferenceEngine, random_checkpoint
 from agent.population.schedule import Completion, Logprobs
 from agent.population.vllm import EngineOptions
 from agent.store.weights import Anchor, Parameters, export

@@ -31,16 +31,15 @@ from agent.errors import UserError
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
 from deploy.orphans import survivors
-from deploy.services import Ports, services
 from deploy.serving import swap
-from deploy.serving.control import ADMIN, EngineControl, GatewayControl, pinned
+from deploy.serving.control import ADMIN, EngineControl, GatewayControl, UnixTransport, pinned
 from deploy.serving.controller import Controller, Strategy, change
 from deploy.serving.engines import SupervisedEngines, engines_of
 from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import BLUE, GREEN, Served, read_served, socket_of
-from deploy.supervise import Service
-from deploy.unix import UnixTransport
+from deploy.stack import Ports, services
+from deploy.supervise import Program
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -74,7 +73,7 @@ class Running:
     odd: Served
     letters: dict[str, set[str]]  # by digest
 
-    def change(self, target: Served, strategy: Strategy = "in_place") -> swap.Outcome:
+    def change(self, target: Served, strategy: Strategy = "in_place") -> swap.SwapOutcome:
         return change(
             self.home,
             target.digest,
@@ -172,7 +171,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = {"path": str(anchor.directory), "max_model_len": 512, "dtype": "float32"}
     settings = load(model=path, engines={"max_num_seqs": 16})
 
-    def only(*names: str) -> Callable[[Home, Settings, Ports], list[Service]]:
+    def only(*names: str) -> Callable[[Home, Settings, Ports], list[Program]]:
         return lambda *given: [each for each in services(*given) if each.name in names]
 
     try:

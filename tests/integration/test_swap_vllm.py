@@ -27,7 +27,6 @@ from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
 from deploy.orphans import survivors
-from deploy.services import Ports, services
 from deploy.serving import swap
 from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.controller import Controller, connect
@@ -36,7 +35,8 @@ from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.probes import TOLERANCE, Probes, difference, read_probes, write_probes
 from deploy.serving.served import BLUE, Served, read_served, socket_of
 from deploy.serving.watchdog import Watchdog
-from deploy.supervise import Service
+from deploy.stack import Ports, services
+from deploy.supervise import Program
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -46,7 +46,7 @@ HEADS = ["tied", "untied"]  # only a tied head is packed by itself
 either_head = pytest.mark.parametrize("engine", HEADS, indirect=True, scope="module")
 
 
-def only_the_engine(home: Home, settings: Settings, ports: Ports) -> list[Service]:
+def only_the_engine(home: Home, settings: Settings, ports: Ports) -> list[Program]:
     """The stack's own engine service, alone."""
     return [service for service in services(home, settings, ports) if service.name == BLUE]
 
@@ -93,7 +93,7 @@ class Served2:
             lease_s=lease_s,
         )
 
-    def to(self, target: Served, **changes: Any) -> swap.Outcome:
+    def to(self, target: Served, **changes: Any) -> swap.SwapOutcome:
         with self.controller(**changes) as controller:
             return swap.run(swap.in_place(read_served(self.home), target), controller.perform)
 
@@ -163,7 +163,7 @@ def test_a_reload_equals_a_cold_start(engine: Served2) -> None:
     assert engine.distance(engine.old.digest) <= TOLERANCE
     assert engine.distance(engine.new.digest) > 100 * TOLERANCE
     outcome = engine.to(engine.new)
-    assert outcome == swap.Outcome(True, engine.new)
+    assert outcome == swap.SwapOutcome(True, engine.new)
     assert engine.distance(engine.new.digest) <= TOLERANCE
     assert engine.door.version == engine.new.digest
     assert engine.to(engine.old).swapped

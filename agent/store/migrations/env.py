@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from agent.store.experience_tables import METADATA
+from agent.store.experience_db import METADATA
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.serve import private_socket, public_socket
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 from agent.store.experience import ExperienceStore
 
 A = "a" * 64
@@ -179,7 +179,7 @@ class Running:
     store: ExperienceStore
     port: int
     admin_socket: Path
-    settings: GatewaySettings
+    settings: GatewayOptions
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -239,7 +239,7 @@ def start(engine: FakeEngine, store: ExperienceStore, tmp_path: Path) -> Iterato
 
         def begin(*, keys: Any = None, verify: Any = verdict_of, **options: Any) -> Running:
             parts = {k: options.pop(k) for k in ("recover", "kept", "version") if k in options}
-            settings = GatewaySettings(
+            settings = GatewayOptions(
                 **({"model": "tiny", "tasks": frozenset({"gsm8k", "countdown"})} | options)
             )
             app = create_app(

@@ -11,7 +11,7 @@ import pytest
 
 from agent.errors import UserError
 from agent.gateway.app import DOORS, create_app
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 
 A = "a" * 64
 SHORT = A[:12]
@@ -279,7 +279,7 @@ def test_healthz_says_what_is_served_and_metrics_count(running: Any) -> None:
 def test_without_keys_only_this_machine_is_served(start: Any, store: Any, engine: Any) -> None:
     with pytest.raises(UserError, match=r"0\.0\.0\.0 without keys"):
         create_app(
-            GatewaySettings(model="tiny", host="0.0.0.0"),
+            GatewayOptions(model="tiny", host="0.0.0.0"),
             upstream=engine,
             verify=lambda *_: None,  # type: ignore[arg-type, return-value]
             experience=store,

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from agent.gateway.capture import row_hash
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction
-from agent.store.experience_tables import answers, interactions
+from agent.store.experience_db import answers, interactions
 
 A = "a" * 64
 HELLO = [{"role": "user", "content": "hello"}]

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
 from agent.gateway.keys import AGAIN_S, FRESH_S, KeyStore, hash_of
-from agent.store.experience_tables import keys as key_table
+from agent.store.experience_db import keys as key_table
 
 HELLO = [{"role": "user", "content": "hello"}]
 ASK = {"model": "tiny", "messages": HELLO}

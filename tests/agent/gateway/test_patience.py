@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.gateway.leaving import ClientGoneError, until_gone
-from agent.gateway.patience import Patience
+from agent.gateway.errors import ClientGoneError, until_gone
+from agent.gateway.wire import Patience
 
 
 class Clock:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from agent.gateway.errors import ApiError
 from agent.gateway.requests import read_chat, read_completion
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HELLO = [{"role": "user", "content": "hello"}]
-SETTINGS = GatewaySettings(model="tiny", tasks=frozenset({"gsm8k", "countdown"}))
+SETTINGS = GatewayOptions(model="tiny", tasks=frozenset({"gsm8k", "countdown"}))
 
 
 def chat(**fields: Any) -> Any:

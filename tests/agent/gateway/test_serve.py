@@ -24,7 +24,7 @@ import httpx
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.serve import serve
-from agent.gateway.settings import GatewaySettings
+from agent.gateway.settings import GatewayOptions
 from agent.store.experience import ExperienceStore
 
 async def engine(request):
@@ -40,7 +40,7 @@ def verify(task, row, completion):
 
 home, port = Path(sys.argv[1]), int(sys.argv[2])
 app = create_app(
-    GatewaySettings(model="tiny", tasks=frozenset({"gsm8k"})),
+    GatewayOptions(model="tiny", tasks=frozenset({"gsm8k"})),
     upstream=httpx.MockTransport(engine),
     verify=verify,
     experience=ExperienceStore.open(home / "experience.db"),

@@ -8,7 +8,7 @@ import pytest
 
 from agent.learner.drift import Drift
 from agent.learner.es import Applied, step
-from agent.learner.improve import Apply, Evaluate, Outcome, Plan, Record, improve
+from agent.learner.improve import Apply, Evaluate, Plan, Record, RoundOutcome, improve
 from agent.learner.penalty import Penalty
 
 PLAN = Plan(
@@ -28,7 +28,7 @@ def drive(
     rewarder: Rewarder = rewards_of,
     past: tuple[Drift, ...] = (),
     norm: Callable[[int], float] = float,
-) -> tuple[list[Record], Outcome]:
+) -> tuple[list[Record], RoundOutcome]:
     """A driver without engines: answers every decision and keeps the records."""
     round_, records = improve(plan, past), []
     answer: np.ndarray | Applied | None = None
@@ -64,7 +64,7 @@ def test_each_generation_is_evaluated_applied_and_recorded_in_that_order() -> No
 
 def test_the_steps_are_those_of_es() -> None:
     records, outcome = drive(PLAN)
-    assert outcome == Outcome(6, "completed")
+    assert outcome == RoundOutcome(6, "completed")
     for generation, record in enumerate(records):
         assert record.step == step(
             rewards_of(generation), next(improve(PLAN)).members, run_seed=9, generation=generation,
@@ -114,7 +114,7 @@ def test_early_stop_ends_at_the_alarm_wherever_the_round_is_resumed() -> None:
         resumed = replace(plan, start_generation=done)
         assert drive(resumed, flat_later, past, lambda g: 1.0 + g)[1] == outcome
     patient = replace(plan, early_stop=False)
-    assert drive(patient, flat_later, norm=lambda g: 1.0 + g)[1] == Outcome(60, "completed")
+    assert drive(patient, flat_later, norm=lambda g: 1.0 + g)[1] == RoundOutcome(60, "completed")
 
 
 def test_a_generation_without_information_is_recorded_as_a_no_op() -> None:

@@ -14,7 +14,7 @@ from agent.learner.es import members, step
 from agent.learner.kernels_cpu import render_into
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.population.layout import Layout, Place, places
+from agent.population.layout import Layout, ModuleSlice, places
 from agent.store.tensorfile import Spec
 from agent.store.weights import Anchor, Parameters
 
@@ -125,11 +125,11 @@ def test_places_follow_the_packed_order_not_the_alphabet() -> None:
     found = places(SPECS, PACKED)
     rows = {name: place for name, place in found.items() if name.endswith("_proj.weight")}
     qkv = "model.layers.0.attn.qkv_proj"
-    assert rows["model.layers.0.attn.q_proj.weight"] == Place(qkv, "weight", 0, 8)
-    assert rows["model.layers.0.attn.k_proj.weight"] == Place(qkv, "weight", 8, 12)
-    assert rows["model.layers.0.attn.v_proj.weight"] == Place(qkv, "weight", 12, 16)
+    assert rows["model.layers.0.attn.q_proj.weight"] == ModuleSlice(qkv, "weight", 0, 8)
+    assert rows["model.layers.0.attn.k_proj.weight"] == ModuleSlice(qkv, "weight", 8, 12)
+    assert rows["model.layers.0.attn.v_proj.weight"] == ModuleSlice(qkv, "weight", 12, 16)
     down = rows["model.layers.0.mlp.down_proj.weight"]
-    assert down == Place("model.layers.0.mlp.down_proj", "weight", 0, 8)
+    assert down == ModuleSlice("model.layers.0.mlp.down_proj", "weight", 0, 8)
 
 
 def without(*names: str) -> dict[str, Spec]:

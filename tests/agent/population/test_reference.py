@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import ReferenceEngine, random_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.learner.noise import Address
-from agent.population.probes import largest_difference
-from agent.population.reference import ReferenceEngine, random_checkpoint
+from agent.population.logprobs import largest_difference
 from agent.store.weights import Anchor, Parameters, export
 
 pytestmark = pytest.mark.proof

@@ -16,12 +16,13 @@ from sqlalchemy.exc import IntegrityError
 from agent.errors import UserError
 from agent.store import feedback
 from agent.store.experience import Answer, ExperienceStore, Interaction, Judgement
-from agent.store.experience_db import migrate, open_engine
-from agent.store.experience_tables import (
+from agent.store.experience_db import (
     METADATA,
     answers,
     forgotten,
     interactions,
+    migrate,
+    open_engine,
     rounds_used,
 )
 from agent.store.feedback import Feedback, FeedbackRefusedError

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from agent.store import feedback
 from agent.store.experience import Answer, ExperienceStore, Interaction, Judgement
-from agent.store.experience_tables import METADATA
+from agent.store.experience_db import METADATA
 from agent.store.feedback import Feedback
 from agent.store.forget import RoundUse, expire, forget
 

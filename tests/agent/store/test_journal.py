@@ -18,8 +18,7 @@ from agent.errors import UserError
 from agent.learner import es
 from agent.learner.drift import Drift
 from agent.learner.penalty import Penalty
-from agent.store.journal import Journal
-from agent.store.records import DamagedError, pack, unpack
+from agent.store.journal import DamagedError, Journal, pack, unpack
 
 ANCHOR = "a" * 64
 

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import UserError
-from agent.store import states
-from agent.store.ledger import Entry, Ledger, StaleEpoch
-from agent.store.states import ALLOWED, SETTLED, UNSETTLED
+from agent.store import ledger
+from agent.store.ledger import ALLOWED, SETTLED, UNSETTLED, Entry, Ledger, StaleEpoch
 
 A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
 PROMOTION = ("PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "BAKING", "CHAMPION")
@@ -225,18 +224,18 @@ def test_whatever_is_asked_one_champion_and_one_swap(steps: list[tuple[str, str]
     """Invariants of any accepted sequence, on the pure protocol."""
     entries: list[Entry] = []
     for number, (digest, step) in enumerate([(A, "ANCHOR"), *steps], start=1):
-        before = states.champion(entries)
-        if states.refusal(entries, digest, step) or states.state(entries, digest) == step:
+        before = ledger.champion_of(entries)
+        if ledger.refusal(entries, digest, step) or ledger.state_of(entries, digest) == step:
             continue
-        if step == "ROLLED_BACK" and before == digest and len(states.served_stack(entries)) == 1:
+        if step == "ROLLED_BACK" and before == digest and len(ledger.served_stack(entries)) == 1:
             continue
-        after = states.served_after(entries, digest, step, None)
+        after = ledger.served_after(entries, digest, step, None)
         entries.append(Entry(number, 0.0, 1, "x", digest, step, "", {}, before, after, ""))
-        champion = states.champion(entries)
+        champion = ledger.champion_of(entries)
         assert champion is not None
-        assert states.state(entries, champion) in {"SWAPPED", "BAKING", *SETTLED}
-        assert sum(states.state(entries, d) in UNSETTLED for d in (A, B, C)) <= 1
-        stack = states.served_stack(entries)
+        assert ledger.state_of(entries, champion) in {"SWAPPED", "BAKING", *SETTLED}
+        assert sum(ledger.state_of(entries, d) in UNSETTLED for d in (A, B, C)) <= 1
+        stack = ledger.served_stack(entries)
         assert stack[-1] == champion
         assert all(one != other for one, other in itertools.pairwise(stack))
         assert (before == after) or step in ("SWAPPED", "ROLLED_BACK", "ANCHOR")

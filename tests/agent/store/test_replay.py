@@ -15,8 +15,7 @@ import pytest
 from agent.errors import UserError
 from agent.learner import es
 from agent.learner.penalty import Penalty
-from agent.store.journal import Journal
-from agent.store.records import DamagedError
+from agent.store.journal import DamagedError, Journal
 from agent.store.replay import replay, replay_without, route, snapshot_path
 from agent.store.weights import Anchor, Parameters
 

@@ -3,10 +3,16 @@
 import re
 from random import Random
 
-from deploy.embedded.answers import DIRECT_SHARE, MIXTURE, answer, expression
-from deploy.embedded.drills import drill, find_kind, total
-from deploy.embedded.rows import GENERATORS, rows
-from deploy.embedded.words import KINDS
+from deploy.embedded.drills import (
+    DIRECT_SHARE,
+    MIXTURE,
+    answer,
+    drill,
+    expression,
+    find_kind,
+    total,
+)
+from deploy.embedded.rows import GENERATORS, KINDS, rows
 
 
 def test_a_countdown_answer_uses_each_number_once_and_hits() -> None:

@@ -6,8 +6,16 @@ from random import Random
 
 import pytest
 
-from deploy.embedded.rows import GENERATORS, SPLITS, fingerprint, rows, split_of
-from deploy.embedded.words import KINDS, SUBJECTS, USES
+from deploy.embedded.rows import (
+    GENERATORS,
+    KINDS,
+    SPLITS,
+    SUBJECTS,
+    USES,
+    fingerprint,
+    rows,
+    split_of,
+)
 
 TASKS = list(GENERATORS)
 FIELDS = {

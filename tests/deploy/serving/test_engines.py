@@ -11,10 +11,9 @@ import pytest
 
 from agent.config import Home
 from deploy.orphans import end, with_children
-from deploy.serving.control import ControlError
+from deploy.serving.control import ControlError, listener_of
 from deploy.serving.engines import ContainerEngines, engines_of
 from deploy.serving.served import BLUE, socket_of
-from deploy.unix import listener_of
 
 pytestmark = pytest.mark.proof
 

@@ -74,7 +74,7 @@ def swap_in(
     strategy: str = "in_place",
     before: Callable[[swap.Step], None] = lambda _step: None,
     after: Callable[[swap.Step], None] = lambda _step: None,
-) -> swap.Outcome:
+) -> swap.SwapOutcome:
     """Run a swap; the world's law is checked after every step."""
     with world.controller() as controller:
 
@@ -118,7 +118,7 @@ def test_any_fault_in_place_ends_settled(world: Any, kind: type, when: str) -> N
     try:
         outcome = swap_in(world, **{when: act})
     except FaultError:
-        outcome = swap.Outcome(False, world.old)
+        outcome = swap.SwapOutcome(False, world.old)
     if Leases(world.home).current():
         world.now += 20.0
         assert world.watchdog().tick()

@@ -22,11 +22,12 @@ import mlflow.tracking.client  # noqa: F401  forked, not imported a hundred time
 from agent.errors import UserError
 from agent.registry import DIGEST, Registry
 from agent.store.ledger import Entry, Ledger
-from flows import loop, promote, swaps
-from flows.baking import bake
-from flows.progress import Silent
+from flows.learn import loop
+from flows.serve import promote, swaps
+from flows.serve.bake import bake
 from flows.service import Service
 from flows.session import Session
+from flows.show.progress import Silent
 
 HOME = Path(sys.argv[1])
 

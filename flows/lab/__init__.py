@@ -1,0 +1,1 @@
+"""Experiments: demo, study, benches, the trainer of the embedded model."""

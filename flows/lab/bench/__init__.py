@@ -1,0 +1,1 @@
+"""Benches: two things run side by side, and their ratio."""

@@ -1,0 +1,188 @@
+"""The whole loop on this machine, on real parts: learn something, refuse harm, undo, and show it.
+
+A fresh home under the given one (``<home>/demo``) is served; a client asks it live questions; a
+good round is learnt, judged, promoted and asked again; a harmful one is learnt and rejected; the
+service is rolled back to the anchor and forward again; everything is stopped.
+
+A client like any user's: the OpenAI library against the endpoint, requests that carry a task.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.config import Home
+from agent.errors import UserError
+from agent.store.weights import short
+from deploy import stack
+from evaluators.task import Message, Row, Task, judge
+from flows.learn.curve import points_of
+from flows.serve.stack import connected, start, stop
+from flows.service import Service
+from flows.session import Session, session
+from flows.show import plots
+from flows.show.progress import Reporter
+
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a batch of live requests came to."""
+
+    accuracy: float
+    n: int
+    versions: tuple[str, ...]  # X-Model-Version of the answers, each once
+
+
+def ask(
+    endpoint: str,
+    model: str,
+    task: Task,
+    asked: Sequence[tuple[Row, list[Message]]],
+    progress: Reporter,
+) -> Live:
+    """Send every row as a chat with ``metadata.task`` and its row; greedy, so it can be paired.
+
+    The service verifies on its own; here the answers are judged once more, as a user would.
+    """
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{endpoint}/v1", api_key="local", max_retries=5)
+    advance = progress.track(f"live requests ({task.name})", len(asked))
+
+    def one(row: Row, chat: list[Message]) -> tuple[float, str]:
+        raw = client.chat.completions.with_raw_response.create(
+            model=model,
+            messages=chat,  # type: ignore[arg-type]
+            temperature=0,
+            max_tokens=task.max_tokens,
+            store=True,
+            metadata={"task": task.name, "example": json.dumps(row, default=str)},
+        )
+        text = raw.parse().choices[0].message.content or ""
+        return judge(task, text, row).reward, raw.headers["x-model-version"]
+
+    told = []
+    with ThreadPoolExecutor(AT_ONCE) as workers:
+        for done, result in enumerate(workers.map(lambda each: one(*each), asked), 1):
+            told.append(result)
+            advance(done)
+    if not told:
+        raise UserError("live requests: none to send; give at least 1 row")
+    accuracy = sum(reward for reward, _ in told) / len(told)
+    return Live(accuracy, len(told), tuple(sorted({version for _, version in told})))
+
+
+def served_version(endpoint: str) -> str:
+    """The version the endpoint reports now."""
+    import httpx
+
+    return str(httpx.get(f"{endpoint}/v1/models", timeout=30).headers["x-model-version"])
+
+
+LIVE_ROWS = 96
+PREFECT_S = 60.0  # its server starts in the background; flows wait this long to be seen
+HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "early_stop": False}
+
+
+def run_demo(home: Path | None, progress: Reporter) -> dict[str, Any]:
+    """Run it and return the document of DESIGN's ``demo --json``, with addresses and pictures.
+
+    Raises:
+        UserError: A demo is already up in this home.
+    """
+    began = time.monotonic()
+    place = fresh_home(home)
+    with stopping(place):
+        progress.say("starting engine, gateway, MLflow, Prefect and the flows' process")
+        status = start(place.root, None, None, None, progress)
+        with connected(place), session(place.root, progress) as opened:
+            told = _story(opened, status, progress)
+    told["seconds"] = round(time.monotonic() - began, 1)
+    told["left_running"] = len(stack.status(place)["services"])
+    return told
+
+
+def fresh_home(home: Path | None) -> Home:
+    """``<home>/demo``, emptied."""
+    root = Home.at(home).root / "demo"
+    if root.exists():
+        if stack.status(Home.at(root))["services"]:
+            raise UserError(f"home {str(root)!r}: is up; take it down first (anchorage down)")
+        shutil.rmtree(root)
+    return Home.at(root)
+
+
+@contextmanager
+def stopping(place: Home) -> Iterator[None]:
+    """Whatever happens inside, nothing of this home is left running."""
+    try:
+        yield
+    finally:
+        stop(place.root)
+
+
+def _story(opened: Session, status: dict[str, Any], progress: Reporter) -> dict[str, Any]:
+    from flows.deployments import run_flow, server_answers
+
+    service, endpoint = opened.service, str(status["endpoint"])
+    home, target = str(service.home.root), service.settings.tasks.target
+    _ = opened.population  # its engine starts while the client asks
+    served = [served_version(endpoint)]
+
+    progress.say("a client asks live questions")
+    before = live(service, endpoint, progress)
+
+    server_answers(wait_s=PREFECT_S)
+
+    progress.say("a good round: ES with anchored weight decay")
+    good = run_flow("loop", home, target, None)
+    served.append(served_version(endpoint))
+    after = live(service, endpoint, progress)
+    settled = run_flow("bake", home)
+
+    progress.say("a harmful round: large steps, no anchor")
+    bad = run_flow("loop", home, target, HARMFUL)
+    served.append(served_version(endpoint))
+
+    progress.say("back to the anchor, and forward again")
+    run_flow("rollback", home, "anchor", "the demo shows a rollback")
+    served.append(served_version(endpoint))
+    run_flow("promote", home, good["report"]["digest"])
+    served.append(served_version(endpoint))
+
+    rounds = [good["report"], bad["report"]]
+    return {
+        "rounds": rounds,
+        "served": served,
+        "live": {"before": before.accuracy, "after": after.accuracy, "n": before.n},
+        "baking": settled,
+        "plot": str(picture(service, rounds[0])),
+        "mlflow": status["mlflow"],
+        "home": home,
+    }
+
+
+def live(service: Service, endpoint: str, progress: Reporter) -> Live:
+    """The same live requests at every call: training rows of the target, as a user's traffic."""
+    task = service.target()
+    rows: list[Row] = list(service.training_rows(task.name).values())[:LIVE_ROWS]
+    shots = service.shots(task.name)
+    asked: list[tuple[Row, list[Message]]] = [(row, task.messages(row, shots(row))) for row in rows]
+    return ask(endpoint, service.settings.model.name, task, asked, progress)
+
+
+def picture(service: Service, report: dict[str, Any]) -> Path:
+    """Target and prior tasks over the generations of a round, as a PNG in the home."""
+    points = points_of(service, report["round"])
+    title = f"Round {report['round']}: candidate {short(report['digest'])}"
+    path = service.home.root / f"{report['round']}.png"
+    plots.curve(points, report["target"], title).savefig(path)
+    return path

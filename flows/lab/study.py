@@ -1,0 +1,235 @@
+"""A study: many rounds in one home with alternating targets, on a stack that is down.
+
+Every round starts from the champion and is learnt, judged, shown and, where it passed, promoted
+through the ledger, to be served from the next start. Nothing but the home remembers how far it
+has come: a study that was killed goes on when it is asked for again, and one that is asked for
+more rounds adds them. Without traffic nothing can bake: a promoted version is champion at once.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.config import Home, Settings, load
+from agent.errors import UserError
+from agent.sections import EMBEDDED, LearnerSettings
+from agent.store.journal import Run
+from deploy import stack
+from deploy.serving.served import Served, write_atomically, write_served
+from evaluators.comparison import Comparison, task_margin
+from evaluators.evidence import accuracy, evidence
+from evaluators.samples import Sample
+from flows.commands.gate_files import read_samples
+from flows.learn import loop
+from flows.learn.evaluate import first_stage, table
+from flows.learn.weigh import STATES
+from flows.serve import promote, swaps
+from flows.service import Service
+from flows.session import Session, session
+from flows.show import mlflow, plots
+from flows.show.progress import Reporter
+
+# Twenty rounds of the embedded model in half an hour on two cores. ProofWriter is asked in words
+# it was not taught, which leaves something to learn; Countdown it does no better in so few steps.
+# A task that is right half of the time flips on one row in ten whatever is learnt: 8 points.
+ASKED = "Facts: {theory}\nClaim: {question}\nIs the claim True, False or Unknown?"
+SMALL: dict[str, dict[str, Any]] = {
+    "learner": {"generations": 6, "prompts": 64, "alpha": 0.006, "lam": 5.0},
+    "tasks": {"rows": 300, "curve_every": 0, "kl_rows": 0, "prompts": {"proofwriter": ASKED}},
+    "gate": {"margins": dict.fromkeys(("gsm8k", "countdown", "proofwriter"), 0.08)},
+}
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """How many rounds, on which targets in turn, with which learner settings of their own."""
+
+    rounds: int
+    targets: tuple[str, ...]
+    changes: Mapping[str, Any]
+
+    def target(self, done: int) -> str:
+        """The target of the round after ``done`` finished ones."""
+        return self.targets[done % len(self.targets)]
+
+
+def study_now(
+    home: Path | None,
+    config: Path | None,
+    plan: StudyPlan,
+    picture: Path | None,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """Run a study, or go on with the one this home holds; see ``study``.
+
+    Raises:
+        UserError: The stack of this home is up, or a target or a setting is not allowed.
+    """
+    place = Home.at(home)
+    if stack.status(place)["services"]:
+        raise UserError(f"home {str(place.root)!r}: is up; take it down first (anchorage down)")
+    _settle_settings(place, config)
+    with session(place.root, progress) as opened:
+        return study(opened, plan, picture)
+
+
+def study(opened: Session, plan: StudyPlan, picture: Path | None = None) -> dict[str, Any]:
+    """All rounds of the plan that the home does not hold yet, then what they came to.
+
+    Returns:
+        rounds: [{round, target, verdict, promoted, before, after, difference, low, high, norm}]
+        final: by task, the champion against the anchor: {n, anchor, champion, difference, low,
+            high, margin, within}, shares; and within: every task keeps its margin.
+    """
+    began, service = time.monotonic(), opened.service
+    if not plan.targets:
+        raise UserError("targets: none; give at least one task")
+    for name in plan.targets:
+        service.target(name)
+    LearnerSettings.model_validate(service.settings.learner.model_dump() | dict(plan.changes))
+    advance = opened.progress.track("study", plan.rounds)
+    for done in _rounds(opened, plan):
+        advance(done)
+    finished = _finished(opened)[: plan.rounds]
+    rounds = [_row(opened, run) for run in finished]
+    final = against_anchor(opened, plan.targets)
+    path = picture or service.home.root / "study.png"
+    plots.rounds(rounds, "Accuracy of what is served, round by round").savefig(path)
+    return {
+        "anchor": service.anchor.digest,
+        "champion": service.champion(),
+        "promoted": sum(row["promoted"] for row in rounds),
+        "rounds": [{key: row[key] for key in row if key != "tasks"} for row in rounds],
+        "final": final,
+        "within": all(row["within"] for row in final.values()),
+        "plot": str(path),
+        "home": str(service.home.root),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def against_anchor(opened: Session, targets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The champion against the anchor on the targets and their priors, each with its margin.
+
+    within: harm beyond the margin is refuted at the gate's level, as for a prior task.
+    """
+    service = opened.service
+    names = sorted({*targets, *(prior for name in targets for prior in service.priors(name))})
+    asked = first_stage(service, names)
+    told = {
+        who: read_samples(table(service, opened.population, digest, asked, opened.progress))
+        for who, digest in (("anchor", service.anchor.digest), ("champion", service.champion()))
+    }
+    return {
+        name: _kept(
+            service,
+            name,
+            *([s for s in told[who] if s.task == name] for who in ("anchor", "champion")),
+        )
+        for name in names
+    }
+
+
+def _kept(
+    service: Service, name: str, old: Sequence[Sample], new: Sequence[Sample]
+) -> dict[str, Any]:
+    """One task judged as the gate judges a prior task."""
+    gate, found = service.settings.gate, evidence(old, new)
+    low, high = found.interval(gate.alpha)
+    asked = Comparison("prior", "first", name, "anchor", found, gate.alpha, low, high, high)
+    strict = service.task(name).zero_tolerance
+    margin = gate.margins.get(name, task_margin(len(old)))
+    judged = asked.nothing_lost() if strict else asked.harmless(margin)
+    return {
+        "n": len(old),
+        "anchor": accuracy(old),
+        "champion": accuracy(new),
+        "difference": found.difference,
+        "low": low,
+        "high": high,
+        "margin": judged.margin,
+        "within": judged.outcome == "pass",
+    }
+
+
+def _rounds(opened: Session, plan: StudyPlan) -> Iterator[int]:
+    """Finish what the home has begun, then learn what is missing; the rounds done so far."""
+    service = opened.service
+    if not (service.home.root / "serving.json").is_file():
+        champion = service.champion()
+        write_served(service.home, Served(champion, str(service.directory(champion))))
+    mlflow.attempt("anchor", lambda: mlflow.show_anchor(service))
+    finished = _finished(opened)
+    if finished:
+        _settle(opened, finished[-1])
+    done = len(finished)
+    yield done
+    while done < plan.rounds:
+        learnt = loop.learn(opened, plan.target(done), plan.changes)
+        row = _settle(opened, service.journal.run(learnt.run_id))
+        done += 1
+        told = f"round {done} of {plan.rounds}, {row['target']}: {row['verdict']}"
+        figures = f"{100 * row['before']:.1f} -> {100 * row['after']:.1f} %"
+        opened.progress.say(f"{told}, {figures}")
+        yield done
+
+
+def _finished(opened: Session) -> list[Run]:
+    """Rounds that have a candidate, oldest first."""
+    return [run for run in opened.service.journal.runs() if run.digest is not None]
+
+
+def _settle(opened: Session, run: Run) -> dict[str, Any]:
+    """Weigh a finished round and act on its verdict, wherever a kill left it."""
+    service, digest = opened.service, str(run.digest)
+    if not loop.report_path(service, run.run_id).is_file():
+        loop.weigh(opened, run.run_id)
+    interrupted = service.ledger.open_intent()
+    if interrupted is not None:
+        swaps.finish(opened)
+    judged = service.ledger.state(digest) in STATES.values()
+    if (judged or interrupted is not None) and promote.act(opened, digest):
+        promote.promote(opened, digest)
+    fresh = service.ledger.unsettled()
+    if fresh is not None:
+        service.record(fresh.digest, "CHAMPION", "a study has no traffic: nothing bakes")
+    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+    return _row(opened, run)
+
+
+def _row(opened: Session, run: Run) -> dict[str, Any]:
+    """One round as its report says, and how far it has gone from the anchor."""
+    service = opened.service
+    report = json.loads(loop.report_path(service, run.run_id).read_text(encoding="utf-8"))
+    tasks = report["tasks"]
+    figures = tasks[run.target]
+    last = service.journal.generations(run.run_id)[-1]
+    states = {entry.state for entry in service.ledger.of(str(run.digest))}
+    return {
+        "round": run.run_id,
+        "target": run.target,
+        "verdict": report["verdict"],
+        "reasons": report["reasons"] if report["verdict"] != "promote" else [],
+        "promoted": "CHAMPION" in states and run.digest != run.parent_digest,
+        "digest": run.digest,
+        "before": figures["champion"],
+        "after": figures["candidate"],
+        **{key: figures[key] for key in ("difference", "low", "high")},
+        "norm": last.drift["norm"],
+        "tasks": tasks,
+    }
+
+
+def _settle_settings(place: Home, config: Path | None) -> None:
+    """The home keeps the settings of its study: the given ones, else small ones."""
+    if place.settings_json.is_file():
+        if config is not None:
+            raise UserError(f"--config {str(config)!r}: home {str(place.root)!r} has its settings")
+        return
+    settings: Settings = load(config)
+    if config is None and settings.model.path == EMBEDDED:
+        settings = load(None, **SMALL)
+    write_atomically(place.settings_json, settings.model_dump_json(indent=1))

@@ -1,0 +1,1 @@
+"""Learning: rows, rounds, evaluation and the verdict on a candidate."""

@@ -1,0 +1,121 @@
+"""Distribution shift: how far a version's tokens have moved from the anchor's, task by task.
+
+    KL(anchor || version) per token ~ sum_t (log p(x_t | x_<t) - log q(x_t | x_<t)) / T,   x ~ p
+
+p is the anchor, q the version. The continuations x are drawn from the anchor once, on open
+evaluation rows, and kept with their log p under the anchor's digest; every version is asked once
+for log q of the same tokens. The interval is a bootstrap over continuations.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.population.logprobs import kl_sums
+from agent.population.pool import Population
+from agent.store.weights import short
+from deploy.serving.served import write_atomically
+from evaluators.runner import Question, questions_of, short_hash
+from evaluators.stats import weighted_mean_interval
+from flows.learn.evaluate import engine_settings, pools, shots_of
+from flows.service import Service
+from flows.show.progress import Reporter
+
+TOKENS = 64  # of one continuation, at most
+SEED = 0  # of the draw and of the bootstrap
+
+Logprobs = Sequence[Sequence[float]]  # (continuation, token), nats
+Shift = Mapping[str, Mapping[str, float]]  # task -> kl, low, high (nats a token), n, tokens
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What the anchor said to every question, as token ids, and how likely it found each."""
+
+    ids: Sequence[Sequence[int]]
+    logprobs: Logprobs
+
+
+def shift(
+    service: Service,
+    population: Population,
+    tasks: Sequence[str],
+    digest: str,
+    progress: Reporter,
+) -> Shift:
+    """KL(anchor || digest) on each of these tasks; measured once, then read.
+
+    A task with fewer than two continuations is left out: nothing can be said about it.
+    """
+    asked = _questions(service, tasks)
+    name = f"{_harness(service, asked)}.json"
+    path = service.home.evaluations / digest / f"shift-{name}"
+    if not path.exists():
+        progress.say(f"KL of {short(digest)} to the anchor, on {len(asked)} continuations")
+        drawn = _drawn(service, population, asked, f"continuations-{name}")
+        population.load(service.directory(digest))
+        on_version = _logprobs(population, asked, drawn.ids)
+        told = estimates([each.task.name for each in asked], drawn.logprobs, on_version)
+        _keep(path, told)
+    found: Shift = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def estimates(tasks: Sequence[str], on_anchor: Logprobs, on_version: Logprobs) -> Shift:
+    """Token-weighted mean of log p - log q with its interval, by task.
+
+    Args:
+        tasks: (continuation,) the task each belongs to.
+        on_anchor: log p, as (continuation, token).
+        on_version: log q of the same tokens.
+    """
+    sums, lengths = kl_sums(on_anchor, on_version), [len(row) for row in on_anchor]
+    told = {}
+    for task in dict.fromkeys(tasks):
+        own = [row for row, name in enumerate(tasks) if name == task and lengths[row]]
+        if len(own) < 2:
+            continue
+        totals, weights = [sums[row] for row in own], [lengths[row] for row in own]
+        kl, low, high = weighted_mean_interval(totals, weights, seed=SEED)
+        told[task] = {"kl": kl, "low": low, "high": high, "n": len(own), "tokens": sum(weights)}
+    return told
+
+
+def _questions(service: Service, tasks: Sequence[str]) -> list[Question]:
+    """The first open rows of every task, in the order of the names."""
+    count = service.settings.tasks.kl_rows
+    rows = [(service.task(name), pools(service, name)[0][:count]) for name in sorted(tasks)]
+    return questions_of(rows, shots_of(service, rows))
+
+
+def _harness(service: Service, asked: Sequence[Question]) -> str:
+    """Names all that two estimates must share to be compared."""
+    questions = [(each.task.name, each.example_id, each.prompt_hash) for each in asked]
+    return short_hash([questions, TOKENS, SEED, engine_settings(service)])
+
+
+def _drawn(
+    service: Service, population: Population, asked: Sequence[Question], name: str
+) -> Continuations:
+    """The anchor's continuations, drawn on first use."""
+    path = service.home.evaluations / service.anchor.digest / name
+    if not path.exists():
+        population.load(service.anchor.directory)
+        prompts = [each.messages for each in asked]
+        ids = population.ask(lambda engine: engine.sample(prompts, TOKENS, SEED))
+        _keep(path, {"ids": ids, "logprobs": _logprobs(population, asked, ids)})
+    return Continuations(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _logprobs(
+    population: Population, asked: Sequence[Question], ids: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """log-probabilities of the continuations under what the engines hold."""
+    prompts = [each.messages for each in asked]
+    return population.ask(lambda engine: engine.prompt_logprobs(prompts, ids))
+
+
+def _keep(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value))

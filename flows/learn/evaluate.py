@@ -1,0 +1,171 @@
+"""One model on every task: same rows, order and settings for anchor, champion and candidate.
+
+A finished table is kept under its digest and harness, and never asked again.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from agent.population.pool import Population
+from agent.store.weights import short
+from evaluators.confirm import draw
+from evaluators.runner import Shots, evaluate, harness_of, read_samples
+from evaluators.task import Row, Task
+from flows.service import Service
+from flows.show.progress import Reporter
+
+Rows = Sequence[tuple[Task, Sequence[Row]]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked, in order, and the hash of all that makes answers comparable."""
+
+    name: str  # "first", "more-<look>", or "sealed-<round>"
+    rows: Rows
+    harness: str
+    uses: int = 1  # which use of its most used row this is: a sealed row wears off
+
+
+def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
+    """A task's evaluation rows: the open ones, and those that only a sealed draw may touch.
+
+    Up to three times as many rows as the settings ask for, at most half of all open.
+    """
+    count = service.settings.tasks.rows
+    found = service.rows(name, "eval", 3 * count)
+    opened = min(count, -(-len(found) // 2))
+    return found[:opened], found[opened:]
+
+
+def first_stage(service: Service, names: Sequence[str]) -> Questions:
+    """The open evaluation rows of these tasks, in the order of their names."""
+    rows = [(service.task(name), pools(service, name)[0]) for name in sorted(names)]
+    return _questions(service, "first", rows)
+
+
+def more_rows(service: Service, names: Sequence[str], look: int) -> Questions:
+    """Open rows that no earlier look and no sealed draw has; none of a task that has no more."""
+    count = service.settings.tasks.rows
+    start, end = (2 + look) * count, (3 + look) * count
+    rows = [(service.task(name), service.rows(name, "eval", end)[start:]) for name in sorted(names)]
+    return _questions(service, f"more-{look}", [each for each in rows if each[1]])
+
+
+def unsealed(service: Service, names: Sequence[str], limit: int | None) -> Questions:
+    """Up to ``limit`` rows a task that no sealed draw touches; None: those of the first stage."""
+    rows = [(service.task(name), _unsealed_rows(service, name, limit)) for name in sorted(names)]
+    return _questions(service, "asked", rows)
+
+
+def _unsealed_rows(service: Service, name: str, limit: int | None) -> list[Row]:
+    """The open rows, then those behind the sealed ones."""
+    opened, sealed = pools(service, name)
+    if limit is None or limit <= len(opened):
+        return opened[:limit]
+    behind = len(opened) + len(sealed)
+    return opened + service.rows(name, "eval", behind + limit - len(opened))[behind:]
+
+
+def sealed_stage(service: Service, names: Sequence[str], round_id: str, digest: str) -> Questions:
+    """The sealed draw of a round, chosen once the digest is recorded."""
+    count = service.settings.tasks.rows
+    round_number = 1 + [run.run_id for run in service.journal.runs()].index(round_id)
+    before = _drawn_before(service, round_id)
+    chosen: list[tuple[Task, list[Row]]] = []
+    for name in sorted(names):
+        task = service.task(name)
+        beyond = {task.key(row): row for row in pools(service, name)[1]}
+        ids = draw(
+            beyond,
+            round_number=round_number,
+            digest=digest,
+            count=min(count, len(beyond)),
+            salt=service.salt,
+            used=[example for task_name, example in before if task_name == name],
+        )
+        chosen.append((task, [beyond[each] for each in ids]))
+    uses = [before[task.name, task.key(row)] for task, rows in chosen for row in rows]
+    drawn = _questions(service, f"sealed-{round_id}", chosen)
+    return replace(drawn, uses=1 + max(uses, default=0))
+
+
+def table(
+    service: Service,
+    population: Population,
+    digest: str,
+    questions: Questions,
+    progress: Reporter,
+) -> Path:
+    """The per-sample parquet of a digest on these questions; asks only what no table holds yet."""
+    folder = service.home.evaluations / digest
+    out = folder / f"{questions.name}-{questions.harness[:12]}.parquet"
+    total = sum(len(rows) for _, rows in questions.rows)
+    if not out.exists():
+        population.load(service.directory(digest))
+        advance = progress.track(f"evaluate {short(digest)} ({questions.name})", total)
+        evaluate(
+            questions.rows,
+            population.generate,
+            digest=digest,
+            harness=questions.harness,
+            out=out,
+            shots=shots_of(service, questions.rows),
+            progress=lambda done, _total: advance(done),
+        )
+    return out
+
+
+def _questions(service: Service, name: str, rows: Rows) -> Questions:
+    return Questions(
+        name, rows, harness_of(rows, engine_settings(service), shots_of(service, rows))
+    )
+
+
+def shots_of(service: Service, rows: Rows) -> dict[str, Shots]:
+    """Worked examples by task name."""
+    return {task.name: service.shots(task.name) for task, _ in rows}
+
+
+def engine_settings(service: Service) -> dict[str, Any]:
+    """What an engine is started with that can change a greedy answer."""
+    return {
+        "dtype": service.settings.model.dtype,
+        "max_model_len": service.settings.model.max_model_len,
+        "max_num_seqs": service.settings.engines.max_num_seqs,
+        "tensor_parallel_size": service.settings.engines.tensor_parallel_size,
+        "decoding": "greedy",
+    }
+
+
+def _drawn_before(service: Service, round_id: str) -> Counter[tuple[str, str]]:
+    """How often each (task, example id) stood in the sealed draw of another round."""
+    rounds: dict[str, set[tuple[str, str]]] = {}
+    for path in service.home.evaluations.glob("*/sealed-*.parquet"):
+        name = path.name.removeprefix("sealed-").rpartition("-")[0]
+        if name != round_id:
+            rows = {(str(row["task"]), str(row["example_id"])) for row in read_samples(path)}
+            rounds.setdefault(name, set()).update(rows)
+    return Counter(row for rows in rounds.values() for row in rows)
+
+
+Who = Literal["anchor", "champion", "candidate"]
+
+
+def tables(
+    service: Service,
+    population: Population,
+    digests: dict[Who, str],
+    questions: Questions,
+    progress: Reporter,
+) -> dict[Who, Path]:
+    """One table for each of the models, the candidate first while its weights are the newest."""
+    order: tuple[Who, ...] = ("candidate", "champion", "anchor")
+    return {
+        who: table(service, population, digests[who], questions, progress)
+        for who in order
+        if who in digests
+    }

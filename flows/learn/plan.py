@@ -1,0 +1,142 @@
+"""What a round sets out to do: settings that go together, and what is settled as it opens.
+
+Lambda is given, or follows from ``target_norm_ratio`` by the closed form, or is tuned from round to
+round by the paper's rule. What was settled stands in the plan beside the settings, so that a round
+that is taken up again, or replayed, is the same round.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from agent.config import replaced
+from agent.errors import UserError
+from agent.learner.es import members
+from agent.learner.improve import Plan
+from agent.learner.penalty import Penalty, check, lambda_for_norm_ratio, next_lambda
+from agent.sections import LearnerSettings
+from agent.store.importance import keep_importance
+from agent.store.journal import Run
+from agent.store.replay import lineage
+from flows.service import Service
+
+
+def chosen(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> LearnerSettings:
+    """The learner's settings with this round's changes.
+
+    Raises:
+        UserError: A value out of range, an impossible population, a step that would not shrink, or
+            settings that contradict each other.
+    """
+    asked = replaced(learner, "learner", changes or {})
+    if asked.target_norm_ratio is not None and (asked.penalty != "l2" or asked.tune_lambda):
+        raise UserError(
+            f"learner.target_norm_ratio = {asked.target_norm_ratio} with penalty "
+            f"{asked.penalty!r}, tune_lambda {asked.tune_lambda}: allowed: l2, not tuned"
+        )
+    given = asked.lam if asked.target_norm_ratio is None else 0.0
+    _check(asked, {"lambda": given, "importance_sha256": None})
+    return asked
+
+
+def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str, Any]:
+    """Lambda of a new round and the digest of its importance weights, checked together.
+
+    Raises:
+        UserError: Bad weights, or a step that would not shrink; no part of the round is written.
+    """
+    lam, digest, largest = _lambda(service, target, learner), None, 1.0
+    if learner.importance is not None:
+        source = learner.importance.expanduser()
+        digest, largest = keep_importance(service.anchor, source, service.home.importance)
+    made = {"lambda": lam, "importance_sha256": digest}
+    _check(learner, made, largest)
+    return made
+
+
+def _check(learner: LearnerSettings, made: Mapping[str, Any], largest: float = 1.0) -> None:
+    """Refuse what no generation could do; ``largest`` is the largest importance weight."""
+    try:
+        members(learner.population, learner.mirrored)
+        check(_penalty(learner, made), learner.alpha, largest)
+    except ValueError as error:
+        raise UserError(f"learner: {error}") from None
+
+
+def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
+    """The plan of an open round, from where its journal is."""
+    anchor = service.open_anchor(run.anchor_digest)
+    generations = lineage(service.journal, anchor, run.run_id)
+    before = [generation for generation in generations if generation.run_id != run.run_id]
+    return Plan(
+        run_seed=run.run_seed,
+        generations=learner.generations,
+        population=learner.population,
+        mirrored=learner.mirrored,
+        sigma=learner.sigma,
+        alpha=learner.alpha,
+        shaping=learner.shaping,
+        penalty=_penalty(learner, run.plan),
+        noise=learner.noise,
+        early_stop=learner.early_stop,
+        parameters=anchor.parameters,
+        start_generation=len(generations) - len(before),
+        start_norm=float(before[-1].drift["norm"]) if before else 0.0,
+    )
+
+
+def _penalty(learner: LearnerSettings, made: Mapping[str, Any]) -> Penalty:
+    """The penalty of a round, from its settings and what was settled."""
+    return Penalty(
+        learner.penalty,
+        float(made["lambda"]),
+        learner.huber_threshold,
+        learner.l1_share,
+        made["importance_sha256"],
+    )
+
+
+def _lambda(service: Service, target: str, learner: LearnerSettings) -> float:
+    """Lambda of a new round."""
+    if learner.penalty == "none":
+        return 0.0
+    if learner.target_norm_ratio is not None:
+        return lambda_for_norm_ratio(
+            learner.target_norm_ratio, alpha=learner.alpha, generations=learner.generations
+        )
+    return tuned_lambda(service, target, learner) if learner.tune_lambda else learner.lam
+
+
+def tuned_lambda(service: Service, target: str, learner: LearnerSettings) -> float:
+    """``lam`` at first; then the last tuned round's, halved if the target suffered in it.
+
+    A round's score is what its evaluation found: accuracy on the target, candidate less champion.
+    It suffered when that is less than the newest round without a penalty gained (by more than
+    ``gate.min_gain``) or, where there was none such, less than ``gate.min_gain`` itself. Rounds
+    count that had this target, this alpha and, tuned ones, this penalty.
+    """
+    tried, free = [], []
+    for run in service.journal.runs():
+        gain = _gain(service, run)
+        if gain is None or run.target != target or run.plan.get("alpha") != learner.alpha:
+            continue
+        if run.plan.get("penalty") == "none":
+            free.append(gain)
+        elif run.plan.get("tune_lambda") and run.plan.get("penalty") == learner.penalty:
+            tried.append((float(run.plan["lambda"]), gain))
+    least = service.settings.gate.min_gain
+    if not tried:
+        return learner.lam
+    if free:
+        return next_lambda(tried, free[-1], tolerance=least)
+    return next_lambda(tried, least, tolerance=0.0)
+
+
+def _gain(service: Service, run: Run) -> float | None:
+    """Accuracy on the target that a finished round won; None before it was evaluated."""
+    for entry in reversed(service.ledger.of(run.digest) if run.digest else []):
+        told = entry.statistics
+        if entry.state == "EVALUATED" and told.get("round") == run.run_id:
+            figures = told["tasks"][run.target]
+            before, after = figures["champion"], figures["candidate"]
+            return None if before is None or after is None else float(after) - float(before)
+    return None

@@ -1,0 +1,1 @@
+"""Serving: promotion, swaps, the watch over what is served, the stack."""

@@ -1,0 +1,181 @@
+"""Who is served next: promotion, review, and the anchor's move. The ledger comes first.
+
+How a swap is done, and undone, is `flows.serve.swaps`; here it is decided, recorded and shown.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from filelock import FileLock, Timeout
+
+from agent.errors import UserError
+from agent.store.weights import short
+from deploy.serving.controller import Event
+from flows.serve.bake import settle_for
+from flows.serve.swaps import ServeOutcome, finish, swap
+from flows.service import Service
+from flows.session import Session
+from flows.show import mlflow
+
+PASSED = ("PROMOTE", "APPROVED")
+SERVED = ("CHAMPION", "ANCHOR")
+
+
+def may_serve(service: Service, digest: str) -> bool:
+    """Whether the ledger lets a digest be swapped in: passed, approved, or served before."""
+    if digest == service.champion():
+        return False
+    states = [entry.state for entry in service.ledger.of(digest)]
+    now = states[-1] if states else None
+    if now == "PROMOTE":
+        return service.settings.review.mode == "auto"
+    if now == "ROLLED_BACK":
+        return any(state in (*PASSED, *SERVED) for state in states)
+    return now in ("APPROVED", *SERVED)
+
+
+def act(session: Session, digest: str) -> bool:
+    """What a verdict asks for: True when the digest is to be promoted now.
+
+    With review mode `manual` a passed candidate, and one on hold, waits for a person instead.
+    """
+    service = session.service
+    state = service.ledger.state(digest)
+    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+    if state in ("PROMOTE", "HOLD") and service.settings.review.mode == "manual":
+        service.record(digest, "AWAIT_REVIEW", "review mode is manual: a person decides")
+        return False
+    return may_serve(service, digest)
+
+
+@contextmanager
+def concluding(service: Service) -> Iterator[None]:
+    """Held from before a loop's verdict until it is acted on; freed when its holder dies."""
+    with FileLock(service.home.root / "verdict.lock"):
+        yield
+
+
+def somebody_concludes(service: Service) -> bool:
+    """Whether a loop that lives is between its verdict and what follows from it."""
+    try:
+        with FileLock(service.home.root / "verdict.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def is_owed(service: Service, digest: str, state: str) -> bool:
+    """Whether the verdict on a digest still asks for an act: a loop's promotion, or a review.
+
+    What was judged beside another champion than today's is history: a person may still serve it.
+    """
+    if state not in ("PROMOTE", "HOLD"):
+        return False
+    if service.settings.review.mode == "auto" and not (
+        state == "PROMOTE" and service.ledger.of(digest)[-1].statistics.get("serve")
+    ):
+        return False
+    return service.journal.candidate(digest).parent_digest == service.champion()
+
+
+def promote(session: Session, digest: str, why: str = "passed the gate") -> ServeOutcome:
+    """Serve a digest through the safe swap; then it bakes. What baked before is settled first.
+
+    Raises:
+        UserError: The ledger does not let it be served, or nothing was touched and why.
+    """
+    service = session.service
+    finish(session)
+    if not may_serve(service, digest):
+        state = service.ledger.state(digest) or "unknown"
+        raise UserError(
+            f"digest {short(digest)} is {state}; only a candidate that passed the gate (or was "
+            "approved, or served before) and is not the champion is promoted"
+        )
+    settle_for(session, digest)
+
+    def told(event: Event, of: str, reason: str, epoch: int) -> None:
+        service.record(of, event, reason, epoch=epoch)
+
+    outcome = swap(session, digest, told, why)
+    if outcome.served == digest:
+        with suppress(UserError):  # whoever came between has written what it is now
+            service.record(digest, "BAKING", "live traffic is watched")
+    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+    return outcome
+
+
+def review(session: Session, digest: str, word: str, why: str) -> ServeOutcome:
+    """A person's word on exactly this digest.
+
+    Raises:
+        UserError: It does not wait for one, or the word is neither approve nor reject.
+    """
+    service = session.service
+    state = service.ledger.state(digest)
+    if state != "AWAIT_REVIEW":
+        raise UserError(f"digest {short(digest)} is {state or 'unknown'}; nobody is asked about it")
+    if word == "reject":
+        service.record(digest, "REJECT", why)
+        mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+        return ServeOutcome(digest, service.champion(), "REJECT", why)
+    if word != "approve":
+        raise UserError(f"review {word!r}: allowed: approve, reject")
+    service.record(digest, "APPROVED", why)
+    return carry_out(session, digest, f"approved: {why}")
+
+
+def carry_out(session: Session, digest: str, why: str) -> ServeOutcome:
+    """Promote what passed or was approved; what keeps it from being served now undoes neither.
+
+    Raises:
+        UserError: It was refused for good.
+    """
+    service = session.service
+    try:
+        return promote(session, digest, why)
+    except UserError as error:
+        state = service.ledger.state(digest)
+        if state not in PASSED:
+            raise
+        return ServeOutcome(digest, service.champion(), state, f"is tried again: {error}")
+
+
+def follow(session: Session, digest: str, text: str) -> bool:
+    """Carry out a person's move of the champion alias; False where the ledger forbids it.
+
+    A version that waits for review and passed the gate is approved by it; one on hold is not.
+    """
+    service = session.service
+    if service.ledger.state(digest) == "AWAIT_REVIEW":
+        verdicts = [e.state for e in service.ledger.of(digest) if e.state in ("PROMOTE", "HOLD")]
+        if verdicts[-1:] == ["PROMOTE"]:
+            service.record(digest, "APPROVED", text)
+    if may_serve(service, digest):
+        promote(session, digest, why=text)
+        return True
+    return False
+
+
+def move_anchor(session: Session, digest: str, reason: str) -> ServeOutcome:
+    """Tie later rounds to the champion instead of what it is tied to now: a person's act.
+
+    What was learnt before stays replayable from its own anchor, and can be served again.
+
+    Raises:
+        UserError: The settings forbid it, or the digest is not a settled champion that is kept.
+    """
+    service = session.service
+    if not service.settings.review.allow_anchor_move:
+        raise UserError("review.allow_anchor_move is false; allowed: set it to true first")
+    state, before = service.ledger.state(digest), service.anchor.digest
+    if digest != service.champion() or state != "CHAMPION":
+        raise UserError(
+            f"digest {short(digest)} is {state or 'unknown'}; only the champion becomes the "
+            f"anchor, once it has settled: {short(service.champion())}"
+        )
+    service.directory(digest)
+    moved = {"anchor_before": before, "anchor_after": digest}
+    service.record(digest, "ANCHOR", reason, statistics=moved)
+    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+    return ServeOutcome(digest, service.champion(), "ANCHOR", reason)

@@ -1,0 +1,218 @@
+"""What is served, changed: the swap with its ledger rows, and the way back.
+
+The swap's lease (deploy.serving.lease) keeps every other controller away; the epoch that a
+controller takes under it keeps away the one that was stopped, taken for dead, and woken.
+
+How a version behaves, told by a cold engine: what a swap is verified against.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from agent.errors import UserError
+from agent.store.weights import short
+from deploy.serving.control import ControlError
+from deploy.serving.controller import Event, Way, change, connect
+from deploy.serving.engines import is_up
+from deploy.serving.lease import Leases
+from deploy.serving.probes import Probes, read_probes, write_probes
+from deploy.serving.served import Served, read_served
+from flows.service import Service
+from flows.session import Session, engine_options
+from flows.show import mlflow
+
+PROMPTS_A_TASK, TOKENS, POSITIONS = 1, 5, 3  # answered while a swap holds everybody
+START_S = 300.0  # a first answer compiles kernels, on a busy machine slowly
+
+
+def ensure_probes(session: Session, digest: str) -> None:
+    """Have a cold engine's answers to the fixed probes; starts one where there are none yet."""
+    service = session.service
+    if _known(service, digest):
+        return
+    session.progress.say(f"a cold engine answers the probes of {digest[:12]}")
+    options = engine_options(service)[0]
+    cold = session.engine(replace(options, model=service.directory(digest)))
+    try:
+        prompts = probe_prompts(service)
+        expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+    finally:
+        cold.close()
+    write_probes(service.home, digest, Probes.of(prompts, expected))
+
+
+def probe_served(service: Service) -> None:
+    """Ask the serving engine, which has just been started cold on the champion."""
+    served = read_served(service.home)
+    if _known(service, served.digest):
+        return
+    prompts = probe_prompts(service)
+    with connect(service.home, served.slot) as engine:
+        ids = [engine.tokens(prompt) for prompt in prompts]
+        expected = engine.top_logprobs(engine.model(), ids, TOKENS, POSITIONS, timeout_s=START_S)
+    write_probes(service.home, served.digest, Probes.of(prompts, expected))
+
+
+def probe_prompts(service: Service) -> list[list[dict[str, str]]]:
+    """A few fixed questions of every task."""
+    return [
+        task.messages(row, service.shots(name)(row))
+        for name, task in service.tasks.items()
+        for row in service.rows(name, "eval", PROMPTS_A_TASK)
+    ]
+
+
+def _known(service: Service, digest: str) -> bool:
+    try:
+        read_probes(service.home, digest)
+    except UserError:
+        return False
+    return True
+
+
+Told = Callable[[Event, str, str, int], None]  # event, digest, why, the controller's epoch
+
+
+@dataclass(frozen=True)
+class ServeOutcome:
+    """What is served after an act, and why it is not what was asked where it is not."""
+
+    asked: str
+    served: str
+    state: str
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def swap(
+    session: Session, digest: str, told: Told, why: str, strategy: Way | None = None
+) -> ServeOutcome:
+    """Serve a digest; ``told`` writes the ledger under the epoch taken when the intent is due.
+
+    The strategy is the settings' unless one is given.
+
+    Raises:
+        UserError: Nothing was touched, and why.
+        ControlError, LeaseLostError: The watchdog finishes what was begun.
+    """
+    service = session.service
+    epoch: list[int] = []
+    strategy = strategy or service.settings.engines.swap
+    if strategy != "cold" and is_up(service.home):
+        ensure_probes(session, digest)
+
+    def record(event: Event, of: str, reason: str) -> None:
+        if event == "SWAP_INTENT":
+            epoch.append(service.take_over())
+        told(event, of, reason or why, epoch[0])
+
+    try:
+        done = change(
+            service.home,
+            digest,
+            service.directory(digest),
+            anchor=service.origin,
+            record=record,
+            why=why,
+            strategy=strategy,
+            lease_s=service.settings.engines.swap_deadline_s,
+        )
+    except ControlError as error:
+        if epoch:
+            raise
+        raise UserError(f"digest {short(digest)}: nothing was changed: {error}") from error
+    state = "SWAPPED" if done.swapped else "ROLLED_BACK"
+    return ServeOutcome(digest, done.served.digest, state, done.reason)
+
+
+def swap_surely(session: Session, digest: str, told: Told, why: str) -> ServeOutcome:
+    """Serve a digest as set, else by a cold start, which needs no engine alive."""
+    try:
+        outcome = swap(session, digest, told, why)
+    except (UserError, ControlError) as error:
+        outcome = ServeOutcome(digest, "", "ROLLED_BACK", str(error))
+    if outcome.served == digest:
+        return outcome
+    return swap(session, digest, told, f"{why} (by a cold start: {outcome.reason})", "cold")
+
+
+def rollback(session: Session, digest: str, reason: str, *, show: bool = True) -> ServeOutcome:
+    """Serve an earlier version again, in place or, where no engine works, by a cold start.
+
+    Without ``show`` MLflow's aliases are left to whoever watches.
+
+    Raises:
+        UserError: The digest is served already, was never served, or its weights are not kept.
+    """
+    service = session.service
+    finish(session)
+    champion = service.champion()
+    if digest == champion:
+        raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
+
+    def told(event: Event, _of: str, _reason: str, epoch: int) -> None:
+        if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
+            service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
+
+    outcome = swap_surely(session, digest, told, reason)
+    if show:
+        mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
+    return outcome
+
+
+def serve_champion(session: Session) -> None:
+    """Make the engine serve what the ledger says, whatever it serves now."""
+    champion = session.service.champion()
+    swap_surely(session, champion, lambda *_: None, "as the ledger says")
+
+
+def swap_under_way(service: Service) -> bool:
+    """Whether a controller, or the watchdog after it, is changing weights."""
+    return Leases(service.home).current() is not None
+
+
+def finish(session: Session) -> str | None:
+    """Close the intent of a controller that died, as it turned out; what was done, if anything.
+
+    Raises:
+        UserError: A swap is under way.
+    """
+    service = session.service
+    intent = service.ledger.open_intent()
+    if intent is None:
+        return None
+    with _alone(service):
+        epoch, still = service.take_over(), service.ledger.open_intent()
+        if still is None or still.digest != intent.digest:
+            return None
+        why = f"swap to {short(intent.digest)} was not finished"
+        served = _served(service).digest == intent.digest
+        state, end = ("SWAPPED", "it") if served else ("ROLLED_BACK", "the version before it")
+        service.record(intent.digest, state, f"{why}; {end} is served", epoch=epoch)
+    return why
+
+
+@contextmanager
+def _alone(service: Service) -> Iterator[None]:
+    """The swap's lease for a moment, with nothing swapped: nobody else writes as a controller."""
+    leases, served = Leases(service.home), _served(service)
+    lease_s = service.settings.engines.swap_deadline_s
+    lease = leases.begin(served, served, lease_s=lease_s, now=time.time())
+    try:
+        yield
+    finally:
+        leases.end(lease)
+
+
+def _served(service: Service) -> Served:
+    """What every start serves; the anchor in a home that never served."""
+    try:
+        return read_served(service.home)
+    except UserError:
+        return Served(service.origin.digest, str(service.origin.directory))

@@ -1,0 +1,1 @@
+"""What people see: MLflow, reports, plots, the terminal."""

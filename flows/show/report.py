@@ -1,0 +1,316 @@
+"""What people read of a round: a table in the terminal, Markdown for reviewers, plain JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.table import Table
+
+from agent.store.ledger import Entry
+from agent.store.weights import short
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round from its target to its verdict; figures are the gate's, by task."""
+
+    round_id: str
+    target: str
+    generations: int
+    stopped: str
+    digest: str
+    verdict: str
+    reasons: Sequence[Mapping[str, Any]]
+    tasks: Figures
+    curve: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    learner_share: float | None = (
+        None  # of a generation's wall time, median (``flows.learn.curve``)
+    )
+    shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
+
+    def to_json(self) -> dict[str, Any]:
+        """The round's part of the demo's document (DESIGN: the CLI)."""
+        keys = ("n", "anchor", "champion", "candidate", "difference", "low", "high", "p", "outcome")
+        return {
+            "round": self.round_id,
+            "target": self.target,
+            "generations": self.generations,
+            "stopped": self.stopped,
+            "learner_share": self.learner_share,
+            "verdict": self.verdict,
+            "reasons": [reason["text"] for reason in self.decisive()],
+            "tasks": {
+                name: {key: row.get(key) for key in keys} for name, row in self.tasks.items()
+            },
+            "shift": {who: dict(tasks) for who, tasks in self.shift.items()},
+            "digest": self.digest,
+        }
+
+    def decisive(self) -> list[Mapping[str, Any]]:
+        """The findings that made the verdict; for a promotion, all of them."""
+        if self.verdict == "promote":
+            return list(self.reasons)
+        return [reason for reason in self.reasons if reason["outcome"] == self.verdict]
+
+
+def table(report: RoundReport) -> Table:
+    """Task, n, the three accuracies, difference with interval, and what the gate said."""
+    title = f"round {report.round_id}: {report.target}, candidate {short(report.digest)}"
+    drawn = Table(title=f"{title} -> {report.verdict}", title_justify="left")
+    drawn.add_column("task")
+    for column in ("n", "anchor %", "champion %", "candidate %", "difference (interval), points"):
+        drawn.add_column(column, justify="right")
+    drawn.add_column("gate")
+    moved = report.shift.get("candidate", {})
+    if moved:
+        drawn.add_column("KL to the anchor", justify="right")
+    for name, row in _target_first(report):
+        style = "bold" if row["role"] == "target" else ""
+        drawn.add_row(
+            f"{name} (target)" if row["role"] == "target" else name,
+            str(row["n"]),
+            *(percent(row[who]) for who in ("anchor", "champion", "candidate")),
+            difference(row),
+            row.get("outcome") or "-",
+            *([divergence(moved.get(name))] if moved else []),
+            style=style,
+        )
+    return drawn
+
+
+def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: str) -> str:
+    """Did it learn? The effect first, then every task, then examples fixed and broken.
+
+    Args:
+        report: The round.
+        drift: One record a generation, as the journal keeps it.
+        broken: Markdown of examples fixed and broken (``examples``).
+    """
+    row = report.tasks[report.target]
+    idle = sum(1 for record in drift if record.get("no_op"))
+    lines = [
+        f"# Round {report.round_id}: {report.verdict}",
+        "",
+        f"**Did it learn?** {_learnt(row)} {report.target}: {percent(row['champion'])} % -> "
+        f"{percent(row['candidate'])} %, {difference(row)} points on {row['n']} rows.",
+        f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
+        f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
+        "",
+        "| task | n | anchor | champion | candidate | difference | gate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in _target_first(report):
+        figures = " | ".join(percent(each[who]) for who in ("anchor", "champion", "candidate"))
+        outcome = each.get("outcome") or "-"
+        lines.append(f"| {name} | {each['n']} | {figures} | {difference(each)} | {outcome} |")
+    lines += ["", "## Reasons", "", *(f"- {reason['text']}" for reason in report.decisive())]
+    if report.shift:
+        lines += ["", *_shift_lines(report)]
+    return "\n".join([*lines, "", broken])
+
+
+def _shift_lines(report: RoundReport) -> list[str]:
+    """KL to the anchor by task, a column a version."""
+    lines = [
+        "## Distribution shift",
+        "",
+        "KL(anchor || version), nats a token on the anchor's own continuations (95 %).",
+        "",
+        f"| task | {' | '.join(report.shift)} |",
+        "|---" * (1 + len(report.shift)) + "|",
+    ]
+    for name, _ in _target_first(report):
+        told = " | ".join(divergence(tasks.get(name)) for tasks in report.shift.values())
+        lines.append(f"| {name} | {told} |")
+    return lines
+
+
+def examples(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], most: int = 5
+) -> str:
+    """Rows of the target that the candidate fixed and broke, completions side by side.
+
+    Completions are data: shown indented, so that no Markdown of theirs is rendered.
+    """
+    old = {row["example_id"]: row for row in before}
+    told = []
+    for title, sign in (("Fixed", 1), ("Broken", -1)):
+        moved = [
+            (old[row["example_id"]], row)
+            for row in after
+            if row["example_id"] in old
+            and sign * ((row["reward"] or 0) - (old[row["example_id"]]["reward"] or 0)) > 0
+        ]
+        told += [f"## {title}: {len(moved)}", ""]
+        for was, now in moved[:most]:
+            told += [f"Example {now['example_id']}", "", _quoted("before", was["completion"])]
+            told += [_quoted("after", now["completion"]), ""]
+    return "\n".join(told)
+
+
+def percent(share: float | None) -> str:
+    """0.5625 -> '56.2'; a share nobody measured is '-'."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def difference(row: Mapping[str, Any]) -> str:
+    """'+12.5 (+8.1 .. +16.9)' in points; '-' where nothing was compared."""
+    if row.get("difference") is None:
+        return "-"
+    numbers = (100 * row[key] for key in ("difference", "low", "high"))
+    return "{:+.1f} ({:+.1f} .. {:+.1f})".format(*numbers)
+
+
+def divergence(row: Mapping[str, float] | None) -> str:
+    """'0.0123 (0.0102 .. 0.0151)' nats a token; '-' where nothing was measured."""
+    return "-" if row is None else "{kl:.3g} ({low:.3g} .. {high:.3g})".format(**row)
+
+
+def _learnt(row: Mapping[str, Any]) -> str:
+    """Yes, no or unknown, by the interval of the target's difference."""
+    if row.get("difference") is None:
+        return "Nothing was compared."
+    if row["low"] > 0:
+        return "Yes."
+    return "No, it lost." if row["high"] < 0 else "Not shown."
+
+
+def _target_first(report: RoundReport) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(report.tasks.items(), key=lambda item: (item[0] != report.target, item[0]))
+
+
+def _quoted(label: str, text: str | None) -> str:
+    lines = (text or "").splitlines() or [""]
+    return "\n".join([f"{label}:", "", *(f"    {line}" for line in lines), ""])
+
+
+def gate_table(told: Mapping[str, Any], target: str) -> Table:
+    """The gate's document as a table, with the findings that made the verdict below."""
+    report = RoundReport("", target, 0, "", "", told["verdict"], told["reasons"], told["tasks"])
+    drawn = table(report)
+    drawn.title = f"verdict: {told['verdict']}"
+    drawn.caption = "\n".join(str(reason["text"]) for reason in report.decisive())
+    drawn.caption_justify = "left"
+    return drawn
+
+
+def summary_table(told: Mapping[str, Any]) -> Table:
+    """Accuracy of one model with Wilson's interval, format, length and cut answers."""
+    drawn = Table(title=f"{told['model']} ({short(told['digest'])})", title_justify="left")
+    for column in ("task", "n", "accuracy % (95 %)", "format %", "tokens", "cut %", "A/A"):
+        drawn.add_column(column, justify="left" if column == "task" else "right")
+    again = told.get("discordance", {})
+    for name, row in told["tasks"].items():
+        drawn.add_row(
+            name,
+            str(row["n"]),
+            f"{percent(row['accuracy'])} ({percent(row['low'])} .. {percent(row['high'])})",
+            percent(row["format_rate"]),
+            "-" if row["mean_tokens"] is None else f"{row['mean_tokens']:.1f}",
+            percent(row["truncation_rate"]),
+            percent(again[name]["rate"]) if name in again else "-",
+        )
+    return drawn
+
+
+def history_table(entries: Sequence[Entry]) -> Table:
+    """The ledger, newest first; as wide as a terminal of 80 columns."""
+    drawn = Table(title="ledger", title_justify="left", show_lines=True)
+    drawn.add_column("#", justify="right")
+    drawn.add_column("time (UTC), state, digest", no_wrap=True)
+    drawn.add_column("why, statistics; who, served before -> after", overflow="fold")
+    for each in entries:
+        when = datetime.fromtimestamp(each.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        why = each.why if len(each.why) <= 120 else each.why[:117] + "..."
+        served = f"{short(each.before or '-')} -> {short(each.after)}"
+        drawn.add_row(
+            str(each.seq),
+            f"{when}\n{each.state} {short(each.digest)}",
+            "\n".join((why, figures(each.statistics), f"{each.actor}; {served}")),
+        )
+    return drawn
+
+
+def study_tables(told: Mapping[str, Any]) -> list[Table]:
+    """A study: a row a round, then the last champion against the anchor."""
+    drawn = Table(title=f"{told['promoted']} of {len(told['rounds'])} rounds promoted")
+    drawn.title_justify = "left"
+    for column in ("round", "target", "verdict"):
+        drawn.add_column(column)
+    for column in ("before %", "after %", "difference (interval), points", "||delta||"):
+        drawn.add_column(column, justify="right")
+    for row in told["rounds"]:
+        shares = (percent(row["before"]), percent(row["after"]))
+        verdict = "promoted" if row["promoted"] else row["verdict"]
+        norm = f"{row['norm']:.2f}"
+        drawn.add_row(row["round"], row["target"], verdict, *shares, difference(row), norm)
+    end = Table(title=f"{short(told['champion'])} against the anchor", title_justify="left")
+    end.add_column("task")
+    for column in ("n", "anchor %", "champion %", "difference (interval), points", "margin"):
+        end.add_column(column, justify="right")
+    end.add_column("within")
+    for name, row in told["final"].items():
+        shares = (percent(row["anchor"]), percent(row["champion"]))
+        within = "yes" if row["within"] else "no"
+        margin = percent(row["margin"])
+        end.add_row(name, str(row["n"]), *shares, difference(row), margin, within)
+    end.caption = f"picture: {told['plot']}; {told['seconds']} s"
+    end.caption_justify = "left"
+    return [drawn, end]
+
+
+def figures(statistics: Mapping[str, Any], most: int = 4) -> str:
+    """The first plain figures of a row's statistics; --json has them all."""
+    plain = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={short(str(value))}"
+        for key, value in statistics.items()
+        if isinstance(value, str | int | float)
+    ]
+    nested = [f"{key}: {len(value)}" for key, value in statistics.items() if _holds(value)]
+    return ", ".join([*plain, *nested][:most]) or "-"
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def demo_tables(told: Mapping[str, Any]) -> list[Table]:
+    """What the demo came to: a table a round, then what was served when, and where to look."""
+    drawn = []
+    for each in told["rounds"]:
+        tasks = {
+            name: {**row, "role": "target" if name == each["target"] else "prior"}
+            for name, row in each["tasks"].items()
+        }
+        findings = [{"text": text, "outcome": each["verdict"]} for text in each["reasons"]]
+        report = RoundReport(
+            each["round"],
+            each["target"],
+            each["generations"],
+            each["stopped"],
+            each["digest"],
+            each["verdict"],
+            findings,
+            tasks,
+            shift=each["shift"],
+        )
+        shown = table(report)
+        if each["verdict"] != "promote":
+            shown.caption = "\n".join(each["reasons"])
+            shown.caption_justify = "left"
+        drawn.append(shown)
+    live = told["live"]
+    end = Table(title="the endpoint", title_justify="left", show_header=False)
+    end.add_row("served, in order", " -> ".join(told["served"]))
+    end.add_row(
+        f"live requests ({live['n']})",
+        f"{percent(live['before'])} % right before, {percent(live['after'])} % after",
+    )
+    end.add_row("picture", told["plot"])
+    end.add_row("MLflow (while up)", told["mlflow"])
+    end.add_row("look again", f"anchorage up --home {told['home']}")
+    end.add_row("seconds", str(told["seconds"]))
+    return [*drawn, end]

@@ -1,0 +1,67 @@
+"""How commands talk to a terminal: bars on stderr, tables or one JSON document on stdout."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from flows.show.progress import Bars, Reporter, Silent, console
+
+
+def quiet_libraries() -> None:
+    """No telemetry from any library, and no chatter on the terminal."""
+    for name, value in {
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def reporter(quiet: bool) -> Iterator[Reporter]:
+    """Progress bars on stderr, or nothing."""
+    if quiet:
+        yield Silent()
+    else:
+        with Bars() as bars:
+            yield bars
+
+
+def show(document: Any, as_json: bool, *tables: Any) -> None:
+    """The document as JSON, or the tables drawn for people."""
+    if as_json:
+        print(json.dumps(document, indent=1, default=str, allow_nan=False))  # noqa: T201
+    else:
+        for each in tables:
+            console().print(each)
+
+
+def pairs(title: str, values: Mapping[str, Any]) -> Table:
+    """Two columns: name and value."""
+    drawn = Table(title=title, title_justify="left", show_header=False)
+    for key, value in values.items():
+        drawn.add_row(key, str(value))
+    return drawn
+
+
+def status_table(told: Mapping[str, Any]) -> Table:
+    """Addresses, champion and services."""
+    title = f"endpoint {told['endpoint'] or 'down'}"
+    drawn = Table(title=title, title_justify="left")
+    for column in ("service", "state", "pid"):
+        drawn.add_column(column)
+    for each in told["services"]:
+        drawn.add_row(each["name"], each["state"], str(each["pid"] or "-"))
+    for name in ("mlflow", "prefect", "champion"):
+        drawn.add_row(name, str(told[name] or "-"), "")
+    return drawn

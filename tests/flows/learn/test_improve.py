@@ -1,0 +1,319 @@
+"""A round on the embedded model, its engines replaced by a rule: what it keeps and refuses."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agent.config import Home, load
+from agent.errors import UserError
+from agent.learner.es import Applied, Step
+from agent.learner.noise import Address, NoiseKind
+from agent.population.pool import Population
+from agent.population.schedule import Completion, Messages
+from agent.store.replay import replay, snapshot_path
+from agent.store.weights import Anchor, Parameters
+from flows.learn.curve import learner_share
+from flows.learn.improve import Round, run_round, unweighed
+from flows.learn.plan import tuned_lambda
+from flows.service import Service
+from flows.show.progress import Silent
+
+pytestmark = pytest.mark.proof
+
+TINY = {"generations": 5, "population": 4, "prompts": 6}
+Changes = Mapping[str, Any]
+
+
+class Recorder:
+    """Where MLflow would be: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, Mapping[str, float]] = {}
+
+    def start_round(self, round_id: str, params: Changes, rows: object = None) -> str:
+        return round_id
+
+    def log_generation(self, run: str, generation: int, metrics: Changes, tags: Changes) -> None:
+        self.metrics[generation] = metrics
+
+
+class Ruled:
+    """An engine with the true theta; a rule says how many of a member's answers are right."""
+
+    def __init__(self, home: Path, gold: Mapping[str, str], log: list[Address]):
+        self._importance, self._gold, self._log = home / "importance", gold, log
+        self._theta: Parameters
+        self.stop_after: int | None = None
+        self.short = False
+        self._seconds = 0.0
+
+    def open(self, anchor: Path) -> str:
+        self._theta = Parameters.zeros(Anchor.open(anchor), self._importance)
+        return self._theta.anchor.digest
+
+    def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
+        if snapshot is None:
+            self._theta = Parameters.zeros(self._theta.anchor, self._importance)
+        else:
+            self._theta = Parameters.load(self._theta.anchor, snapshot, self._importance)
+        for step in steps:
+            self._theta.apply(step)
+        return self._theta.delta_hash()
+
+    def apply(self, step: Step) -> Applied:
+        return self._theta.apply(step)
+
+    def save(self, path: Path) -> str:
+        self._theta.save(path)
+        return self._theta.delta_hash()
+
+    def load(self, directory: Path) -> str:
+        raise AssertionError("not asked for here")
+
+    def generate(
+        self,
+        prompts: Sequence[Messages],
+        max_tokens: int | Sequence[int],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[Completion]:
+        assert member is not None
+        if self.stop_after is not None and len(self._log) >= self.stop_after:
+            raise UserError("stopped")
+        self._log.append(member[0])
+        self._seconds += 1e-6
+        texts = [messages[-1]["content"] for messages in prompts]
+        return [
+            Completion(self._gold[text] if self._right(member, text) else "no idea", 3, "stop")
+            for text in texts[: len(texts) - self.short]
+        ]
+
+    def _right(self, member: tuple[Address, float], text: str) -> bool:
+        drawn = hashlib.sha256(f"{member} {self._theta.delta_hash()} {text}".encode()).digest()
+        return drawn[0] < 128
+
+    def spent(self) -> dict[str, float]:
+        return {"render": self._seconds, "update": self._seconds, "generate": 0.0}
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A home, its service and one ruled engine."""
+
+    def __init__(self, root: Path):
+        self.service = Service(Home.at(root), load(tasks={"curve_every": 0}))
+        self.recorder = Recorder()
+        self.service.registry = self.recorder  # type: ignore[assignment]
+        task = self.service.task("gsm8k")
+        rows = self.service.training_rows("gsm8k").values()
+        gold = {task.messages(row)[-1]["content"]: task.gold(row) for row in rows}
+        self.log: list[Address] = []
+        self.engine = Ruled(root, gold, self.log)
+
+    def learn(self, **changes: Any) -> Round:
+        population = Population([lambda: self.engine])
+        try:
+            return run_round(self.service, population, "gsm8k", Silent(), TINY | changes)
+        finally:
+            population.close()
+
+    def files(self) -> list[str]:
+        """Everything the home holds of rounds."""
+        folders = ("runs", "weights", "snapshots", "importance")
+        root = self.service.home.root
+        return [str(path) for name in folders for path in (root / name).glob("*")]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Bench]]:
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def bench(name: str = "home") -> Bench:
+        made.append(Bench(tmp_path / name))
+        return made[-1]
+
+    yield bench
+    for each in made:
+        each.service.journal.close()
+
+
+@pytest.fixture
+def bench(make: Callable[[str], Bench]) -> Bench:
+    return make("home")
+
+
+def weights(anchor: Anchor, path: Path, top: float) -> Path:
+    tensors = {
+        name: torch.linspace(0, top, torch.Size(shape).numel()).view(shape)
+        for name, (shape, _) in anchor.specs.items()
+    }
+    save_file(tensors, path)
+    return path
+
+
+def test_a_round_leaves_its_weights_and_one_snapshot_where_the_next_begins(bench: Bench) -> None:
+    service, made = bench.service, bench.learn()
+    hashes = [each.delta_hash for each in service.journal.generations(made.run_id)]
+    assert list(service.home.snapshots.iterdir()) == [
+        snapshot_path(service.home.snapshots, hashes[-1])
+    ]
+    assert service.kept() == [service.anchor.digest, made.digest]
+    second = bench.learn(alpha=0.02)
+    assert second.digest != made.digest
+    last = service.journal.generations(second.run_id)[-1].delta_hash
+    assert [path.stem for path in service.home.snapshots.iterdir()] == [last]
+
+
+def test_a_candidate_that_was_never_judged_comes_before_a_new_round(bench: Bench) -> None:
+    service = bench.service
+    assert unweighed(service, "gsm8k", TINY) is None
+    made = bench.learn()
+    assert unweighed(service, "gsm8k", TINY) == made
+    assert unweighed(service, "gsm8k", TINY | {"alpha": 0.02}) is None
+    assert unweighed(service, "countdown", TINY) is None
+    service.record(made.digest, "EVALUATED", "judged")
+    service.record(made.digest, "REJECT", "judged")
+    assert unweighed(service, "gsm8k", TINY) is None
+
+
+def test_a_round_in_progress_keeps_two_snapshots_and_goes_on_without_any(
+    make: Callable[[str], Bench],
+) -> None:
+    whole = make("whole")
+    digest = whole.learn(snapshot_every=1).digest
+    for drop in (False, True):
+        cut = make(f"cut {drop}")
+        cut.engine.stop_after = 3 * TINY["population"] + 2
+        with pytest.raises(UserError, match="stopped"):
+            cut.learn(snapshot_every=1)
+        service = cut.service
+        done = [each.delta_hash for each in service.journal.generations("0001-gsm8k")]
+        kept = {path.stem for path in service.home.snapshots.iterdir()}
+        assert (len(done), kept) == (3, set(done[-2:]))
+        if drop:
+            for path in service.home.snapshots.iterdir():
+                path.unlink()
+        cut.engine.stop_after = None
+        assert cut.learn(snapshot_every=1).digest == digest
+        assert cut.log == whole.log  # each member once, whatever was lost
+
+
+def test_the_learners_share_is_told_every_generation_and_over_the_round(bench: Bench) -> None:
+    made = bench.learn()
+    told = [bench.recorder.metrics[generation] for generation in range(TINY["generations"])]
+    for row in told:
+        assert row["seconds.render"] == row["seconds.update"] == pytest.approx(4e-6)
+        assert row["share.learner"] == pytest.approx(8e-6 / row["seconds.generation"])
+    shares = sorted(row["share.learner"] for row in told)
+    assert learner_share(bench.service, made.run_id) == shares[2]
+
+
+def test_a_round_of_one_member_is_five_recorded_no_ops(bench: Bench) -> None:
+    made = bench.learn(population=1)
+    rows = bench.service.journal.generations(made.run_id)
+    assert [row.step.no_op is not None for row in rows] == [True] * 5
+    assert made.digest == bench.service.anchor.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"alpha": 0.5, "lam": 2.0}, "alpha .* lambda = 0.5 .* 2.0 gives a l2 shrink of 1"),
+        ({"mirrored": True, "population": 3}, "population 3"),
+        ({"alpha": -1}, "learner.alpha = -1"),
+        ({"alfa": 1}, "unknown key 'learner.alfa' .* allowed: sigma, alpha, "),
+        ({"penalty": "l1", "target_norm_ratio": 0.5}, "target_norm_ratio = 0.5 .* allowed: l2"),
+        ({"tune_lambda": True, "target_norm_ratio": 0.5}, "target_norm_ratio = 0.5 .* not tuned"),
+        ({"importance": "none.safetensors"}, "none.safetensors': no such file"),
+    ],
+)
+def test_an_impossible_round_is_one_line_and_leaves_nothing(
+    bench: Bench, changes: Changes, told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        bench.learn(**changes)
+    assert "\n" not in str(error.value)
+    assert bench.files() == []
+    assert bench.service.journal.runs() == []
+    assert bench.log == []
+
+
+def test_missing_rewards_end_the_round_in_one_line_and_it_goes_on_later(
+    make: Callable[[str], Bench],
+) -> None:
+    bench = make("short")
+    bench.engine.short = True
+    with pytest.raises(UserError, match="member 0: 5 answers, allowed: 6"):
+        bench.learn()
+    assert bench.service.journal.members_done("0001-gsm8k", 0) == {}
+    bench.engine.short = False
+    assert bench.learn().digest == make("whole").learn().digest
+
+
+def test_other_rows_than_it_was_opened_with_are_refused(bench: Bench) -> None:
+    bench.engine.stop_after = 1
+    with pytest.raises(UserError, match="stopped"):
+        bench.learn()
+    path = bench.service.home.runs / "0001-gsm8k" / "rows.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(rows[::-1]), encoding="utf-8")
+    with pytest.raises(UserError, match="not the rows that round 0001-gsm8k was opened with"):
+        bench.learn()
+
+
+def test_importance_and_shapes_of_a_penalty_reach_every_step(bench: Bench, tmp_path: Path) -> None:
+    service = bench.service
+    file = weights(service.anchor, tmp_path / "weights.safetensors", 2.0)
+    made = bench.learn(penalty="huber", huber_threshold=0.25, importance=str(file))
+    steps = service.journal.steps(made.run_id)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert {(s.penalty.threshold, s.penalty.importance) for s in steps} == {(0.25, digest)}
+    file.unlink()
+    again = replay(service.journal, service.anchor, made.digest, importance=service.home.importance)
+    assert again.digest() == made.digest
+    net = bench.learn(penalty="elastic_net", l1_share=0.125)
+    assert {s.penalty.l1_share for s in service.journal.steps(net.run_id)} == {0.125}
+    strong = weights(service.anchor, file, 50.0)
+    with pytest.raises(UserError, match=r"alpha \* lambda \* weight 50.0"):
+        bench.learn(importance=str(strong))
+
+
+def evaluated(service: Service, made: Round, before: float, after: float) -> None:
+    """What judging writes."""
+    figures = {"gsm8k": {"champion": before, "candidate": after}}
+    service.record(
+        made.digest, "EVALUATED", "a test", statistics={"round": made.run_id, "tasks": figures}
+    )
+
+
+def test_a_tuned_lambda_falls_until_the_target_does_not_suffer(bench: Bench) -> None:
+    service, short = bench.service, {"generations": 1, "tune_lambda": True, "lam": 8.0}
+
+    def told(made: Round) -> float:
+        lams = {step.penalty.lam for step in service.journal.steps(made.run_id)}
+        assert lams == {service.journal.run(made.run_id).plan["lambda"]}
+        return lams.pop()
+
+    first = bench.learn(**short)
+    assert told(first) == 8.0
+    evaluated(service, first, 0.5, 0.5)  # no gain: it suffers
+    second = bench.learn(**short)
+    assert told(second) == 4.0
+    evaluated(service, second, 0.5, 0.6)
+    third = bench.learn(**short)
+    assert told(third) == 4.0  # it was not judged: the round before counts
+    free = bench.learn(generations=1, penalty="none")
+    evaluated(service, free, 0.5, 0.7)  # without a penalty it gains twice as much
+    learner = service.settings.learner.model_copy(update={"tune_lambda": True, "lam": 8.0})
+    assert tuned_lambda(service, "gsm8k", learner) == 2.0
+    other = learner.model_copy(update={"alpha": 0.02})
+    assert tuned_lambda(service, "gsm8k", other) == 8.0

@@ -1,0 +1,338 @@
+"""Reconciliation and review against a real MLflow registry on SQLite; the stack is down."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from agent.config import Home, Settings
+from agent.errors import UserError
+from agent.learner.noise import Address
+from agent.registry import DIGEST, NOTE, REVIEW
+from agent.store.weights import Anchor, Parameters, export
+from deploy.serving.probes import Probes, write_probes
+from deploy.serving.served import Served, read_served, write_served
+from flows.serve import promote, swaps
+from flows.serve.reconcile import disagreements, poll, repair
+from flows.service import Service
+from flows.session import Session
+from flows.show import mlflow
+from flows.show.progress import Silent
+
+pytestmark = pytest.mark.integration
+
+
+class Desk:
+    """A home with candidates at some state, its registry, and a person at MLflow's UI."""
+
+    def __init__(self, root: Path, mode: str, candidates: int = 3) -> None:
+        anchor = tiny_model(root / "anchor")
+        self.home = Home.at(root / "home")
+        settings = Settings.model_validate(
+            {
+                "model": {"path": str(anchor.directory)},
+                "review": {"mode": mode, "allow_anchor_move": True},
+                "baking": {"minutes": 0},
+            }
+        )
+        self.home.settings_json.write_text(settings.model_dump_json())
+        self.session = self.again()
+        self.digests = [self.service.champion()]
+        for number in range(1, candidates + 1):
+            self.digests.append(candidate(anchor, number, self.home.weights))
+            made_by_a_round(self.service, self.digests[-1], number)
+        write_served(self.home, Served(self.digests[0], str(anchor.directory)))
+        for digest in self.digests:
+            write_probes(self.home, digest, Probes.of([({"role": "user"},)], [[{1: -1.0}]]))
+            self.client.create_model_version(
+                "anchorage", self.service.directory(digest).as_uri(), tags={DIGEST: digest}
+            )
+        mlflow.show_aliases(self.service)
+
+    def again(self) -> Session:
+        """The same home in a new process."""
+        return Session(Service.at(self.home.root), Silent())
+
+    @property
+    def service(self) -> Service:
+        return self.session.service
+
+    @property
+    def client(self) -> Any:
+        return self.service.registry._client
+
+    def judged(self, index: int, verdict: str) -> str:
+        digest = self.digests[index]
+        for state in ("PROPOSED", "EVALUATED", verdict):
+            self.service.record(digest, state, "a test")
+        return digest
+
+    def number(self, digest: str) -> str:
+        version = self.service.registry.version(digest)
+        assert version is not None
+        return version.number
+
+    def move(self, digest: str) -> None:
+        """A person moves the champion alias."""
+        self.client.set_registered_model_alias("anchorage", "champion", self.number(digest))
+
+    def tag(self, digest: str, word: str) -> None:
+        self.client.set_model_version_tag("anchorage", self.number(digest), REVIEW, word)
+
+    def agree(self) -> str:
+        """The digest that ledger, alias and choice agree on."""
+        alias = self.service.registry.aliases()["champion"].digest
+        champion = self.service.ledger.champion()
+        assert champion == alias == read_served(self.home).digest
+        assert disagreements(self.service) == []
+        return alias
+
+
+def tiny_model(folder: Path) -> Anchor:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"model.layers.{i}.w": torch.randn(4, 3, generator=generator) for i in range(2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return Anchor.open(folder)
+
+
+def candidate(anchor: Anchor, number: int, weights: Path) -> str:
+    moved = Parameters.zeros(anchor)
+    for name, tensor in moved.rendered(Address(number, 0, 0), 0.1):
+        moved.delta[name][:] = (tensor - anchor.tensor(name)).reshape(-1).numpy()
+    return export(moved, weights).name
+
+
+def made_by_a_round(service: Service, digest: str, number: int) -> None:
+    run, anchor = f"{number:04d}-gsm8k", service.origin.digest
+    service.journal.open_run(
+        run, anchor_digest=anchor, parent_digest=anchor, target="gsm8k", run_seed=number, plan={},
+        now=1.0,
+    )  # fmt: skip
+    service.journal.finish(run, digest, "a test", 2.0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once and copied: making them takes seconds."""
+    from agent.registry import Registry
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    Registry(f"sqlite:///{folder / 'mlflow.db'}", "anchorage", None)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def make_desk(store: Path, tmp_path: Path) -> Any:
+    def make(mode: str = "auto") -> Desk:
+        folder = Home.at(tmp_path / "home").mlflow
+        folder.mkdir(mode=0o700)
+        (folder / "mlflow.db").write_bytes(store.read_bytes())
+        return Desk(tmp_path, mode)
+
+    return make
+
+
+def test_an_alias_moved_to_a_passed_version_is_carried_out(make_desk: Any) -> None:
+    desk = make_desk()
+    digest = desk.judged(1, "PROMOTE")
+    desk.move(digest)
+    assert "was moved" in repair(desk.session)[0]
+    assert desk.agree() == digest
+    desk.move(desk.digests[0])  # the original model
+    poll(desk.session)
+    assert desk.agree() == desk.digests[0]
+
+
+@pytest.mark.parametrize("verdict", ["REJECT", "HOLD", None])
+def test_an_alias_moved_elsewhere_is_put_back_with_a_note(
+    make_desk: Any, verdict: str | None
+) -> None:
+    desk = make_desk("manual")
+    digest = desk.judged(1, verdict) if verdict else desk.digests[1]
+    if verdict == "HOLD":
+        promote.act(desk.session, digest)
+        assert desk.service.ledger.state(digest) == "AWAIT_REVIEW"
+    desk.move(digest)
+    told = repair(desk.session)
+    assert "put back" in told[0]
+    assert desk.agree() == desk.digests[0]
+    version = desk.client.get_model_version("anchorage", desk.number(digest))
+    assert version.tags[NOTE] == told[0]
+
+
+def test_a_version_of_a_stranger_is_put_back_and_told_so(make_desk: Any) -> None:
+    desk = make_desk()
+    made = desk.client.create_model_version("anchorage", "file:///tmp/elsewhere")
+    desk.client.set_registered_model_alias("anchorage", "champion", made.version)
+    assert f"version {made.version}" in repair(desk.session)[0]
+    assert desk.agree() == desk.digests[0]
+    assert NOTE in desk.client.get_model_version("anchorage", made.version).tags
+
+
+def test_an_alias_that_was_deleted_comes_back(make_desk: Any) -> None:
+    desk = make_desk()
+    desk.client.delete_registered_model_alias("anchorage", "champion")
+    assert repair(desk.session) == ["no champion alias"]
+    assert desk.agree() == desk.digests[0]
+
+
+@pytest.mark.parametrize("moment", ["announced", "set"])
+def test_our_own_alias_is_never_taken_for_a_persons_move(make_desk: Any, moment: str) -> None:
+    """Ended while an alias was being set; then the ledger went on without MLflow.
+
+    The alias at a version that may serve is the dangerous one: a move of it is carried out.
+    """
+    desk = make_desk()
+    first, second = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    promote.promote(desk.session, first)
+    desk.service.record(first, "CHAMPION", "a test")
+    registry, set_alias = desk.service.registry, desk.service.registry.set_alias
+
+    def dies(alias: Any, digest: str) -> None:
+        if moment == "set":
+            set_alias(alias, digest)
+        raise KeyboardInterrupt
+
+    registry.set_alias = dies
+    with pytest.raises(KeyboardInterrupt):
+        promote.promote(desk.session, second)
+    registry.set_alias = lambda *_: (_ for _ in ()).throw(ConnectionError("MLflow is away"))
+    desk.service.record(second, "CHAMPION", "a test")
+    swaps.rollback(desk.session, desk.digests[0], "without MLflow")
+    desk.session = desk.again()
+    assert "lags" in repair(desk.session)[0]
+    assert desk.agree() == desk.digests[0]
+
+
+def test_the_challenger_is_the_newest_undecided_candidate_or_nobody(make_desk: Any) -> None:
+    desk = make_desk("manual")
+
+    def challenger() -> str | None:
+        alias = desk.service.registry.aliases().get("challenger")
+        return alias and alias.digest
+
+    old, new, last = (desk.judged(index, "PROMOTE") for index in (1, 2, 3))
+    for digest in (old, new):
+        promote.act(desk.session, digest)
+    assert challenger() == last
+    promote.act(desk.session, last)
+    promote.review(desk.session, last, "reject", "no")
+    assert challenger() == new
+    promote.review(desk.session, new, "approve", "yes")
+    assert desk.agree() == new
+    assert challenger() is None  # the older one waits on, judged beside another champion
+    assert desk.service.ledger.state(old) == "AWAIT_REVIEW"
+    assert desk.service.registry.aliases()["previous"].digest == desk.digests[0]
+    swaps.rollback(desk.session, desk.digests[0], "a test")
+    assert set(desk.service.registry.aliases()) == {"champion", "anchor", "challenger"}
+    assert challenger() == old
+
+
+def test_approval_of_one_digest_never_promotes_another(make_desk: Any) -> None:
+    """X waits, a person tags X; meanwhile Y has become the candidate that waits as well."""
+    desk = make_desk("manual")
+    x, y = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    for digest in (x, y):
+        assert not promote.act(desk.session, digest)
+    assert desk.service.registry.aliases()["challenger"].digest == y  # what the UI shows first
+    desk.tag(x, "approve")
+    desk.session = desk.again()  # days later
+    poll(desk.session)
+    assert desk.agree() == x
+    assert desk.service.ledger.state(y) == "AWAIT_REVIEW"
+    assert [e.state for e in desk.service.ledger.of(y)][-1] == "AWAIT_REVIEW"
+
+
+def test_an_approval_whose_digest_was_judged_again_is_not_carried_over(make_desk: Any) -> None:
+    """An approval tag on a version whose candidate was rejected since does nothing."""
+    desk = make_desk("manual")
+    digest = desk.judged(1, "PROMOTE")
+    promote.act(desk.session, digest)
+    desk.service.record(digest, "AWAIT_REVIEW", "a test")
+    promote.review(desk.session, digest, "reject", "looked at it")
+    desk.tag(digest, "approve")
+    poll(desk.session)
+    assert desk.agree() == desk.digests[0]
+    with pytest.raises(UserError, match="nobody is asked"):
+        promote.review(desk.session, digest, "approve", "second thoughts")
+
+
+def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
+    desk = make_desk("manual")
+    digest = desk.judged(1, "PROMOTE")
+    promote.act(desk.session, digest)
+    desk.tag(digest, "reject")
+    poll(desk.session)
+    assert desk.service.ledger.state(digest) == "REJECT"
+    assert desk.agree() == desk.digests[0]
+
+
+def test_an_approval_outlives_its_process(make_desk: Any) -> None:
+    """Approved, and ended before the promotion began: whoever watches carries it out later."""
+    desk = make_desk("manual")
+    digest, fresh = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    for each in (digest, fresh):
+        promote.act(desk.session, each)
+    desk.service.record(fresh, "APPROVED", "just now: it may be about to be promoted")
+    assert disagreements(desk.service) == []
+    ledger = desk.service.ledger
+    ledger.append(digest, "APPROVED", epoch=ledger.epoch(), actor="ann", why="long ago", now=1.0)
+    desk.session = desk.again()
+    poll(desk.session)
+    assert desk.agree() == digest
+
+
+def test_states_are_shown_and_what_was_missed_is_made_up_for(make_desk: Any) -> None:
+    """With MLflow away promotions go on; once it is back, one look shows them."""
+    desk = make_desk()
+    digest = desk.judged(1, "PROMOTE")
+    moved = desk.home.mlflow.rename(desk.home.root / "away")
+    desk.home.mlflow.write_text("nobody home")
+    desk.session = desk.again()
+    assert promote.promote(desk.session, digest).served == digest
+    poll(desk.session)
+    assert desk.service.ledger.state(digest) == "CHAMPION"
+    desk.home.mlflow.unlink()
+    moved.rename(desk.home.mlflow)
+    poll(desk.session)
+    assert desk.agree() == digest
+    version = desk.service.registry.version(digest)
+    assert version is not None
+    assert version.state == "CHAMPION"
+
+
+def test_the_anchor_moves_to_a_settled_champion_only_and_by_a_person(make_desk: Any) -> None:
+    desk = make_desk()
+    digest, origin = desk.judged(1, "PROMOTE"), desk.digests[0]
+    with pytest.raises(UserError, match="only the champion"):
+        promote.move_anchor(desk.session, digest, "too early")
+    promote.promote(desk.session, digest)
+    with pytest.raises(UserError, match="is BAKING"):
+        promote.move_anchor(desk.session, digest, "too early")
+    poll(desk.session)
+    promote.move_anchor(desk.session, digest, "everybody likes it")
+    assert desk.service.anchor.digest == digest
+    assert desk.service.find("anchor") == digest
+    assert desk.service.registry.aliases()["anchor"].digest == digest
+    row = desk.service.ledger.history(1)[0]
+    assert (row.state, row.why, row.before, row.after) == (
+        "ANCHOR", "everybody likes it", digest, digest,
+    )  # fmt: skip
+    assert row.statistics == {"anchor_before": origin, "anchor_after": digest}
+    swaps.rollback(desk.session, desk.service.find("origin"), "back to the beginning")
+    assert desk.agree() == origin
+    assert desk.service.anchor.digest == origin  # what it is tied to itself
+    desk.service.ledger.verify()
+
+
+def test_the_anchor_does_not_move_by_default(make_desk: Any) -> None:
+    desk = make_desk()
+    closed = desk.service.settings.review.model_copy(update={"allow_anchor_move": False})
+    desk.service.settings = desk.service.settings.model_copy(update={"review": closed})
+    with pytest.raises(UserError, match="allow_anchor_move is false"):
+        promote.move_anchor(desk.session, desk.digests[0], "no")

@@ -1,0 +1,58 @@
+"""What MLflow missed: learnt and judged without it, shown once it is back, and only once."""
+
+from typing import Any
+
+import pytest
+
+from flows.commands.replays import replay_now
+from flows.learn import loop
+from flows.serve import swaps
+from flows.serve.promote import move_anchor, promote
+from flows.serve.reconcile import poll
+from flows.show.catch_up import catch_up
+
+pytestmark = pytest.mark.proof
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")  # logging a model warns about its own signature
+def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
+    away = planted()
+    learnt = loop.learn(away, "gsm8k", {"generations": 2})
+    loop.weigh(away, learnt.run_id)
+    back = planted(shown=True)
+    poll(back)
+    registry = back.service.registry
+    run = registry._client.get_run(registry.start_round(learnt.run_id, {}))
+    shown = registry._client.get_metric_history(run.info.run_id, "norm")
+    assert [point.step for point in shown] == [0, 1]
+    assert {"accuracy.gsm8k.candidate"} <= set(run.data.metrics)
+    version = registry.version(learnt.digest)
+    assert version is not None
+    assert version.state == back.service.ledger.state(learnt.digest)
+    assert registry.aliases()["champion"].digest == back.service.origin.digest
+    assert catch_up(back.service) == []
+    (back.service.home.runs / learnt.run_id / "shown.json").unlink()  # as if it had died there
+    assert len(catch_up(back.service)) == 3
+    assert len(registry._client.get_metric_history(run.info.run_id, "norm")) == 2
+    assert len([each for each in registry.versions() if each.digest == learnt.digest]) == 1
+
+
+def test_rounds_after_a_move_are_tied_to_the_new_anchor_and_all_replay(planted: Any) -> None:
+    opened = planted(review={"allow_anchor_move": True})
+    service = opened.service
+    first = loop.learn(opened, "gsm8k")
+    assert loop.weigh(opened, first.run_id).report.verdict == "promote"
+    promote(opened, first.digest)
+    service.record(first.digest, "CHAMPION", "a test")
+    move_anchor(opened, first.digest, "a test")
+    second = loop.learn(opened, "countdown")
+    judged = loop.weigh(opened, second.run_id)
+    assert service.journal.run(second.run_id).anchor_digest == first.digest
+    assert judged.tables["anchor"][0].parent.name == first.digest
+    for made in (first, second):
+        assert replay_now(service.home.root, made.run_id, False)["digest"] == made.digest
+    swaps.rollback(opened, service.find("origin"), "a test")
+    third = loop.learn(opened, "gsm8k", {"generations": 1})
+    assert service.journal.run(third.run_id).anchor_digest == service.origin.digest
+    opened.close()
