@@ -5,9 +5,7 @@ the profile of the model (the embedded one has its own), the defaults below, whi
 models. An unknown key is refused, so that a misspelt one cannot be believed.
 """
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -152,81 +150,3 @@ def _known(location: tuple[int | str, ...]) -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             fields = section.model_fields
     return "allowed: " + ", ".join(fields)
-
-
-@dataclass(frozen=True)
-class Home:
-    """The one folder a service owns, and the name of everything in it."""
-
-    root: Path
-
-    @classmethod
-    def at(cls, root: Path | None = None) -> "Home":
-        """The given folder, else ``ANCHORAGE_HOME``, else ``.anchorage`` here; made private."""
-        chosen = root or Path(os.environ.get("ANCHORAGE_HOME", ".anchorage"))
-        home = cls(chosen.expanduser().resolve())
-        try:
-            home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"home {str(home.root)!r} is a file; give a folder") from None
-        return home
-
-    @property
-    def state_db(self) -> Path:
-        """Journal, ledger, leases."""
-        return self.root / "state.db"
-
-    @property
-    def experience_db(self) -> Path:
-        """Interactions, rewards, feedback, keys."""
-        return self.root / "experience.db"
-
-    @property
-    def weights(self) -> Path:
-        """One Hugging Face directory per kept digest."""
-        return self.root / "weights"
-
-    @property
-    def evaluations(self) -> Path:
-        """Per-sample tables, one folder per digest."""
-        return self.root / "evaluations"
-
-    @property
-    def snapshots(self) -> Path:
-        """Caches of delta; deleting them changes nothing."""
-        return self.root / "snapshots"
-
-    @property
-    def importance(self) -> Path:
-        """Weights of penalties, by sha256: what a replay of the rounds that used them needs."""
-        return self.root / "importance"
-
-    @property
-    def runs(self) -> Path:
-        """One folder per round: its rows and its curve."""
-        return self.root / "runs"
-
-    @property
-    def sockets(self) -> Path:
-        """Unix sockets, mode 0700."""
-        return self.root / "sockets"
-
-    @property
-    def logs(self) -> Path:
-        """One log per process of the stack."""
-        return self.root / "logs"
-
-    @property
-    def mlflow(self) -> Path:
-        """MLflow's database and artifacts."""
-        return self.root / "mlflow"
-
-    @property
-    def prefect(self) -> Path:
-        """Prefect's home."""
-        return self.root / "prefect"
-
-    @property
-    def settings_json(self) -> Path:
-        """The settings the running service was started with."""
-        return self.root / "settings.json"

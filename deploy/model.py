@@ -10,12 +10,13 @@ For platforms that start the processes themselves; on one machine `up` does the 
 import argparse
 from pathlib import Path
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home, write_atomically
 from agent.sections import EMBEDDED, ModelSettings
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
-from deploy.serving.served import Served, write_atomically, write_served
+from deploy.serving.served import Served, write_served
 
 
 def prepare(home: Home, settings: Settings) -> Served:

@@ -8,25 +8,14 @@ listed before its supervisor, and with it the session's number, is gone.
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import psutil
 
-from agent.config import Home
+from agent.home import Home
 
 MARKER = "ANCHORAGE_STACK"  # environment of every process of a stack: its home
 GRACE_S = 5.0  # for an orphan to end by itself
 SUPERVISOR_S = 20.0  # for supervisord to end its services and itself
-
-
-def config_path(home: Home) -> Path:
-    """supervisord's configuration; its command line names it, which is how it is known."""
-    return home.root / "supervisord.conf"
-
-
-def pid_path(home: Home) -> Path:
-    """Where supervisord writes its process id."""
-    return home.root / "supervisord.pid"
 
 
 def supervisor_of(home: Home) -> psutil.Process | None:
@@ -34,7 +23,7 @@ def supervisor_of(home: Home) -> psutil.Process | None:
     pid = _recorded_pid(home)
     try:
         process = psutil.Process(pid) if pid else None
-        ours = process and str(config_path(home)) in process.cmdline() and _alive(process)
+        ours = process and str(home.supervisor_config) in process.cmdline() and _alive(process)
     except psutil.Error:
         return None
     return process if ours else None
@@ -48,7 +37,7 @@ def shut_down(home: Home) -> int:
         supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=SUPERVISOR_S)
     end(list({process.pid: process for process in [*survivors(home), *before]}.values()))
-    for leftover in [*home.sockets.glob("*"), pid_path(home)]:
+    for leftover in [*home.sockets.glob("*"), home.supervisor_pid]:
         leftover.unlink(missing_ok=True)
     return len(before)
 
@@ -105,7 +94,7 @@ def end(processes: Sequence[psutil.Process], grace_s: float = GRACE_S) -> None:
 def _session(home: Home) -> int | None:
     """The session supervisord founded, unless its number has come to mean another one."""
     pid = _recorded_pid(home)
-    if pid is None or pid_path(home).stat().st_mtime < psutil.boot_time():
+    if pid is None or home.supervisor_pid.stat().st_mtime < psutil.boot_time():
         return None
     leader = psutil.pid_exists(pid) and not _zombie(pid)
     return None if leader and supervisor_of(home) is None else pid
@@ -113,7 +102,7 @@ def _session(home: Home) -> int | None:
 
 def _recorded_pid(home: Home) -> int | None:
     try:
-        return int(pid_path(home).read_text(encoding="ascii"))
+        return int(home.supervisor_pid.read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
         return None
 

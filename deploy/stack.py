@@ -6,7 +6,6 @@ says why in one line. `down` leaves no process, whatever state the last crash le
 The processes of a stack as values: their commands, variables and signs of being ready.
 """
 
-import fcntl
 import json
 import socket
 import sys
@@ -17,22 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home, Settings
+from agent.config import Settings
 from agent.errors import UserError
+from agent.home import Home, locked, write_atomically
 from deploy.orphans import shut_down, supervisor_of
 from deploy.serving import process
-from deploy.serving.control import ADMIN
 from deploy.serving.process import private_socket
-from deploy.serving.served import (
-    BLUE,
-    GREEN,
-    SLOTS,
-    Served,
-    read_served,
-    socket_of,
-    write_atomically,
-    write_served,
-)
+from deploy.serving.served import BLUE, GREEN, SLOTS, Served, read_served, write_served
 from deploy.supervise import Probe, Program, State, answers, last_line, start, states, write_config
 
 LOOPBACK = "127.0.0.1"
@@ -90,7 +80,7 @@ def _engine(home: Home, settings: Settings, slot: str) -> Program:
         slot,
         process.command(home, settings, slot),
         process.environment(home, cpu=process.on_cpu()),
-        Probe("http://engine/health", socket_of(home, slot)),
+        Probe("http://engine/health", home.engine_socket(slot)),
         autostart=slot == BLUE,
     )
 
@@ -101,8 +91,8 @@ def _mlflow(home: Home, ports: Ports) -> Program:
     argv = (
         *(sys.executable, "-m", "mlflow", "server", "--workers=1"),
         *(f"--host={LOOPBACK}", f"--port={ports.mlflow}"),
-        f"--backend-store-uri=sqlite:///{home.mlflow / 'mlflow.db'}",
-        f"--artifacts-destination={home.mlflow / 'artifacts'}",
+        f"--backend-store-uri=sqlite:///{home.mlflow_db}",
+        f"--artifacts-destination={home.mlflow_artifacts}",
     )
     quiet = {
         "DO_NOT_TRACK": "1",
@@ -156,7 +146,7 @@ def up(
     """
     with _alone(home):
         _refuse_second(home)
-        private_socket(home.sockets / ADMIN)  # the longest name there
+        private_socket(home.admin_socket)  # the longest name there
         shut_down(home)  # what a crash left
         ports = choose_ports(settings)
         chosen = tuple(make(home, settings, ports))
@@ -291,11 +281,8 @@ def _refuse_second(home: Home) -> None:
 @contextmanager
 def _alone(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time in a home."""
-    with (home.root / "stack.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"home {home.root}: another up or down is at work in it") from None
+    taken = f"home {home.root}: another up or down is at work in it; allowed: one at a time"
+    with locked(home.stack_lock, taken=taken, wait_s=0):
         yield
 
 
@@ -306,12 +293,12 @@ def _write_record(home: Home, settings: Settings, ports: Ports) -> None:
         "prefect": url(ports.prefect),
         "environment": client_environment(home, ports),
     }
-    write_atomically(home.root / "stack.json", json.dumps(record, indent=1))
+    write_atomically(home.stack_json, json.dumps(record, indent=1))
 
 
 def _read_record(home: Home) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads((home.root / "stack.json").read_text("utf-8"))
+        record: dict[str, Any] = json.loads((home.stack_json).read_text("utf-8"))
     except FileNotFoundError:
         return {}
     return record

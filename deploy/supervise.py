@@ -20,9 +20,9 @@ import httpx
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from agent.config import Home
 from agent.errors import UserError
-from deploy.orphans import MARKER, config_path, end, with_children
+from agent.home import Home
+from deploy.orphans import MARKER, end, with_children
 from deploy.serving.control import UnixTransport
 
 GROUP = "stack"
@@ -68,8 +68,8 @@ def write_config(home: Home, services: Sequence[Program], cwd: Path) -> Path:
     sections += [_program(service, cwd, place) for place, service in enumerate(services)]
     names = ",".join(service.name for service in services)
     sections.append(f"[group:{GROUP}]\nprograms={names}\n")
-    config_path(home).write_text("\n".join(sections), encoding="utf-8")
-    return config_path(home)
+    home.supervisor_config.write_text("\n".join(sections), encoding="utf-8")
+    return home.supervisor_config
 
 
 def start(home: Home) -> None:
@@ -77,7 +77,7 @@ def start(home: Home) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment |= {MARKER: str(home.root)}  # and bytecode is kept: imports are most of a start
     starting = subprocess.Popen(
-        [sys.executable, "-m", "supervisor.supervisord", "-c", str(config_path(home))],
+        [sys.executable, "-m", "supervisor.supervisord", "-c", str(home.supervisor_config)],
         env=environment,
         cwd=home.root,  # the configuration's own paths are relative to it
         stdin=subprocess.DEVNULL,
@@ -140,7 +140,7 @@ def answers(probe: Probe, timeout_s: float = 2.0) -> bool:
 def last_line(home: Home, name: str) -> str:
     """The last line a service wrote that says something."""
     try:
-        text = (home.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        text = (home.log(name)).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return "it wrote nothing"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -160,7 +160,7 @@ def _tolerant(call: Any, name: str, fine: str) -> None:
 @contextmanager
 def _supervisor(home: Home) -> Iterator[Any]:
     """supervisord's own methods, over its socket; OSError when nobody listens."""
-    transport = SupervisorTransport(None, None, f"unix://{home.sockets / 'super.sock'}")
+    transport = SupervisorTransport(None, None, f"unix://{home.supervisor_socket}")
     try:
         yield xmlrpc.client.ServerProxy("http://supervisor", transport=transport).supervisor
     finally:

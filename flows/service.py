@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home, create_once
 from agent.registry import Registry
 from agent.sections import EMBEDDED
 from agent.store.journal import Journal
@@ -114,9 +115,9 @@ class Service:
     @cached_property
     def registry(self) -> Registry:
         """MLflow on SQLite under the home."""
-        artifacts = self.home.mlflow / "artifacts"
+        artifacts = self.home.mlflow_artifacts
         artifacts.mkdir(mode=0o700, parents=True, exist_ok=True)
-        uri = f"sqlite:///{self.home.mlflow / 'mlflow.db'}"
+        uri = f"sqlite:///{self.home.mlflow_db}"
         return Registry(uri, self.settings.model.name, artifacts)
 
     def record(
@@ -263,11 +264,6 @@ class Service:
     @cached_property
     def salt(self) -> str:
         """This installation's secret, which decides sealed draws; made on first use, mode 0600."""
-        path = self.home.root / "salt"
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(secrets.token_hex(32))
-        except FileExistsError:
-            pass
-        return path.read_text(encoding="ascii")
+        if not self.home.salt.exists():
+            create_once(self.home.salt, secrets.token_hex(32))
+        return self.home.salt.read_text(encoding="ascii")

@@ -51,7 +51,7 @@ class Session:
             gpus = 0.0 if on_cpu() else float(options.tensor_parallel)
             return RayEngine(options, Placement(cpus=float(len(options.cores) or 1), gpus=gpus))
         if self._nursery is None:
-            self._nursery = Nursery(self.service.home.logs / "nursery.log")
+            self._nursery = Nursery(self.service.home.log("nursery"))
         return self._nursery.engine(options)
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def engine_options(service: Service) -> list[EngineOptions]:
             tensor_parallel=chosen.tensor_parallel_size,
             master_device=chosen.master_device,
             importance=service.home.importance,
-            log=service.home.logs / f"population-{index}.log",
+            log=service.home.log(f"population-{index}"),
         )
         for index in range(count)
     ]

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("agent.errors", 0),
     ("agent.learner", 0),
     ("agent.population.schedule", 0),
+    ("agent.home", 1),
     ("agent.config", 1),
     ("agent.sections", 1),
     ("agent.store", 1),

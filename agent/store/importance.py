@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from agent.errors import UserError
+from agent.home import flush_folder
 from agent.learner.penalty import check_weights
 from agent.store.anchor import Anchor, listed, open_tensors
-from agent.store.tensorfile import beside, flush_folder, sha256_of
+from agent.store.tensorfile import beside, sha256_of
 
 Floats = NDArray[np.float32]
 

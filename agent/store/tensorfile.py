@@ -130,15 +130,6 @@ def flush(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """A new file with this content, down to the disk."""
     with path.open("xb") as file:

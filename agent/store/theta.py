@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from agent.home import flush_folder
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
@@ -26,7 +27,6 @@ from agent.store.tensorfile import (
     beside,
     combined,
     file_order,
-    flush_folder,
     hashed,
     write_tensors,
 )

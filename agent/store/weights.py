@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from agent.errors import UserError
+from agent.home import flush_folder
 from agent.learner.es import Applied
 from agent.store.anchor import SINGLE, Anchor
 from agent.store.parameters import Parameters
@@ -18,7 +19,6 @@ from agent.store.tensorfile import (
     beside,
     combined,
     file_order,
-    flush_folder,
     sha256_of,
     write_bytes,
     write_tensors,

@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import httpx
 
-from agent.config import Home
+from agent.home import Home
 from agent.population.schedule import Logprobs, Messages
-from deploy.serving.served import read_served, socket_of
+from deploy.serving.served import read_served
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def _engine(home: Home) -> str | None:
     """
     chosen = read_served(home)
     try:
-        with EngineControl.at(socket_of(home, chosen.slot)) as engine:
+        with EngineControl.at(home.engine_socket(chosen.slot)) as engine:
             served = engine.served()
             if served != "start":
                 return served
@@ -65,7 +65,7 @@ def _engine(home: Home) -> str | None:
 
 def _gateway(home: Home) -> str | None:
     try:
-        with GatewayControl.at(home.sockets / ADMIN) as gateway:
+        with GatewayControl.at(home.admin_socket) as gateway:
             state = gateway.state()
     except ControlError:
         return None
@@ -105,7 +105,6 @@ def listener_of(path: Path) -> int | None:
 
 
 HOST = "http://engine"
-ADMIN = "gateway-admin.sock"
 QUICK_S = 5.0
 POLL_S = 0.1
 

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Literal, Self
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home
 from agent.store.weights import Anchor, digest_of, preflight
 from deploy.serving import swap
-from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl, pinned
+from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.engines import Engines, engines_of, is_up
 from deploy.serving.lease import Lease, LeaseLostError, Leases
 from deploy.serving.probes import Probes, difference, read_probes, require_equal
@@ -26,7 +26,6 @@ from deploy.serving.served import (
     Served,
     read_served,
     read_slot,
-    socket_of,
     write_served,
     write_slot,
 )
@@ -72,7 +71,7 @@ def change(
         "cold": lambda: swap.cold(previous, target),
         "offline": lambda: swap.offline(previous, target),
     }[strategy]()
-    gateway = GatewayControl.at(home.sockets / ADMIN)
+    gateway = GatewayControl.at(home.admin_socket)
     with (
         gateway,
         Controller(
@@ -111,7 +110,7 @@ def _previous(home: Home, anchor: Anchor) -> Served:
 @contextmanager
 def connect(home: Home, slot: str) -> Iterator[EngineControl]:
     """The control side of the engine process that listens in a slot now, and of no later one."""
-    with pinned(socket_of(home, slot)) as path, EngineControl.at(path) as engine:
+    with pinned(home.engine_socket(slot)) as path, EngineControl.at(path) as engine:
         yield engine
 
 
@@ -187,7 +186,7 @@ class Controller:
             case swap.Release(served):
                 self._gateway.release(served.digest, self._hold)
             case swap.Flip(served):
-                self._gateway.flip(served.digest, socket_of(self._home, served.slot))
+                self._gateway.flip(served.digest, self._home.engine_socket(served.slot))
             case swap.Drain(previous):
                 self._gateway.drained(previous.digest, self._wait_s())
             case swap.StopOther(served):

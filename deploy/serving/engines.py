@@ -6,10 +6,10 @@ from typing import Protocol
 
 import psutil
 
-from agent.config import Home
+from agent.home import Home
 from deploy.orphans import end, supervisor_of, with_children
-from deploy.serving.control import ADMIN, ControlError, EngineControl, listener_of
-from deploy.serving.served import SLOTS, socket_of
+from deploy.serving.control import ControlError, EngineControl, listener_of
+from deploy.serving.served import SLOTS
 from deploy.supervise import kill_service, last_line, start_service, states, stop_service
 
 START_S = 600.0  # a cold start takes 15 s of one CPU core, and minutes for a large model on a GPU
@@ -43,7 +43,7 @@ def engines_of(home: Home) -> Engines:
 
 def is_up(home: Home) -> bool:
     """Whether the home serves: under supervisord, or somebody listens on its sockets."""
-    sockets = (home.sockets / ADMIN, *(socket_of(home, slot) for slot in SLOTS))
+    sockets = (home.admin_socket, *(home.engine_socket(slot) for slot in SLOTS))
     return supervisor_of(home) is not None or any(listener_of(each) for each in sockets)
 
 
@@ -95,7 +95,7 @@ class ContainerEngines:
 
     def pid(self, slot: str) -> int | None:
         """The process that listens on the slot's socket."""
-        return listener_of(socket_of(self._home, slot))
+        return listener_of(self._home.engine_socket(slot))
 
     def start(self, slot: str) -> None:
         """See ``Engines``: only waits."""
@@ -121,7 +121,7 @@ class ContainerEngines:
 def _until(home: Home, slot: str, ready: Callable[[EngineControl], bool], timeout_s: float) -> None:
     """Wait for an engine; ControlError with its last line when it takes too long."""
     until = time.monotonic() + timeout_s
-    with EngineControl.at(socket_of(home, slot)) as engine:
+    with EngineControl.at(home.engine_socket(slot)) as engine:
         while not ready(engine):
             if time.monotonic() > until:
                 raise ControlError(f"{slot}: does not start; it wrote: {last_line(home, slot)}")

@@ -5,17 +5,16 @@ the deadline has passed only the watchdog may take it; the controller learns so 
 Every change is made under one file lock, so that the two never both believe they hold it.
 """
 
-import fcntl
 import json
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from agent.config import Home
 from agent.errors import UserError
-from deploy.serving.served import Served, write_atomically
+from agent.home import Home, locked, write_atomically
+from deploy.serving.served import Served
 
 # held: the engine may be paused, its weights are the old ones
 # loading: its weights are unknown · stamped: they are what serving.json names, and verified
@@ -51,8 +50,8 @@ class Leases:
     """The one lease of a home."""
 
     def __init__(self, home: Home) -> None:
-        self._path = home.root / "swap.json"
-        self._lock = home.root / "swap.lock"
+        self._path = home.swap_json
+        self._lock = home.swap_lock
 
     def begin(
         self,
@@ -140,8 +139,6 @@ class Leases:
         write_atomically(self._path, json.dumps(asdict(lease)), durably=False)
         return lease
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with self._lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        """Held for the milliseconds in which swap.json is read and replaced."""
+        return locked(self._lock, taken="swap.lock: another process keeps it")

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home, write_atomically
 from agent.population.logprobs import largest_difference
 from agent.population.schedule import Logprobs, Messages
 from deploy.serving.control import ControlError, EngineControl
-from deploy.serving.served import write_atomically
 
 TOLERANCE = 1e-3  # nats; on the CPU a reload differs from a cold start by 0.0
 
@@ -78,4 +77,4 @@ def read_probes(home: Home, digest: str) -> Probes:
 
 
 def _path(home: Home, digest: str) -> Path:
-    return home.root / "probes" / f"{digest}.json"
+    return home.probes_json(digest)

@@ -23,10 +23,11 @@ from typing import Any
 
 import psutil
 
-from agent.config import Home, Settings
+from agent.config import Settings
 from agent.errors import UserError
+from agent.home import Home
 from deploy.orphans import end_leaderless
-from deploy.serving.served import BLUE, read_slot, socket_of
+from deploy.serving.served import BLUE, read_slot
 
 EXTENSION = "agent.population.worker.WeightsExtension"
 LOOPBACK = "127.0.0.1"
@@ -91,7 +92,7 @@ def environment(home: Home, *, cpu: bool) -> dict[str, str]:
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_DISABLE_LOG_LOGO": "1",
         "VLLM_LOGGING_COLOR": "0",
-        "VLLM_CACHE_ROOT": str(home.root / "cache" / "vllm"),
+        "VLLM_CACHE_ROOT": str(home.vllm_cache),
         "VLLM_HOST_IP": LOOPBACK,  # its processes speak with each other on this machine only
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",  # a directory is served, nothing is looked up
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core holds on to the accelerator's memory
     served = read_slot(home, told.slot)
-    path = private_socket(socket_of(home, told.slot))
+    path = private_socket(home.engine_socket(told.slot))
     _run([f"--model={served.directory}", f"--uds={path}", *foreign], Path(served.directory))
 
 

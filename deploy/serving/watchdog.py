@@ -13,11 +13,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from agent.config import Home
-from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl
+from agent.home import Home
+from deploy.serving.control import ControlError, EngineControl, GatewayControl
 from deploy.serving.engines import Engines, engines_of
 from deploy.serving.lease import Lease, LeaseLostError, Leases
-from deploy.serving.served import Served, read_served, socket_of, write_served
+from deploy.serving.served import Served, read_served, write_served
 
 LOG = logging.getLogger("anchorage.watchdog")
 TICK_S = 0.25
@@ -81,9 +81,9 @@ class Watchdog:
 
     def _open_gateway(self, served: Served) -> None:
         """Release or flip it to what is served; a dead one reads serving.json when it starts."""
-        socket = socket_of(self._home, served.slot)
+        socket = self._home.engine_socket(served.slot)
         try:
-            with self._gateway_at(self._home.sockets / ADMIN) as gateway:
+            with self._gateway_at(self._home.admin_socket) as gateway:
                 state = gateway.state()
                 if state["held"] and not state["recovering"]:
                     gateway.release(served.digest, socket=socket)
@@ -115,7 +115,7 @@ class Watchdog:
             return False  # it is starting, or supervisord starts it
 
     def _engine(self, served: Served) -> AbstractContextManager[EngineControl]:
-        return self._engine_at(socket_of(self._home, served.slot))
+        return self._engine_at(self._home.engine_socket(served.slot))
 
 
 async def settled(home: Home, poll_s: float = TICK_S) -> str:

@@ -9,10 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home, write_atomically
 from agent.store.weights import digest_of
-from deploy.serving.served import write_atomically
 from evaluators.export import export
 from evaluators.openai_client import openai_generate
 from evaluators.runner import Generate, ModelAnswer, evaluate, read_samples, rescore, write_samples

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home
+from agent.home import Home
 from flows.serve.stack import connected
 from flows.session import session
 from flows.show.progress import Reporter

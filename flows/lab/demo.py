@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home
 from agent.store.weights import short
 from deploy import stack
 from evaluators.task import Message, Row, Task, judge
@@ -112,7 +112,7 @@ def run_demo(home: Path | None, progress: Reporter) -> dict[str, Any]:
 
 def fresh_home(home: Path | None) -> Home:
     """``<home>/demo``, emptied."""
-    root = Home.at(home).root / "demo"
+    root = Home.at(home).demo
     if root.exists():
         if stack.status(Home.at(root))["services"]:
             raise UserError(f"home {str(root)!r}: is up; take it down first (anchorage down)")
@@ -183,6 +183,6 @@ def picture(service: Service, report: dict[str, Any]) -> Path:
     """Target and prior tasks over the generations of a round, as a PNG in the home."""
     points = points_of(service, report["round"])
     title = f"Round {report['round']}: candidate {short(report['digest'])}"
-    path = service.home.root / f"{report['round']}.png"
+    path = service.home.picture(report["round"])
     plots.curve(points, report["target"], title).savefig(path)
     return path

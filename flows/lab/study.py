@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home, write_atomically
 from agent.sections import EMBEDDED, LearnerSettings
 from agent.store.journal import Run
 from deploy import stack
-from deploy.serving.served import Served, write_atomically, write_served
+from deploy.serving.served import Served, write_served
 from evaluators.comparison import Comparison, task_margin
 from evaluators.evidence import accuracy, evidence
 from evaluators.samples import Sample
@@ -96,7 +97,7 @@ def study(opened: Session, plan: StudyPlan, picture: Path | None = None) -> dict
     finished = _finished(opened)[: plan.rounds]
     rounds = [_row(opened, run) for run in finished]
     final = against_anchor(opened, plan.targets)
-    path = picture or service.home.root / "study.png"
+    path = picture or service.home.picture("study")
     plots.rounds(rounds, "Accuracy of what is served, round by round").savefig(path)
     return {
         "anchor": service.anchor.digest,
@@ -158,7 +159,7 @@ def _kept(
 def _rounds(opened: Session, plan: StudyPlan) -> Iterator[int]:
     """Finish what the home has begun, then learn what is missing; the rounds done so far."""
     service = opened.service
-    if not (service.home.root / "serving.json").is_file():
+    if not (service.home.serving_json).is_file():
         champion = service.champion()
         write_served(service.home, Served(champion, str(service.directory(champion))))
     mlflow.attempt("anchor", lambda: mlflow.show_anchor(service))

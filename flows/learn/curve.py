@@ -16,8 +16,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from agent.home import write_atomically
 from agent.population.pool import Population
-from deploy.serving.served import write_atomically
 from evaluators.runner import Shots
 from evaluators.task import Message, Row, Task, judge
 from flows.service import Service
@@ -59,7 +59,7 @@ def learner_share(service: Service, run_id: str) -> float | None:
 
 
 def _path(service: Service, run_id: str) -> Path:
-    return service.home.runs / run_id / "pace.json"
+    return service.home.run(run_id) / "pace.json"
 
 
 def _read(path: Path) -> list[PaceRow]:
@@ -71,7 +71,7 @@ Point = Mapping[str, Any]  # generation, task, accuracy (a share), n
 
 def points_of(service: Service, run_id: str) -> tuple[Point, ...]:
     """Everything measured in a round so far."""
-    path = service.home.runs / run_id / "curve.json"
+    path = service.home.run(run_id) / "curve.json"
     return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
 
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.home import write_atomically
 from agent.population.logprobs import kl_sums
 from agent.population.pool import Population
 from agent.store.weights import short
-from deploy.serving.served import write_atomically
 from evaluators.runner import Question, questions_of, short_hash
 from evaluators.stats import weighted_mean_interval
 from flows.learn.evaluate import engine_settings, pools, shots_of

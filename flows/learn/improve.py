@@ -119,7 +119,7 @@ def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[s
     sweep(service)
     collected = collect_rows(service, task.name, learner.prompts)
     text = json.dumps(list(collected.rows), default=str)
-    folder = service.home.runs / run_id
+    folder = service.home.run(run_id)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(text, encoding="utf-8")
     seed = hashlib.sha256(
@@ -149,7 +149,7 @@ def _rows(service: Service, run: Run) -> list[Row]:
     Raises:
         UserError: They are gone, or not those the journal tells of.
     """
-    path = service.home.runs / run.run_id / "rows.json"
+    path = service.home.run(run.run_id) / "rows.json"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if hashlib.sha256(text.encode()).hexdigest() != run.plan["rows_sha256"]:
         raise UserError(f"{path}: not the rows that round {run.run_id} was opened with")

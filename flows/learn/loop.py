@@ -6,10 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from agent.errors import UserError
-from deploy.serving.served import write_atomically
+from agent.home import locked, write_atomically
 from flows.learn.curve import points_of
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import chosen
@@ -66,7 +63,7 @@ def conclude(
 
 def report_path(service: Service, run_id: str) -> Path:
     """Where the report of a judged round is kept."""
-    return service.home.runs / run_id / "report.json"
+    return service.home.run(run_id) / "report.json"
 
 
 @contextmanager
@@ -76,16 +73,9 @@ def alone(service: Service) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    path = service.home.root / "round.lock"
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"home {str(service.home.root)!r}: another process is running a round; "
-            "allowed: one at a time"
-        ) from None
-    try:
+    taken = (
+        f"home {str(service.home.root)!r}: another process is running a round; "
+        "allowed: one at a time"
+    )
+    with locked(service.home.round_lock, taken=taken, wait_s=0):
         yield
-    finally:
-        lock.release()

@@ -12,11 +12,11 @@ import json
 import time
 from collections.abc import Collection
 
+from agent.home import write_atomically
 from agent.population.pool import Population
 from agent.store.forget import expire, gone
 from agent.store.journal import Run
 from agent.store.replay import prune, snapshot_path
-from deploy.serving.served import write_atomically
 from flows.service import Service
 
 DAY_S = 86_400.0
@@ -51,7 +51,7 @@ def blank(service: Service, round_id: str, positions: Collection[int]) -> None:
 
 def given_up(service: Service, run: Run) -> bool:
     """Whether an open round lost rows that somebody wanted forgotten."""
-    return (service.home.runs / run.run_id / GIVEN_UP).exists()
+    return (service.home.run(run.run_id) / GIVEN_UP).exists()
 
 
 NEWEST = 2  # of a round in progress: one may have been cut short by whatever ended the process

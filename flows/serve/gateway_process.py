@@ -10,8 +10,7 @@ from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.serve import serve
 from agent.gateway.settings import GatewayOptions
-from deploy.serving.control import ADMIN
-from deploy.serving.served import read_served, socket_of
+from deploy.serving.served import read_served
 from deploy.serving.watchdog import settled
 from evaluators.task import Verdict, judge
 from evaluators.tasks import TASKS
@@ -23,7 +22,7 @@ def run(service: Service, port: int) -> None:
     served = read_served(service.home)
     public = create_app(
         gateway_settings(service),
-        upstream=socket_of(service.home, served.slot),
+        upstream=service.home.engine_socket(served.slot),
         verify=lambda task, example, completion: verify(service, task, example, completion),
         experience=service.experience,
         version=served.digest,
@@ -31,7 +30,7 @@ def run(service: Service, port: int) -> None:
         kept=lambda: tuple(service.kept()),
     )
     threading.Thread(target=warm, args=[service], name="warm", daemon=True).start()
-    admin_socket = service.home.sockets / ADMIN
+    admin_socket = service.home.admin_socket
     host = service.settings.gateway.host
     serve(public, create_admin(public), host=host, port=port, admin_socket=admin_socket)
 

@@ -6,9 +6,8 @@ How a swap is done, and undone, is `flows.serve.swaps`; here it is decided, reco
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from filelock import FileLock, Timeout
-
 from agent.errors import UserError
+from agent.home import is_locked, locked
 from agent.store.weights import short
 from deploy.serving.controller import Event
 from flows.serve.bake import settle_for
@@ -51,17 +50,13 @@ def act(session: Session, digest: str) -> bool:
 @contextmanager
 def concluding(service: Service) -> Iterator[None]:
     """Held from before a loop's verdict until it is acted on; freed when its holder dies."""
-    with FileLock(service.home.root / "verdict.lock"):
+    with locked(service.home.verdict_lock, taken="verdict: another loop concludes"):
         yield
 
 
 def somebody_concludes(service: Service) -> bool:
     """Whether a loop that lives is between its verdict and what follows from it."""
-    try:
-        with FileLock(service.home.root / "verdict.lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+    return is_locked(service.home.verdict_lock)
 
 
 def is_owed(service: Service, digest: str, state: str) -> bool:

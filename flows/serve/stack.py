@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
+from agent.home import Home
 from deploy import stack
 from deploy.serving.served import Served
 from flows.show.progress import Reporter

@@ -10,10 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from agent.home import locked, write_atomically
 from agent.registry import STATE
-from deploy.serving.served import write_atomically
 from flows.learn.curve import points_of
 from flows.learn.evaluate import Who
 from flows.service import Service
@@ -42,7 +40,8 @@ def show_run(service: Service, run_id: str, pace: Mapping[str, float] | None = N
     path = _folder(service, run_id) / "shown.json"
     if _read(path) == _wanted(service, run_id):
         return []
-    with FileLock(service.home.root / "shown.lock", timeout=WAIT_S):
+    taken = f"MLflow: another process has been writing rounds to it for {WAIT_S:.0f} s"
+    with locked(service.home.shown_lock, taken=taken, wait_s=WAIT_S):
         return _show_run(service, run_id, path, pace or {})
 
 
@@ -104,6 +103,6 @@ def _states(service: Service) -> list[str]:
 
 
 def _folder(service: Service, run_id: str) -> Path:
-    folder = service.home.runs / run_id
+    folder = service.home.run(run_id)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -8,13 +8,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
+from agent.home import locked, write_atomically
 from agent.registry import Alias, Rows
-from deploy.serving.served import write_atomically
 from flows.service import Service
 
 if TYPE_CHECKING:  # a rollback shows aliases only, and does not wait for the plots' libraries
@@ -47,7 +46,7 @@ def show_plan(service: Service, run_id: str) -> str:
 
 def rows_of(service: Service, run_id: str) -> Rows | None:
     """What is told of a round's training rows; None for one that was replayed from another."""
-    path = service.home.runs / run_id / "rows.json"
+    path = service.home.run(run_id) / "rows.json"
     plan = service.journal.run(run_id).plan
     if not path.is_file() or "rows" not in plan:
         return None
@@ -149,7 +148,7 @@ def show_aliases(service: Service) -> None:
             "anchor": service.anchor.digest,
             "challenger": challenger(service),
         }
-        path, champion = _shown_path(service), str(wanted["champion"])
+        path, champion = service.home.aliases_json, str(wanted["champion"])
         set_now = service.registry.aliases()
         write_atomically(path, json.dumps([*shown(service), champion]))
         for alias, digest in wanted.items():
@@ -173,18 +172,15 @@ def challenger(service: Service) -> str | None:
 
 def shown(service: Service) -> list[str]:
     """The digests that this service itself may have pointed the champion alias at last."""
-    path = _shown_path(service)
+    path = service.home.aliases_json
     found: list[str] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     return found
 
 
-def aliases_still(service: Service) -> FileLock:
+def aliases_still(service: Service) -> AbstractContextManager[None]:
     """Held by whoever sets aliases, or compares them with what was set: one at a time."""
-    return FileLock(service.home.root / "aliases.lock", timeout=WAIT_S)
-
-
-def _shown_path(service: Service) -> Path:
-    return service.home.root / "aliases.json"
+    taken = f"MLflow: another process has been setting aliases for {WAIT_S:.0f} s"
+    return locked(service.home.aliases_lock, taken=taken, wait_s=WAIT_S)
 
 
 def samples(table: Path, task: str) -> list[dict[str, Any]]:

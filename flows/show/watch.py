@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group
 from rich.table import Table
 
-from agent.config import Home
-from deploy.serving.control import ADMIN, UnixTransport
+from agent.home import Home
+from deploy.serving.control import UnixTransport
 from flows.serve.stack import state
 from flows.show.terminal import pairs, status_table
 
@@ -42,7 +42,7 @@ def views(root: Path | None) -> Iterator[Group]:
 def read_metrics(home: Home) -> str:
     """The gateway's metrics by its private socket; nothing where none answers."""
     try:
-        with httpx.Client(transport=UnixTransport(home.sockets / ADMIN), timeout=2.0) as client:
+        with httpx.Client(transport=UnixTransport(home.admin_socket), timeout=2.0) as client:
             return client.get("http://gateway/metrics").text
     except httpx.HTTPError:
         return ""

@@ -54,11 +54,3 @@ def test_a_mistake_is_one_line_with_value_and_what_was_allowed(
 def test_a_missing_settings_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         config.load(tmp_path / "none.toml")
-
-
-def test_home_is_private_and_a_file_is_refused(tmp_path: Path) -> None:
-    home = config.Home.at(tmp_path / "home")
-    assert home.root.stat().st_mode & 0o777 == 0o700
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
-        config.Home.at(tmp_path / "file")

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home
 from deploy import orphans, stack, supervise
 from deploy.orphans import survivors
 from deploy.serving.served import BLUE, Served, read_served
@@ -194,7 +195,7 @@ def test_a_number_that_means_another_process_now_is_left_alone(home: Home) -> No
     """The recorded supervisord is gone; its number belongs to a stranger with a session."""
     stranger = psutil.Popen(["sleep", "987"], start_new_session=True)
     try:
-        orphans.pid_path(home).write_text(str(stranger.pid))
+        home.supervisor_pid.write_text(str(stranger.pid))
         assert orphans.supervisor_of(home) is None
         assert survivors(home) == []
         stack.down(home)
@@ -212,7 +213,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(home: Home) -> None:
         with pytest.raises(UserError, match=f"gateway port {port} .* choose another, or 0"):
             up(home, gateway={"port": port})
     assert survivors(home) == []
-    assert not orphans.config_path(home).exists()
+    assert not home.supervisor_config.exists()
 
 
 def test_ports_are_free_and_different() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.pool import Population

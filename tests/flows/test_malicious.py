@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.experience import Answer, Interaction, Judgement

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
 from agent.errors import UserError
+from agent.home import Home
 from agent.population.vllm import on_cpu
 from agent.store.anchor import Anchor
 from agent.store.device import DeviceParameters

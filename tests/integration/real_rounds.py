@@ -15,7 +15,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.learner.noise import Address, NoiseKind
 from agent.population.nursery import Nursery
 from agent.population.pool import Population, Result, Start

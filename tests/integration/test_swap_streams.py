@@ -26,18 +26,19 @@ import torch
 from spoilt import KINDS
 from tiny import tiny_model
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
 from deploy.orphans import survivors
 from deploy.serving import swap
-from deploy.serving.control import ADMIN, EngineControl, GatewayControl, UnixTransport, pinned
+from deploy.serving.control import EngineControl, GatewayControl, UnixTransport, pinned
 from deploy.serving.controller import Controller, Strategy, change
 from deploy.serving.engines import SupervisedEngines, engines_of
 from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
-from deploy.serving.served import BLUE, GREEN, Served, read_served, socket_of
+from deploy.serving.served import BLUE, GREEN, Served, read_served
 from deploy.stack import Ports, services
 from deploy.supervise import Program
 
@@ -156,7 +157,7 @@ def disjoint(folder: Path) -> tuple[Anchor, Path, dict[str, set[str]]]:
 
 def record_cold(home: Home, digest: str) -> None:
     """Ask the engine, which was just started with this digest."""
-    with EngineControl.at(socket_of(home)) as engine:
+    with EngineControl.at(home.engine_socket(BLUE)) as engine:
         ids = [engine.tokens(QUESTION)]
         expected = engine.top_logprobs("anchorage", ids, 5, 3)
     write_probes(home, digest, Probes.of([QUESTION], expected))
@@ -235,8 +236,8 @@ def test_swaps_under_streams_fail_cut_and_mix_nothing(
 
 def test_the_detector_finds_a_mix_when_running_answers_are_kept(running: Running) -> None:
     """Clients on the bare engine, weights changed in mode `keep`: what `wait` makes impossible."""
-    with EngineControl.at(socket_of(running.home)) as engine:
-        with streaming(running, socket_of(running.home)) as answers:
+    with EngineControl.at(running.home.engine_socket(BLUE)) as engine:
+        with streaming(running, running.home.engine_socket(BLUE)) as answers:
             for directory in (running.odd.directory, running.even.directory) * 3:
                 time.sleep(0.1)
                 engine._ask("POST", "/pause", query={"mode": "keep", "clear_cache": "false"})
@@ -264,14 +265,14 @@ def test_the_gateway_fails_a_mixed_answer_and_counts_it(running: Running) -> Non
 
     @contextlib.contextmanager
     def keeping(slot: str) -> Iterator[EngineControl]:
-        with pinned(socket_of(running.home, slot)) as path, Keeping.at(path) as control:
+        with pinned(running.home.engine_socket(slot)) as path, Keeping.at(path) as control:
             yield control
 
     with streaming(running) as answers:
         for _ in range(4):
             time.sleep(0.15)
             with (
-                Hasty.at(running.home.sockets / ADMIN) as gateway,
+                Hasty.at(running.home.admin_socket) as gateway,
                 Controller(
                     running.home, running.anchor, lambda *_: None, gateway=gateway,
                     engines=engines_of(running.home), connect=keeping,
@@ -307,7 +308,7 @@ def test_a_long_prompt_asked_again_is_answered_as_by_a_cold_engine(
     served = Path(read_served(running.home).directory)
     twin = running.home.root / "twin"
     deeper(served, twin)
-    with EngineControl.at(socket_of(running.home)) as engine:
+    with EngineControl.at(running.home.engine_socket(BLUE)) as engine:
         engine.pause(5.0)
         engine.load(str(twin), 30.0)
         engine.resume()
@@ -383,12 +384,12 @@ def test_a_load_that_fails_ends_on_the_old_version(
 
     @contextlib.contextmanager
     def faulty(slot: str) -> Iterator[EngineControl]:
-        with pinned(socket_of(running.home, slot)) as path, Faulty.at(path) as control:
+        with pinned(running.home.engine_socket(slot)) as path, Faulty.at(path) as control:
             yield control
 
     began = time.monotonic()
     with (
-        GatewayControl.at(running.home.sockets / ADMIN) as gateway,
+        GatewayControl.at(running.home.admin_socket) as gateway,
         Controller(
             running.home, running.anchor, lambda *_: None, gateway=gateway,
             engines=engines_of(running.home), connect=faulty,
@@ -409,10 +410,10 @@ def test_a_load_that_fails_ends_on_the_old_version(
 CONTROLLER = """
 import os, sys, time
 from pathlib import Path
-from agent.config import Home
-from deploy.serving.control import ADMIN, EngineControl, GatewayControl
+from agent.home import Home
+from deploy.serving.control import EngineControl, GatewayControl
 from deploy.serving.lease import Leases
-from deploy.serving.served import read_served, socket_of
+from deploy.serving.served import BLUE, read_served
 home, lease_s = Home.at(Path(sys.argv[1])), float(sys.argv[2])
 for line in sys.stdin:  # one controller for every line: a fork, which the test kills
     if os.fork():
@@ -420,8 +421,8 @@ for line in sys.stdin:  # one controller for every line: a fork, which the test 
         continue
     served = read_served(home)
     Leases(home).begin(served, served, lease_s=lease_s, now=time.time())
-    GatewayControl.at(home.sockets / ADMIN).hold(lease_s, 60.0)
-    EngineControl.at(socket_of(home)).pause(5.0)
+    GatewayControl.at(home.admin_socket).hold(lease_s, 60.0)
+    EngineControl.at(home.engine_socket(BLUE)).pause(5.0)
     print(os.getpid(), flush=True)
     time.sleep(600)
 """
@@ -435,7 +436,7 @@ def test_controllers_killed_in_the_pause_never_keep_it_past_the_lease(
     pipe = subprocess.PIPE
     with (
         subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as child,
-        EngineControl.at(socket_of(running.home)) as engine,
+        EngineControl.at(running.home.engine_socket(BLUE)) as engine,
         httpx.Client(base_url=running.endpoint, timeout=60) as client,
     ):
         assert child.stdin is not None

@@ -21,8 +21,9 @@ import psutil
 import pytest
 from tiny import tiny_model
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home
 from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
@@ -33,7 +34,7 @@ from deploy.serving.controller import Controller, connect
 from deploy.serving.engines import SupervisedEngines
 from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.probes import TOLERANCE, Probes, difference, read_probes, write_probes
-from deploy.serving.served import BLUE, Served, read_served, socket_of
+from deploy.serving.served import BLUE, Served, read_served
 from deploy.serving.watchdog import Watchdog
 from deploy.stack import Ports, services
 from deploy.supervise import Program
@@ -99,7 +100,7 @@ class Served2:
 
     def distance(self, digest: str) -> float:
         """How far the engine's answers of now are from the recorded ones of a version."""
-        with EngineControl.at(socket_of(self.home)) as engine:
+        with EngineControl.at(self.home.engine_socket(BLUE)) as engine:
             probes = read_probes(self.home, digest)
             ids = [engine.tokens(prompt) for prompt in probes.prompts]
             return difference(engine, "anchorage", ids, probes)
@@ -107,7 +108,7 @@ class Served2:
 
 def record_cold(home: Home, digest: str) -> None:
     """Ask the engine, which was just started with this digest."""
-    with EngineControl.at(socket_of(home)) as engine:
+    with EngineControl.at(home.engine_socket(BLUE)) as engine:
         assert engine.served() == "start"
         ids = [engine.tokens(prompt) for prompt in PROMPTS]
         expected = engine.top_logprobs("anchorage", ids, K, POSITIONS)
@@ -146,7 +147,7 @@ def moved(anchor: Anchor) -> Parameters:
 
 
 def test_the_socket_is_private(engine: Served2) -> None:
-    path = socket_of(engine.home)
+    path = engine.home.engine_socket(BLUE)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
     everywhere = [c for p in survivors(engine.home) for c in p.net_connections("inet")]
@@ -173,13 +174,13 @@ def test_a_reload_equals_a_cold_start(engine: Served2) -> None:
 @either_head
 def test_a_head_that_is_not_packed_again_is_found(engine: Served2) -> None:
     """Only a tied model has such a head; the verification fails exactly there."""
-    with EngineControl.at(socket_of(engine.home)) as control:
+    with EngineControl.at(engine.home.engine_socket(BLUE)) as control:
         control.pause(5.0)
         control.rpc("anchorage_load", engine.new.directory, False)
         control.resume()
     tied = not any("lm_head" in name for name in engine.anchor.names)
     assert (engine.distance(engine.new.digest) > TOLERANCE) == tied
-    with EngineControl.at(socket_of(engine.home)) as control:
+    with EngineControl.at(engine.home.engine_socket(BLUE)) as control:
         control.pause(5.0)
         assert control.load(engine.old.directory, 30.0) == engine.old.digest
         control.resume()
@@ -218,7 +219,7 @@ def test_an_engine_killed_in_the_load_comes_back_on_the_old_version(engine: Serv
 
     @contextmanager
     def dying(slot: str) -> Iterator[EngineControl]:
-        with pinned(socket_of(engine.home, slot)) as path, Dying.at(path) as control:
+        with pinned(engine.home.engine_socket(slot)) as path, Dying.at(path) as control:
             yield control
 
     outcome = engine.to(engine.new, connected=dying)
@@ -232,15 +233,15 @@ def test_an_engine_killed_in_the_load_comes_back_on_the_old_version(engine: Serv
 CONTROLLER = """
 import os, signal, sys
 from pathlib import Path
-from agent.config import Home
+from agent.home import Home
 from deploy.serving.control import EngineControl
 from deploy.serving.lease import Leases
-from deploy.serving.served import read_served, socket_of
+from deploy.serving.served import BLUE, read_served
 import time
 home = Home.at(Path(sys.argv[1]))
 served = read_served(home)
 Leases(home).begin(served, served, lease_s=float(sys.argv[2]), now=time.time())
-EngineControl.at(socket_of(home)).pause(5.0)
+EngineControl.at(home.engine_socket(BLUE)).pause(5.0)
 print("paused", flush=True)
 time.sleep(600)
 """
@@ -260,7 +261,7 @@ def test_a_controller_killed_in_the_pause_is_replaced_in_time(engine: Served2) -
         os.kill(child.pid, signal.SIGKILL)
     lease = Leases(engine.home).current()
     assert lease is not None
-    with EngineControl.at(socket_of(engine.home)) as control:
+    with EngineControl.at(engine.home.engine_socket(BLUE)) as control:
         assert control.paused()
         watchdog = Watchdog(
             engine.home,

@@ -27,12 +27,13 @@ from typing import Any, Final
 import psutil
 from rich.table import Table
 
-from agent.config import Home, Settings, load
+from agent.config import Settings, load
 from agent.errors import UserError
+from agent.home import Home
 from agent.learner.noise import Address
 from agent.store.weights import Parameters, export
 from deploy import stack
-from deploy.serving.served import BLUE, Served, socket_of
+from deploy.serving.served import BLUE, Served
 from deploy.stack import Ports, services
 from deploy.supervise import Program
 from flows.lab.bench import rollbacks
@@ -184,8 +185,8 @@ def _started(
 
 def _doors(home: Home, settings: Settings, endpoint: str) -> tuple[Target, Target]:
     """The engine's socket, asked as the gateway asks it, and the gateway."""
-    salt = {"cache_salt": "0" * 64}
-    return Target("engine", "http://engine", socket_of(home), salt), Target("gateway", endpoint)
+    engine = Target("engine", "http://engine", home.engine_socket(BLUE), {"cache_salt": "0" * 64})
+    return engine, Target("gateway", endpoint)
 
 
 async def _measure(

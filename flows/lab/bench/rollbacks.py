@@ -63,7 +63,7 @@ def _timed(
     advance: Callable[[int], None],
 ) -> dict[str, float]:
     service, served, whole = session.service, [], []
-    chosen = service.home.root / "serving.json"
+    chosen = service.home.serving_json
     for done in range(count):
         promote.promote(session, other.digest, "a bench")
         began = time.time()  # as files tell it

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agent.config import Home
+from agent.home import Home
 from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
 from deploy.serving.control import EngineControl, GatewayControl
@@ -27,7 +27,6 @@ from deploy.serving.served import (
     Served,
     read_served,
     read_slot,
-    socket_of,
     write_served,
 )
 from deploy.serving.watchdog import Watchdog
@@ -197,7 +196,7 @@ class World:
         self.records.append((event, digest))
 
     def watchdog(self) -> Watchdog:
-        by_socket = {socket_of(self.home, slot): slot for slot in SLOTS}
+        by_socket = {self.home.engine_socket(slot): slot for slot in SLOTS}
 
         def engine_at(path: Path) -> EngineControl:
             return EngineControl(httpx.MockTransport(self.engines[by_socket[path]].handle))

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from agent.config import Home
+from agent.home import Home
 from deploy.serving import swap
 from deploy.serving.controller import Controller
 from deploy.serving.lease import LeaseLostError, Leases

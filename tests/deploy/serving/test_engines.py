@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.config import Home
+from agent.home import Home
 from deploy.orphans import end, with_children
 from deploy.serving.control import ControlError, listener_of
 from deploy.serving.engines import ContainerEngines, engines_of
-from deploy.serving.served import BLUE, socket_of
+from deploy.serving.served import BLUE
 
 pytestmark = pytest.mark.proof
 
@@ -37,7 +37,7 @@ PLATFORM = 'while true; do "$0" -c "$1" "$2"; done'
 def home(tmp_path: Path) -> Iterator[Home]:
     home = Home.at(tmp_path / "h")
     home.sockets.mkdir()
-    argv = ["bash", "-c", PLATFORM, sys.executable, SERVER, str(socket_of(home))]
+    argv = ["bash", "-c", PLATFORM, sys.executable, SERVER, str(home.engine_socket(BLUE))]
     with subprocess.Popen(argv) as platform:
         yield home
         found = psutil.Process(platform.pid)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home
 from deploy.serving.lease import Lease, LeaseLostError, Leases
 from deploy.serving.served import Served
 

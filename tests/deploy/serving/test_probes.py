@@ -5,8 +5,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from agent.config import Home
 from agent.errors import UserError
+from agent.home import Home
 from deploy.serving.control import ControlError, EngineControl
 from deploy.serving.probes import (
     TOLERANCE,

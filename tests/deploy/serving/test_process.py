@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
 from agent.errors import UserError
+from agent.home import Home, write_atomically
 from deploy.serving import process
 from deploy.serving.served import (
     BLUE,
@@ -13,8 +14,6 @@ from deploy.serving.served import (
     Served,
     read_served,
     read_slot,
-    socket_of,
-    write_atomically,
     write_served,
     write_slot,
 )
@@ -50,7 +49,7 @@ def test_the_engine_reports_to_nobody(home: Home) -> None:
 
 
 def test_a_socket_gets_a_private_folder_and_no_old_file(home: Home) -> None:
-    path = socket_of(home)
+    path = home.engine_socket(BLUE)
     path.parent.mkdir(mode=0o755)
     path.write_text("left by a killed engine")
     assert process.private_socket(path) == path
@@ -90,6 +89,6 @@ def test_each_slot_loads_its_own(home: Home) -> None:
 
 def test_a_damaged_file_is_named(home: Home) -> None:
     for text in ("{", '{"digest": "a"}', '{"digest": "a", "directory": "b", "c": 1}'):
-        write_atomically(home.root / "serving.json", text)
+        write_atomically(home.serving_json, text)
         with pytest.raises(UserError, match="not a served version"):
             read_served(home)

@@ -262,7 +262,7 @@ def test_another_digest_than_the_directory_holds_is_refused(world: Any) -> None:
 
 
 def test_a_version_without_recorded_answers_is_refused(world: Any) -> None:
-    (world.home.root / "probes" / f"{world.new.digest}.json").unlink()
+    (world.home.probes_json(world.new.digest)).unlink()
     with pytest.raises(UserError, match="no cold engine's answers"):
         swap_in(world)
     assert world.settled() == world.old.digest

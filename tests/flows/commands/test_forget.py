@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.learner import es
 from agent.learner.drift import Prediction, measure
 from agent.learner.penalty import Penalty
@@ -47,7 +48,7 @@ def learn(service: Service, run_id: str, parent: str, uses: bool) -> str:
     if uses:
         used = service.experience.rows("gsm8k")
         service.experience.use(run_id, "train", used)
-        folder = service.home.runs / run_id
+        folder = service.home.run(run_id)
         folder.mkdir(parents=True)
         rows = [*(json.loads(str(row.example)) for row in used), {"question": "ours"}]
         (folder / "rows.json").write_text(json.dumps(rows))
@@ -131,7 +132,7 @@ def test_an_open_round_that_lost_rows_is_not_taken_up(service: Service) -> None:
         "0003-gsm8k", anchor_digest=parent, parent_digest=parent, target="gsm8k", run_seed=1,
         plan=PLAN, now=0.0,
     )  # fmt: skip
-    rows = service.home.runs / run.run_id / "rows.json"
+    rows = service.home.run(run.run_id) / "rows.json"
     rows.parent.mkdir()
     rows.write_text(json.dumps([{"question": SECRET}, {"question": "ours"}]))
     service.experience.use(run.run_id, "train", service.experience.rows("gsm8k")[:1])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
 from agent.errors import UserError
+from agent.home import Home
 from evaluators.runner import read_samples, write_samples
 from flows.commands.measure import RemoteModel, evaluate_model, rescore_table
 from flows.learn.evaluate import pools, unsealed

@@ -200,7 +200,7 @@ def look(*arguments: str) -> str:
 
 
 def rows_of(service, run_id):
-    rows = json.loads((service.home.runs / run_id / "rows.json").read_text())
+    rows = json.loads((service.home.run(run_id) / "rows.json").read_text())
     return [row["question"] for row in rows]
 
 

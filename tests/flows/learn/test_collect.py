@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.forget import rounds_of
 from agent.store.intake import text_hash

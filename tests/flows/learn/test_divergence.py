@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.config import Home, load
+from agent.config import load
+from agent.home import Home
 from agent.learner.es import members, step
 from agent.learner.penalty import Penalty
 from agent.population.pool import Population

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agent.config import Home, load
+from agent.config import load
 from agent.errors import UserError
+from agent.home import Home
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.pool import Population

@@ -6,10 +6,11 @@ from typing import get_args
 import pytest
 
 from agent import config
-from agent.config import Home, load
+from agent.config import load
 from agent.errors import UserError
 from agent.gateway.keys import Quota
 from agent.gateway.settings import GatewayOptions
+from agent.home import Home
 from deploy.serving.controller import Strategy
 from flows.serve.gateway_process import gateway_settings
 from flows.service import Service

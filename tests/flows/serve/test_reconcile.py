@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agent.config import Home, Settings
+from agent.config import Settings
 from agent.errors import UserError
+from agent.home import Home
 from agent.learner.noise import Address
 from agent.registry import DIGEST, NOTE, REVIEW
 from agent.store.weights import Anchor, Parameters, export

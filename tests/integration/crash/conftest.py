@@ -20,13 +20,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agent.config import Home, Settings
+from agent.config import Settings
+from agent.home import Home
 from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
-from deploy.serving.control import ADMIN, ControlError, EngineControl, GatewayControl
+from deploy.serving.control import ControlError, EngineControl, GatewayControl
 from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
-from deploy.serving.served import Served, read_served, socket_of, write_served
+from deploy.serving.served import BLUE, Served, read_served, write_served
 from flows.service import Service
 
 HERE = Path(__file__).parent
@@ -127,7 +128,7 @@ class Stack:
 
     def _keep_engine(self) -> None:
         """A container platform: an engine that ends is started again."""
-        argv = [HERE / "engine.py", self.home.root, socket_of(self.home), self.digests[0]]
+        argv = [HERE / "engine.py", self.home.root, self.home.engine_socket(BLUE), self.digests[0]]
         while not self._ended:
             self._engine = subprocess.Popen([sys.executable, "-SE", *map(str, argv)])
             self._engine.wait()
@@ -137,7 +138,7 @@ class Stack:
     def engine(self) -> str | None:
         """What the engine's weights are."""
         try:
-            with EngineControl.at(socket_of(self.home)) as engine:
+            with EngineControl.at(self.home.engine_socket(BLUE)) as engine:
                 asked = engine._ask("POST", "/v1/chat/completions", {})
                 told = asked["choices"][0]["message"]["content"]
                 return None if engine.paused() else told.partition("\n")[0]
@@ -147,7 +148,7 @@ class Stack:
     def gateway(self) -> str | None:
         """The version it stamps; None while it is held."""
         try:
-            with GatewayControl.at(self.home.sockets / ADMIN) as gateway:
+            with GatewayControl.at(self.home.admin_socket) as gateway:
                 state = gateway.state()
                 return None if state["held"] else state["version"]
         except ControlError:

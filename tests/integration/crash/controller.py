@@ -72,7 +72,7 @@ class StoppableService(Service):
 
     @cached_property
     def registry(self) -> Registry:
-        uri = f"sqlite:///{self.home.mlflow / 'mlflow.db'}"
+        uri = f"sqlite:///{self.home.mlflow_db}"
         registry = StoppableRegistry(uri, self.settings.model.name, self.home.mlflow)
         registry.here = self.here
         return registry

@@ -1,0 +1,329 @@
+"""The home of a service: the one folder it owns, the name of everything in it, and how files there
+are written and locked.
+
+Files beside a single round (``runs/<run>/...``) are named by ``flows``, which alone reads them.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from agent.errors import UserError
+
+LOCK_POLL_S = 0.01  # filelock polls; its default of 0.05 s would show in a swap
+FOREVER_S = -1.0
+
+
+@dataclass(frozen=True)
+class Home:
+    """The one folder a service owns, and the name of everything in it."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, root: Path | None = None) -> "Home":
+        """The given folder, else ``ANCHORAGE_HOME``, else ``.anchorage`` here; made private.
+
+        Raises:
+            UserError: The path is a file.
+        """
+        chosen = root or Path(os.environ.get("ANCHORAGE_HOME", ".anchorage"))
+        home = cls(chosen.expanduser().resolve())
+        try:
+            home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"home {str(home.root)!r} is a file; give a folder") from None
+        return home
+
+    # -- databases and settings ---------------------------------------------------------------
+
+    @property
+    def state_db(self) -> Path:
+        """SQLite: journal and ledger."""
+        return self.root / "state.db"
+
+    @property
+    def experience_db(self) -> Path:
+        """SQLite: interactions, rewards, feedback, keys (unless the settings give a URL)."""
+        return self.root / "experience.db"
+
+    @property
+    def settings_json(self) -> Path:
+        """The settings the running service was started with."""
+        return self.root / "settings.json"
+
+    @property
+    def salt(self) -> Path:
+        """This installation's secret, which decides the sealed draws; mode 0600."""
+        return self.root / "salt"
+
+    # -- learning and evaluation --------------------------------------------------------------
+
+    @property
+    def weights(self) -> Path:
+        """One Hugging Face directory per kept digest."""
+        return self.root / "weights"
+
+    @property
+    def snapshots(self) -> Path:
+        """Caches of delta; deleting them changes nothing."""
+        return self.root / "snapshots"
+
+    @property
+    def importance(self) -> Path:
+        """Weights of penalties, by sha256: what a replay of the rounds that used them needs."""
+        return self.root / "importance"
+
+    @property
+    def evaluations(self) -> Path:
+        """Per-sample tables, one folder per digest."""
+        return self.root / "evaluations"
+
+    @property
+    def runs(self) -> Path:
+        """One folder per round."""
+        return self.root / "runs"
+
+    def run(self, run_id: str) -> Path:
+        """The folder of one round: its rows, curve and report."""
+        return self.runs / run_id
+
+    @property
+    def round_lock(self) -> Path:
+        """Held by the process that runs a round: one at a time."""
+        return self.root / "round.lock"
+
+    @property
+    def verdict_lock(self) -> Path:
+        """Held by a loop from before its verdict until the promotion that follows has ended."""
+        return self.root / "verdict.lock"
+
+    # -- serving ------------------------------------------------------------------------------
+
+    @property
+    def serving_json(self) -> Path:
+        """The champion: what every engine that starts has to load."""
+        return self.root / "serving.json"
+
+    def slot_json(self, slot: str) -> Path:
+        """What the engine of a slot beside the active one has to load."""
+        return self.root / f"{slot}.json"
+
+    @property
+    def probes(self) -> Path:
+        """What a cold engine answered to fixed prompts, one file per digest."""
+        return self.root / "probes"
+
+    def probes_json(self, digest: str) -> Path:
+        """What a cold engine with this digest answered."""
+        return self.probes / f"{digest}.json"
+
+    @property
+    def swap_json(self) -> Path:
+        """The lease of the swap under way; absent when there is none."""
+        return self.root / "swap.json"
+
+    @property
+    def swap_lock(self) -> Path:
+        """Held while swap.json is read and replaced."""
+        return self.root / "swap.lock"
+
+    @property
+    def sockets(self) -> Path:
+        """Unix sockets, mode 0700."""
+        return self.root / "sockets"
+
+    def engine_socket(self, slot: str) -> Path:
+        """Where the engine of a slot listens."""
+        return self.sockets / f"{slot}.sock"
+
+    @property
+    def admin_socket(self) -> Path:
+        """Where the gateway takes hold, release and flip."""
+        return self.sockets / "gateway-admin.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        """Where supervisord takes its XML-RPC."""
+        return self.sockets / "super.sock"
+
+    # -- the stack of processes ---------------------------------------------------------------
+
+    @property
+    def supervisor_config(self) -> Path:
+        """supervisord's configuration; its command line names it, which is how it is known."""
+        return self.root / "supervisord.conf"
+
+    @property
+    def supervisor_pid(self) -> Path:
+        """Where supervisord writes its process id."""
+        return self.root / "supervisord.pid"
+
+    @property
+    def stack_json(self) -> Path:
+        """Addresses of the running stack and the environment its clients need."""
+        return self.root / "stack.json"
+
+    @property
+    def stack_lock(self) -> Path:
+        """Held by `up` and `down`."""
+        return self.root / "stack.lock"
+
+    @property
+    def logs(self) -> Path:
+        """One log per process."""
+        return self.root / "logs"
+
+    def log(self, name: str) -> Path:
+        """The log of one process."""
+        return self.logs / f"{name}.log"
+
+    @property
+    def vllm_cache(self) -> Path:
+        """vLLM's compiled kernels and the like."""
+        return self.root / "cache" / "vllm"
+
+    @property
+    def prefect(self) -> Path:
+        """Prefect's home."""
+        return self.root / "prefect"
+
+    # -- MLflow -------------------------------------------------------------------------------
+
+    @property
+    def mlflow(self) -> Path:
+        """MLflow's database and artifacts."""
+        return self.root / "mlflow"
+
+    @property
+    def mlflow_db(self) -> Path:
+        """SQLite: MLflow's runs and registered versions."""
+        return self.mlflow / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Plots, tables and models of MLflow."""
+        return self.mlflow / "artifacts"
+
+    @property
+    def aliases_json(self) -> Path:
+        """Which digests the champion alias in MLflow was last set to by this service."""
+        return self.root / "aliases.json"
+
+    @property
+    def aliases_lock(self) -> Path:
+        """Held while aliases are set, or compared with aliases.json."""
+        return self.root / "aliases.lock"
+
+    @property
+    def shown_lock(self) -> Path:
+        """Held by the process that writes rounds to MLflow."""
+        return self.root / "shown.lock"
+
+    # -- the demo and the study ---------------------------------------------------------------
+
+    @property
+    def demo(self) -> Path:
+        """The demo's own home, inside this one."""
+        return self.root / "demo"
+
+    def picture(self, name: str) -> Path:
+        """A plot made for a person."""
+        return self.root / f"{name}.png"
+
+
+# -- locks ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path, *, taken: str, wait_s: float = FOREVER_S) -> Iterator[None]:
+    """Hold a lock file, against other processes and against other calls of this one.
+
+    The system frees it when its holder dies. The file stays: removing it would let a process that
+    waits on the old file and one that makes a new file both hold the lock.
+
+    Args:
+        path: The lock file, one of those that ``Home`` names.
+        taken: The message when it stays taken: what is locked, and what is allowed.
+        wait_s: Longest wait for another holder; 0: none, below 0: forever.
+
+    Raises:
+        UserError: Another holder kept it for ``wait_s``.
+    """
+    lock = FileLock(path, timeout=wait_s, poll_interval=LOCK_POLL_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(taken) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody alive holds a lock file now."""
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str, *, durably: bool = True) -> None:
+    """Replace a file's content; a reader finds the old text or the new one, never a part.
+
+    Written beside it, flushed, renamed, then the folder is flushed: in this order a power cut
+    leaves the name on one of the two whole files. Without ``durably`` nothing is flushed: processes
+    that die change nothing, a power cut may.
+    """
+    beside = _write_beside(path, text, durably, 0o666)
+    beside.replace(path)
+    if durably:
+        flush_folder(path.parent)
+
+
+def create_once(path: Path, text: str) -> None:
+    """Make a file of mode 0600 with this content, whole from the start, unless it is there.
+
+    A link, not a rename: of two processes that make it at the same time, the second one changes
+    nothing, and both read the same content afterwards.
+    """
+    beside = _write_beside(path, text, True, 0o600)
+    try:
+        with suppress(FileExistsError):
+            os.link(beside, path)
+    finally:
+        beside.unlink()
+    flush_folder(path.parent)
+
+
+def _write_beside(path: Path, text: str, durably: bool, mode: int) -> Path:
+    """A new file in the folder of ``path``, with a name no other writer has."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if durably:
+            os.fsync(file.fileno())
+    return beside
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
