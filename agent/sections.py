@@ -3,12 +3,14 @@
 The defaults are for real models; `agent.config` reads them.
 """
 
+import ipaddress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class Section(BaseModel):
@@ -174,14 +176,33 @@ class GatewaySettings(Section):
     token_quota: str = Field(
         "", description="Tokens of one principal, such as '1000000/day'; empty: no limit."
     )
-    quota_storage: str = Field(
-        "async+memory://", description="Where rates and quotas are counted, a URL of `limits`."
-    )
     max_body_bytes: int = Field(1 << 20, gt=0, description="Largest body of a request.")
+    max_n: int = Field(
+        8, gt=0, description="Most choices of a request, prompts of a batch counted."
+    )
     max_in_flight: int = Field(64, gt=0, description="Requests inside the engine at once.")
     max_queued: int = Field(256, gt=0, description="Requests that may wait for such a place.")
     queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for such a place.")
     answer_timeout_s: float = Field(600.0, gt=0, description="Longest time for a whole answer.")
+    silence_timeout_s: float = Field(
+        120.0, gt=0, description="Longest silence of the engine, or of a client that reads."
+    )
+    retry_after_s: int = Field(2, ge=0, description="Retry-After of a 503, in seconds.")
+    verify_workers: int = Field(2, gt=0, description="Verifications at once.")
+    verify_timeout_s: float = Field(5.0, gt=0, description="Longest verification.")
+    capture_backlog: int = Field(
+        10_000, gt=0, description="Answers waiting to be stored; more are counted and dropped."
+    )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the endpoint."""
+        if self.host in LOOPBACK_NAMES:
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 class EngineSettings(Section):

@@ -1,4 +1,4 @@
-"""Answers as bytes: stamped with the version that generated them, and read for capture. No I/O."""
+"""The engine's answers as bytes: stamped with a version, cut into events, read for capture."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from agent.store.experience import Answer
 # Inside a JSON string every quote is escaped, so an unescaped match is a key of the answer itself.
 FINGERPRINT = b'"system_fingerprint"'
 VALUE = re.compile(rb'\s*:\s*(?:null|"[^"\\]*")')
-SOME_CHOICE = b'"choices":[{'  # as the engine writes it: no need to look any closer
+SOME_CHOICE = b'"choices":[{'  # as the engine writes it; spares the slower pattern below
 ABORTED = re.compile(rb'(?<!\\)"finish_reason"\s*:\s*"abort"')
 NO_CHOICES = re.compile(rb'(?<!\\)"choices"\s*:\s*\[\s*\]')
 DONE = b"data: [DONE]"
@@ -21,7 +21,7 @@ MAX_EVENT_BYTES = 4 << 20  # an event longer than this is not an answer of this 
 
 
 class BrokenStreamError(Exception):
-    """The engine sent something that is no stream of events, or broke off."""
+    """The engine broke off, or sent no stream of events."""
 
 
 def stamp(body: bytes, version: str) -> bytes:
@@ -51,7 +51,7 @@ def is_usage(event: bytes) -> bool:
 
 
 def error_event(message: str, code: str) -> bytes:
-    """How a stream that has begun says that it failed."""
+    """The error event that ends a stream which has begun."""
     return b"data: " + error_body(message, "server_error", code=code)
 
 
@@ -80,7 +80,7 @@ class Draft:
 
 @dataclass(slots=True)
 class Answered:
-    """What an answer said, gathered from its JSON or from its stream."""
+    """An answer's id, token counts and text, gathered from its JSON or from its stream."""
 
     response_id: str | None = None
     prompt_tokens: int = 0

@@ -1,4 +1,4 @@
-"""The endpoint: ``create_app`` puts the parts together."""
+"""The endpoint's public application: ``create_app`` puts the parts of a gateway together."""
 
 import asyncio
 import time
@@ -13,15 +13,15 @@ from starlette.types import ASGIApp
 
 from agent.errors import UserError
 from agent.gateway import paths
+from agent.gateway.allow_list import ONE_MODEL, AllowList, PublicPath
 from agent.gateway.capture import Capture, Verifier, Verify
-from agent.gateway.doorkeeper import ONE_MODEL, Door, Doorkeeper
+from agent.gateway.exchange import GatewayParts, KeptVersions
 from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
-from agent.gateway.paths import GatewayParts, Kept
-from agent.gateway.requests import read_chat, read_completion
-from agent.gateway.settings import GatewayOptions
-from agent.gateway.upstream import TransportLine, Upstream
+from agent.gateway.requests import ServedModel, read_chat, read_completion
+from agent.gateway.upstream import CONNECT_TIMEOUT_S, TransportLine, Upstream
+from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore
 from agent.store.forget import expire
 
@@ -31,7 +31,8 @@ DAY_S = 86_400.0
 
 
 def create_app(
-    settings: GatewayOptions,
+    settings: GatewaySettings,
+    model: ServedModel,
     *,
     upstream: httpx.AsyncBaseTransport | Path,
     verify: Verify,
@@ -39,13 +40,13 @@ def create_app(
     version: str,
     keys: KeyStore | None = None,
     recover: Recover | None = None,
-    kept: Kept = tuple,
+    kept: KeptVersions = tuple,
 ) -> Starlette:
-    """The public application; its ``state.service`` is what ``admin.create_admin`` works on.
+    """The public application; its ``state.parts`` is what ``admin.create_admin`` works on.
 
-    upstream: the engine's socket, or a transport that plays the engine. verify: see
-    ``verify.Verify``. version: digest of the weights the engine serves now. keys: where None, those
-    of ``experience``; beyond this machine there must be one from the start. recover: called with
+    upstream: the engine's socket, or a transport in its place. verify: see ``capture.Verify``.
+    version: digest of the weights the engine serves now. keys: where None, those of
+    ``experience``; beyond this machine there must be one from the start. recover: called with
     that digest when a hold runs out; it restores the engine and returns the digest served then.
     kept: digests to list beside the champion. UserError where the settings contradict each other.
     """
@@ -53,8 +54,9 @@ def create_app(
     if not settings.loopback and not keys.list_keys():
         raise UserError(f"host: {settings.host} without keys; allowed: 127.0.0.1, or create a key")
     metrics = Metrics()
-    service = GatewayParts(
+    parts = GatewayParts(
         settings=settings,
+        model=model,
         admission=_admission(settings, Route(version, _upstream(settings, upstream)), metrics),
         capture=Capture(
             experience,
@@ -63,39 +65,36 @@ def create_app(
             on_verdict=metrics.verdict,
             on_drop=metrics.dropped.inc,
         ),
-        quota=Quota(settings.rate, settings.token_quota, settings.quota_storage),
+        quota=Quota(settings.rate, settings.token_quota),
         metrics=metrics,
         store=experience,
         keys=keys,
         kept=kept,
     )
-    service.admission.recover = recover
-    _watch(service)
-    return Endpoint(service)
+    parts.admission.recover = recover
+    _watch(parts)
+    return GatewayApp(parts)
 
 
-def engine_at(settings: GatewayOptions, socket: Path) -> Upstream:
+def engine_at(settings: GatewaySettings, socket: Path) -> Upstream:
     """An engine behind a socket, with the gateway's timeouts."""
     return Upstream.at(
         socket,
-        connect_timeout_s=settings.connect_timeout_s,
-        idle_timeout_s=settings.idle_timeout_s,
+        silence_timeout_s=settings.silence_timeout_s,
         retry_after_s=settings.retry_after_s,
     )
 
 
-def _upstream(settings: GatewayOptions, engine: httpx.AsyncBaseTransport | Path) -> Upstream:
+def _upstream(settings: GatewaySettings, engine: httpx.AsyncBaseTransport | Path) -> Upstream:
     if isinstance(engine, Path):
         return engine_at(settings, engine)
     timeout = httpx.Timeout(
-        settings.idle_timeout_s,
-        connect=settings.connect_timeout_s,
-        pool=settings.connect_timeout_s,
+        settings.silence_timeout_s, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S
     )
     return Upstream(TransportLine(engine, timeout), settings.retry_after_s)
 
 
-def _admission(settings: GatewayOptions, route: Route, metrics: Metrics) -> Admission:
+def _admission(settings: GatewaySettings, route: Route, metrics: Metrics) -> Admission:
     return Admission(
         route=route,
         max_in_flight=settings.max_in_flight,
@@ -107,69 +106,70 @@ def _admission(settings: GatewayOptions, route: Route, metrics: Metrics) -> Admi
     )
 
 
-def _watch(service: GatewayParts) -> None:
-    gate, watch = service.admission, service.metrics.watch
-    watch("in_flight", "Requests inside the engine", lambda: gate.in_flight)
-    watch("queued", "Requests waiting to enter", lambda: gate.queued)
-    watch("paused", "1 while a swap holds the door", lambda: gate.lease is not None)
-    watch("capture_backlog", "Rows and verdicts not yet written", lambda: service.capture.backlog)
+def _watch(parts: GatewayParts) -> None:
+    admission, watch = parts.admission, parts.metrics.watch
+    watch("in_flight", "Requests inside the engine", lambda: admission.in_flight)
+    watch("queued", "Requests waiting to enter", lambda: admission.queued)
+    watch("paused", "1 while a swap holds admission", lambda: admission.lease is not None)
+    watch("capture_backlog", "Rows and verdicts not yet written", lambda: parts.capture.backlog)
 
 
-DOORS = {
-    b"/v1/chat/completions": Door("chat.completions", "POST", paths.completer(read_chat)),
-    b"/v1/completions": Door("completions", "POST", paths.completer(read_completion)),
-    b"/v1/models": Door("models", "GET", paths.list_models),
-    ONE_MODEL: Door("model", "GET", paths.one_model),
-    b"/v1/feedback": Door("feedback", "POST", paths.give_feedback),
-    b"/v1/rewards": Door("rewards", "GET", paths.list_rewards),
-    b"/healthz": Door("healthz", "GET", paths.health),
-    b"/metrics": Door("metrics", "GET", paths.metrics_text),
-    b"/openapi.json": Door("openapi", "GET", paths.description),
+PUBLIC_PATHS = {
+    b"/v1/chat/completions": PublicPath("chat.completions", "POST", paths.completer(read_chat)),
+    b"/v1/completions": PublicPath("completions", "POST", paths.completer(read_completion)),
+    b"/v1/models": PublicPath("models", "GET", paths.list_models),
+    ONE_MODEL: PublicPath("model", "GET", paths.one_model),
+    b"/v1/feedback": PublicPath("feedback", "POST", paths.give_feedback),
+    b"/v1/rewards": PublicPath("rewards", "GET", paths.list_rewards),
+    b"/healthz": PublicPath("healthz", "GET", paths.health),
+    b"/metrics": PublicPath("metrics", "GET", paths.metrics_text),
+    b"/openapi.json": PublicPath("openapi", "GET", paths.description),
 }
 
 
-class Endpoint(Starlette):
-    """Its begin, its end and its state are Starlette's; who gets where is the doorkeeper's."""
+class GatewayApp(Starlette):
+    """Starlette's lifespan and state around an ``AllowList``, which does the routing."""
 
-    def __init__(self, service: GatewayParts) -> None:
+    def __init__(self, parts: GatewayParts) -> None:
         super().__init__(lifespan=_lifespan)
-        self.state.service = service
+        self.state.parts = parts
 
     def build_middleware_stack(self) -> ASGIApp:
-        """One layer: the doorkeeper finds the path, and answers every error in OpenAI's shape."""
-        service: GatewayParts = self.state.service
-        return Doorkeeper(
+        """One layer in place of Starlette's own: fewer calls for each request."""
+        parts: GatewayParts = self.state.parts
+        return AllowList(
             self.router,
-            DOORS,
-            metrics=service.metrics,
-            version=lambda: service.admission.route.version,
-            loopback_only=lambda: service.keys.open,
+            PUBLIC_PATHS,
+            metrics=parts.metrics,
+            version=lambda: parts.admission.route.version,
+            loopback_only=lambda: parts.keys.open,
         )
 
 
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    service: GatewayParts = app.state.service
-    await service.capture.start()
+    """Order at the end: admission ends, then rows are written, then engines let go."""
+    parts: GatewayParts = app.state.parts
+    await parts.capture.start()
     background = [
-        asyncio.create_task(_retention(service)),
-        asyncio.create_task(service.keys.until_closed()),
+        asyncio.create_task(_retention(parts)),
+        asyncio.create_task(parts.keys.until_closed()),
     ]
     try:
         yield
     finally:
         for task in background:
             task.cancel()
-        service.admission.drain()
-        await service.capture.stop(STOP_S)
-        for route in (service.admission.route, *service.admission.warm.values()):
+        parts.admission.drain()
+        await parts.capture.stop(STOP_S)
+        for route in (parts.admission.route, *parts.admission.warm.values()):
             await route.upstream.close()
 
 
-async def _retention(service: GatewayParts) -> None:
+async def _retention(parts: GatewayParts) -> None:
     """Delete what is older than the settings allow, now and every hour."""
-    while service.settings.retention_days:
-        before = time.time() - service.settings.retention_days * DAY_S
+    while True:
+        before = time.time() - parts.settings.retention_days * DAY_S
         with suppress(SQLAlchemyError):  # a busy database is tried again an hour later
-            await asyncio.to_thread(expire, service.store, before)
+            await asyncio.to_thread(expire, parts.store, before)
         await asyncio.sleep(RETENTION_EVERY_S)

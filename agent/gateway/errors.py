@@ -1,6 +1,7 @@
-"""Errors in OpenAI's shape, so that every OpenAI client raises its own exception for them.
+"""What ends a request before its answer: errors in OpenAI's shape, and clients that disconnect.
 
-Clients that leave: work for them stops at once.
+OpenAI clients turn the errors into their own exceptions; work for a client that has left is
+cancelled at once.
 """
 
 import asyncio
@@ -12,51 +13,6 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before its answer was complete."""
-
-
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, or stop at once when the client closes the connection.
-
-    The work runs in the caller's task, which the watching one cancels.
-    """
-    worker = asyncio.current_task()
-    assert worker is not None
-    left = False
-
-    def stop(watch: "asyncio.Task[None]") -> None:
-        nonlocal left
-        if not watch.cancelled():
-            left = True
-            worker.cancel()
-
-    watch = asyncio.create_task(gone(receive))
-    watch.add_done_callback(stop)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if left and not worker.uncancel():
-            raise ClientGoneError from None
-        raise
-    finally:
-        watch.remove_done_callback(stop)
-        watch.cancel()
-
-
-async def gone(receive: Receive) -> None:
-    """Return when the client has closed the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def cancelled(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel tasks and wait until they have ended, whatever their outcome."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class ApiError(Exception):
@@ -96,3 +52,55 @@ def unavailable(message: str, code: str, retry_after_s: int) -> ApiError:
 def bad_gateway(message: str, code: str) -> ApiError:
     """502: the engine failed inside this request."""
     return ApiError(502, message, kind="server_error", code=code)
+
+
+def answer_timeout() -> ApiError:
+    """504: the whole answer took longer than ``gateway.answer_timeout_s``."""
+    return ApiError(504, "the answer took too long", kind="server_error", code="answer_timeout")
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, or ClientGoneError as soon as the client closes the connection.
+
+    The work runs in the caller's task and a second task waits for the disconnect, which then
+    cancels the first: one task fewer than running both beside the caller. ``uncancel`` tells that
+    cancellation from one that came from outside, which is passed on.
+    """
+    worker = asyncio.current_task()
+    assert worker is not None
+    left = False
+
+    def stop(watch: "asyncio.Task[None]") -> None:
+        nonlocal left
+        if not watch.cancelled():
+            left = True
+            worker.cancel()
+
+    watch = asyncio.create_task(gone(receive))
+    watch.add_done_callback(stop)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left and not worker.uncancel():
+            raise ClientGoneError from None
+        raise
+    finally:
+        watch.remove_done_callback(stop)
+        watch.cancel()
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def cancelled(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel tasks and wait until they have ended, whatever their outcome."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -12,34 +13,40 @@ from starlette.types import Receive
 
 from agent.gateway.answers import Answered, aborted, stamp
 from agent.gateway.capture import Capture
-from agent.gateway.errors import ApiError, bad_gateway, unavailable, until_gone
+from agent.gateway.errors import ApiError, answer_timeout, bad_gateway, unavailable, until_gone
 from agent.gateway.hold import Admission, Route, Ticket
-from agent.gateway.keys import Principal, Quota
+from agent.gateway.keys import KeyStore, Principal, Quota
 from agent.gateway.metrics import Metrics
-from agent.gateway.requests import Call
-from agent.gateway.settings import GatewayOptions
+from agent.gateway.requests import Call, ServedModel
 from agent.gateway.upstream import Reply
-from agent.store.experience import Interaction, Status
+from agent.sections import GatewaySettings
+from agent.store.experience import ExperienceStore, Interaction, Status
 
 PIN_CHARACTERS = 12  # shortest digest prefix in `name@digest`
 
+KeptVersions = Callable[[], Sequence[str]]  # digests whose weights are on disk
+
 
 @dataclass(slots=True)
-class Gateway:
-    """The parts one request needs."""
+class GatewayParts:
+    """The parts of one gateway; its handlers find them as ``app.state.parts``."""
 
-    settings: GatewayOptions
+    settings: GatewaySettings
+    model: ServedModel
     admission: Admission
     capture: Capture
     quota: Quota
     metrics: Metrics
+    store: ExperienceStore
+    keys: KeyStore
+    kept: KeptVersions
 
 
 @dataclass(slots=True)
 class Exchange:
     """One request's state. ``close`` gives everything back and may be called at any moment."""
 
-    gateway: Gateway
+    parts: GatewayParts
     call: Call
     principal: Principal
     inference_id: str
@@ -55,11 +62,11 @@ class Exchange:
 
         ApiError where there is none; ClientGoneError when the client left first.
         """
-        self.gateway.capture.begin(self.inference_id)
+        self.parts.capture.begin(self.inference_id)
         try:
             return await until_gone(receive, self._ask())
         except BaseException as error:
-            if self._failed(error):
+            if self._engine_failed(error):
                 self.finish("error")
             self.close()
             if self.reply is not None:
@@ -75,51 +82,53 @@ class Exchange:
     def close(self) -> None:
         """Leave the engine; nothing more will be recorded."""
         if self.ticket is not None:
-            self.gateway.admission.leave(self.ticket)
+            self.parts.admission.leave(self.ticket)
         if not self.recorded:
             self.recorded = True
-            self.gateway.capture.end(self.inference_id)
+            self.parts.capture.end(self.inference_id)
 
     def finish(self, status: Status) -> None:
-        """Record what was answered, and leave the engine."""
+        """Record the answer, and leave the engine."""
         if self.recorded:
             return
         self.recorded = True
         row = self._row(status)
-        self.gateway.capture.submit(row, self.call)
-        self.gateway.metrics.tokens.labels("prompt").inc(row.prompt_tokens)
-        self.gateway.metrics.tokens.labels("completion").inc(row.completion_tokens)
-        self.gateway.quota.spend(self.principal.owner, row.prompt_tokens + row.completion_tokens)
+        self.parts.capture.submit(row, self.call)
+        self.parts.metrics.tokens.labels("prompt").inc(row.prompt_tokens)
+        self.parts.metrics.tokens.labels("completion").inc(row.completion_tokens)
+        self.parts.quota.spend(self.principal.owner, row.prompt_tokens + row.completion_tokens)
         self.close()
 
     def first_event(self) -> None:
         """Note how long a stream took to begin."""
-        self.gateway.metrics.first_token.observe(time.perf_counter() - self.began)
+        self.parts.metrics.first_token.observe(time.perf_counter() - self.began)
 
-    def unmixed(self) -> None:
+    def refuse_mixed(self) -> None:
         """ApiError when the weights changed while this answer was generated."""
         assert self.ticket is not None
         if self.ticket.mixed:
-            raise unavailable(
-                "the weights changed during this answer",
-                "version_changed",
-                self.gateway.settings.retry_after_s,
-            )
+            message = "the weights changed during this answer"
+            raise unavailable(message, "version_changed", self.parts.settings.retry_after_s)
 
-    def _failed(self, error: BaseException) -> bool:
+    def _engine_failed(self, error: BaseException) -> bool:
         """Whether the engine failed this request, rather than the client or a swap."""
         inside = self.ticket is not None and not self.ticket.mixed
         return inside and isinstance(error, ApiError) and error.status >= 500
 
     async def _ask(self) -> Response | None:
-        self._chosen()  # what nobody serves need not wait for a place
-        self.ticket = await self.gateway.admission.enter()
-        self.ticket.route = self._chosen()
+        """Wait for a place, then ask the engine.
+
+        The route is looked up twice: before, so that a model that is not served needs no place in
+        the queue, and after, because a swap may have ended while the request waited.
+        """
+        self._requested_route()
+        self.ticket = await self.parts.admission.enter()
+        self.ticket.route = self._requested_route()
         try:
-            async with asyncio.timeout(self.gateway.settings.answer_timeout_s):
+            async with asyncio.timeout(self.parts.settings.answer_timeout_s):
                 content = await self._send(self._body())
         except TimeoutError:
-            raise too_long() from None
+            raise answer_timeout() from None
         if content is None:
             return None
         assert self.reply is not None
@@ -136,36 +145,43 @@ class Exchange:
         except httpx.HTTPError as error:
             raise upstream.failure(error) from error
 
-    def _chosen(self) -> Route:
+    def _requested_route(self) -> Route:
         """The champion, or the version asked for by ``name@digest`` if an engine holds it."""
         name, _, pin = self.call.model.rpartition("@")
-        current = self.gateway.admission.route
-        if self.call.model == self.gateway.settings.model:
+        current = self.parts.admission.route
+        if self.call.model == self.parts.model.name:
             return current
-        if name == self.gateway.settings.model and len(pin) >= PIN_CHARACTERS:
-            for route in (current, *self.gateway.admission.warm.values()):
+        if name == self.parts.model.name and len(pin) >= PIN_CHARACTERS:
+            for route in (current, *self.parts.admission.warm.values()):
                 if route.version.startswith(pin):
                     return route
         raise unknown_model(self.call.model)
 
     def _body(self) -> bytes:
-        """The request for the engine: its own model name, and a cache nobody else shares."""
+        """The request for the engine, with the engine's model name and a salt of its cache.
+
+        The salt keeps cached prefixes apart by version, because a change of weights does not clear
+        them, and by principal, so that the time an answer takes shows nothing of others' prompts.
+        """
         salt = f"{self.route.version}\0{self.principal.owner}".encode()
         extra = {
-            "model": self.gateway.settings.upstream_model,
+            "model": self.parts.model.upstream_name,
             "cache_salt": hashlib.sha256(salt).hexdigest(),
         }
         return orjson.dumps({**self.call.payload, **extra})
 
     def _whole(self, status: int, content: bytes) -> Response:
+        """The stamped answer; ApiError where the engine refused, failed or broke off.
+
+        An engine that is paused in abort mode reports success with ``finish_reason`` abort.
+        """
         if status != httpx.codes.OK:
             raise engine_error(status, content)
         if aborted(content):
             self.finish("error")
-            raise unavailable(
-                "the engine broke off", "aborted", self.gateway.settings.retry_after_s
-            )
-        self.unmixed()
+            retry_after_s = self.parts.settings.retry_after_s
+            raise unavailable("the engine broke off", "aborted", retry_after_s)
+        self.refuse_mixed()
         try:
             self.answered.read(orjson.loads(content), text=self.call.captures_text)
         except (ValueError, TypeError, AttributeError) as error:
@@ -184,7 +200,7 @@ class Exchange:
             inference_id=self.inference_id,
             created=self.created,
             endpoint=self.call.endpoint,
-            model=self.gateway.settings.model,
+            model=self.parts.model.name,
             version=self.route.version,
             principal=self.principal.owner,
             status=status,
@@ -196,27 +212,22 @@ class Exchange:
         )
 
 
-def unknown_model(asked: str) -> ApiError:
+def unknown_model(name: str) -> ApiError:
     """OpenAI's answer for a model that is not there."""
     return ApiError(
         404,
-        f"The model `{asked}` does not exist or is not being served.",
+        f"The model `{name}` does not exist or is not being served.",
         param="model",
         code="model_not_found",
     )
 
 
 def engine_error(status: int, content: bytes) -> ApiError:
-    """The engine's own refusal in OpenAI's shape; its inner failures stay inside."""
+    """The engine's own refusal in OpenAI's shape; its inner failures are not passed on."""
     if status < 400 or status >= 500:
         return bad_gateway("the engine failed", "engine_failed")
     try:
-        told = orjson.loads(content)["error"]
-        return ApiError(status, str(told["message"]), param=told.get("param"))
+        error = orjson.loads(content)["error"]
+        return ApiError(status, str(error["message"]), param=error.get("param"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return ApiError(status, "the engine refused the request")
-
-
-def too_long() -> ApiError:
-    """Of the whole answer."""
-    return ApiError(504, "the answer took too long", kind="server_error", code="answer_timeout")

@@ -1,4 +1,4 @@
-"""Which fields a request may have: an allow-list, checked before anything reaches the engine.
+"""The fields a request may have: an allow-list, checked before anything reaches the engine.
 
 The engine accepts far more (templates, media addresses, engine-internal switches); what is not
 written here is refused. Values are checked, then passed on as the client wrote them.
@@ -109,7 +109,7 @@ class JsonSchema(Strict):
 
 
 class SchemaFormat(Strict):
-    """JSON after a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema

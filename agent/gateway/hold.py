@@ -1,7 +1,8 @@
-"""Admission: who may enter the engine now, and which version answers.
+"""Admission: how many requests are inside the engine, and which version answers them.
 
-Open: up to ``max_in_flight`` requests are inside, a bounded queue waits. Held: nobody enters, so
-that no answer spans two versions. A hold is a lease: a controller that dies cannot keep it.
+Open: up to ``max_in_flight`` requests are inside, a bounded queue waits. Held: no request enters,
+so that no answer spans two versions. A hold is a lease that runs out: a controller that dies
+cannot keep it.
 """
 
 import asyncio
@@ -19,12 +20,12 @@ Recover = Callable[[str], Awaitable[str]]  # the version before the hold -> the 
 
 
 class HoldConflictError(Exception):
-    """The hold is not the caller's, or there is none, or answers are still being generated."""
+    """The hold is another caller's, or there is none, or answers are still being generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where requests go, and whose answers come back."""
+    """An engine, and the digest of the weights it answers with."""
 
     version: str  # digest
     upstream: Upstream
@@ -32,7 +33,7 @@ class Route:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request's place inside; ``mixed`` when its engine got other weights meanwhile."""
+    """A request's place in the engine; ``mixed`` when that got other weights meanwhile."""
 
     route: Route
     mixed: bool = False
@@ -40,7 +41,7 @@ class Ticket:
 
 @dataclass(slots=True)
 class HoldLease:
-    """One hold, and until when."""
+    """One hold, and when it runs out."""
 
     id: str
     began: float  # loop time, s
@@ -51,7 +52,7 @@ class HoldLease:
 
 @dataclass(slots=True)
 class Admission:
-    """The gate in front of the engine. Everything runs on one event loop, so nothing is locked."""
+    """Admission to the engine. Everything runs on one event loop, so nothing is locked."""
 
     route: Route
     max_in_flight: int
@@ -59,8 +60,10 @@ class Admission:
     queue_timeout_s: float
     retry_after_s: int
     recover: Recover | None = None
-    on_pause: Callable[[float], None] = lambda _seconds: None  # told the length of each hold
-    on_mixed: Callable[[], None] = lambda: None  # told of each answer that spans two versions
+    on_pause: Callable[[float], None] = lambda _seconds: (
+        None
+    )  # called with the length of each hold, s
+    on_mixed: Callable[[], None] = lambda: None  # called for each answer that spans two versions
     lease: HoldLease | None = None
     draining: bool = False
     warm: dict[str, Route] = field(default_factory=dict)  # other versions with an engine running
@@ -71,7 +74,7 @@ class Admission:
 
     @property
     def held(self) -> bool:
-        """Whether a lease keeps everybody out."""
+        """Whether a lease keeps all requests out."""
         return self.lease is not None
 
     @property
@@ -89,7 +92,11 @@ class Admission:
         return dict(Counter(ticket.route.version for ticket in self._inside))
 
     async def enter(self) -> Ticket:
-        """Wait for a place; ApiError 503 when draining, or the queue is full or slow."""
+        """Wait for a place; ApiError 503 when draining, or the queue is full or slow.
+
+        A request that stops waiting may have been let in at the same moment: ``_give_up`` then
+        gives the place back.
+        """
         if self.draining:
             raise unavailable("the service is shutting down", "draining", self.retry_after_s)
         if self._open() and not self._queue:
@@ -117,11 +124,11 @@ class Admission:
             self._let_in()
 
     async def hold(self, max_wait_s: float, deadline_s: float, *, wait: bool = True) -> str:
-        """Admit nobody and wait until nobody is inside; the lease's id.
+        """Admit no request and wait until none is inside; the lease's id.
 
         HoldConflictError, with admission open again, when answers take longer than ``max_wait_s``.
-        ``wait=False`` is for engines that keep running requests over the swap: whoever is inside
-        is failed and counted, because nobody here can tell which weights end its answer.
+        ``wait=False`` is for engines that keep running requests over the swap: those inside fail
+        and are counted, because which weights end their answers cannot be known here.
         """
         if self.held:
             raise HoldConflictError("held by another lease")
@@ -144,23 +151,17 @@ class Admission:
             raise HoldConflictError("the lease ran out while waiting")
         return lease.id
 
-    def renew(self, lease_id: str, deadline_s: float) -> None:
-        """Move the deadline of a hold."""
-        lease = self._mine(lease_id)
-        lease.timer.cancel()
-        self._arm(lease, deadline_s)
-
     def release(
         self, version: str, lease_id: str | None = None, to: Upstream | None = None
     ) -> None:
         """Stamp the version that answers from now on, and open.
 
-        Without a hold only the version already served is accepted: a controller that comes too late
-        learns so.
+        Without a hold only the version already served is accepted, so that a controller whose hold
+        ran out gets a HoldConflictError.
         """
         if self.lease is None and lease_id is None and version == self.route.version:
             return
-        self._release(self._mine(lease_id), Route(version, to or self.route.upstream))
+        self._release(self._own(lease_id), Route(version, to or self.route.upstream))
 
     def flip(self, version: str, to: Upstream) -> None:
         """Send new requests to another engine; those inside end where they began (blue/green)."""
@@ -171,14 +172,8 @@ class Admission:
         if before.upstream is not to:
             self.warm[before.version] = before
 
-    def retire(self, version: str) -> Route:
-        """Forget a warm engine; its running answers end, new ones are refused."""
-        if version not in self.warm:
-            raise HoldConflictError(f"version {version[:12]} has no warm engine")
-        return self.warm.pop(version)
-
     def drain(self) -> None:
-        """Refuse whoever comes or waits; those inside end."""
+        """Refuse requests that arrive or wait; those inside end."""
         self.draining = True
         error = unavailable("the service is shutting down", "draining", self.retry_after_s)
         while self._queue:
@@ -201,7 +196,7 @@ class Admission:
                 place.set_result(self._admit())
 
     def _give_up(self, place: "asyncio.Future[Ticket]") -> None:
-        """A waiter that stops waiting may have been let in at the same moment."""
+        """Leave the queue, or give back the place that was given at the same moment."""
         if place.done() and not place.cancelled() and place.exception() is None:
             self.leave(place.result())
         elif place in self._queue:
@@ -225,11 +220,11 @@ class Admission:
         lease.deadline = loop.time() + deadline_s
         lease.timer = loop.call_later(deadline_s, self._run_out, lease, deadline_s)
 
-    def _mine(self, lease_id: str | None) -> HoldLease:
+    def _own(self, lease_id: str | None) -> HoldLease:
         if self.lease is None:
             raise HoldConflictError("nothing is held")
         if self.lease.recovering or lease_id not in (None, self.lease.id):
-            raise HoldConflictError("the lease is not yours any more")
+            raise HoldConflictError("the lease is another caller's, or ran out")
         return self.lease
 
     def _release(self, lease: HoldLease, route: Route) -> None:
@@ -237,7 +232,7 @@ class Admission:
         self._end(lease)
 
     def _serve(self, route: Route) -> None:
-        """From now on this version answers; whoever is inside its engine with another is mixed."""
+        """From now on this version answers; requests inside its engine with another are mixed."""
         for ticket in self._inside:
             same_engine = ticket.route.upstream is route.upstream
             ticket.mixed |= same_engine and ticket.route.version != route.version
@@ -255,7 +250,7 @@ class Admission:
         self._let_in()
 
     def _run_out(self, lease: HoldLease, again_s: float) -> None:
-        """The controller is late: ask for recovery, or go on with the version before the hold."""
+        """The deadline passed: ask for recovery, or go on with the version before the hold."""
         if self.lease is not lease:
             return
         LOG.warning("hold ran out", extra={"fields": {"version": self.route.version[:12]}})
@@ -269,7 +264,7 @@ class Admission:
         task.add_done_callback(self._tasks.discard)
 
     async def _recovered(self, lease: HoldLease, again_s: float) -> None:
-        """Stay held until somebody outside says which version is served; ask again on failure."""
+        """Stay held until ``recover`` returns the version served now; ask again on failure."""
         assert self.recover is not None
         try:
             version = await self.recover(self.route.version)

@@ -1,6 +1,7 @@
-"""Who asks: keys with scopes, only their hashes kept, compared in constant time.
+"""API keys and quotas: who asks, what the key allows, and how much its owner may ask for.
 
-How much one principal may ask for: requests by rate, tokens by quota (the `limits` library).
+A key has scopes and belongs to a principal; only its hash is kept, compared in constant time.
+Requests are limited by rate and tokens by quota, both by principal, with the `limits` library.
 """
 
 import asyncio
@@ -23,65 +24,10 @@ from agent.gateway.errors import ApiError
 from agent.store.experience import ExperienceStore
 from agent.store.experience_db import keys
 
-
-class Quota:
-    """Counts in memory, or in a shared storage the library knows by URL.
-
-    The rate slides; tokens are counted in fixed windows, because only those also count what goes
-    beyond the limit: the length of an answer is known when it is over.
-    """
-
-    def __init__(self, rate: str, tokens: str, storage: str) -> None:
-        self._rate = _limits("rate", rate)
-        self._tokens = _limits("token_quota", tokens)
-        shared = storage_from_string(storage)
-        self._sliding = SlidingWindowCounterRateLimiter(shared)
-        self._fixed = FixedWindowRateLimiter(shared)
-        self._spending: set[asyncio.Task[bool]] = set()
-
-    async def take(self, principal: str) -> None:
-        """One request; ApiError 429 with Retry-After where a limit is reached."""
-        for item in self._tokens:
-            if not await self._fixed.test(item, "tokens", principal):
-                stats = await self._fixed.get_window_stats(item, "tokens", principal)
-                raise _too_many(f"token quota of {item} used up", stats.reset_time)
-        for item in self._rate:
-            if not await self._sliding.hit(item, "requests", principal):
-                stats = await self._sliding.get_window_stats(item, "requests", principal)
-                raise _too_many(f"rate limit of {item} reached", stats.reset_time)
-
-    def spend(self, principal: str, tokens: int) -> None:
-        """Count the tokens of an answer, after it."""
-        for item in self._tokens:
-            task = asyncio.ensure_future(
-                self._fixed.hit(item, "tokens", principal, cost=max(tokens, 1))
-            )
-            self._spending.add(task)
-            task.add_done_callback(self._spending.discard)
-
-
-def _limits(name: str, text: str) -> list[RateLimitItem]:
-    try:
-        return parse_many(text) if text else []
-    except ValueError as error:
-        raise UserError(f"{name}: {text!r}; allowed: such as '600/minute'") from error
-
-
-def _too_many(message: str, reset: float) -> ApiError:
-    wait_s = max(1, round(reset - time.time()))
-    return ApiError(
-        429,
-        message,
-        kind="rate_limit_error",
-        code="rate_limit_exceeded",
-        headers={"Retry-After": str(wait_s)},
-    )
-
-
 SCOPES = frozenset({"infer", "submit_task", "feedback", "review", "admin"})
 TOKEN = re.compile(r"ank-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}")
-NOBODY = hashlib.sha256(b"").hexdigest()  # compared against when the key id is unknown
+NO_KEY_HASH = hashlib.sha256(b"").hexdigest()  # compared with when the key id is unknown
 FRESH_S = 1.0  # a revoked key, or the first key of all, is noticed within this time
 AGAIN_S = 0.1  # a token that is refused was compared with keys no older than this
 
@@ -98,7 +44,7 @@ class Principal:
         return scope in self.scopes or "admin" in self.scopes
 
 
-LOCAL = Principal("local", SCOPES)  # everyone on this machine, where no keys are used
+LOCAL = Principal("local", SCOPES)  # all requests from this machine, where no keys are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +64,8 @@ class _Known(NamedTuple):
 class KeyStore:
     """Keys in the experience store's database, read again while the gateway runs.
 
-    open_until_first: until a first key is made everyone is ``LOCAL``; for a gateway that only this
-    machine reaches. From then on a key is needed, also when all were revoked.
+    open_until_first: until a first key is made all requests are ``LOCAL``; for a gateway that only
+    this machine reaches. From then on a key is needed, also when all were revoked.
     """
 
     def __init__(
@@ -177,7 +123,7 @@ class KeyStore:
 
     @property
     def open(self) -> bool:
-        """Whether nobody needs a key yet."""
+        """Whether no key is needed yet."""
         return self._open
 
     async def until_closed(self) -> None:
@@ -187,16 +133,20 @@ class KeyStore:
             await asyncio.sleep(self._fresh_s)
 
     async def principal(self, authorization: str | None) -> Principal:
-        """The owner of the bearer token; ApiError 401 for none or a wrong one."""
+        """The owner of the bearer token; ApiError 401 for none or a wrong one.
+
+        Keys are made by another process (the CLI). An unknown token is looked up once more in keys
+        no older than ``AGAIN_S``, so that a new key counts at once.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else ""
         await self._refresh(self._fresh_s)
-        if self._open and TOKEN.fullmatch(token):  # somebody made a key
+        if self._open and TOKEN.fullmatch(token):  # a key was made elsewhere a moment ago
             await self._refresh(0.0)
         if self._open:
             return LOCAL
         row = self._owner(token)
-        if row is None:  # made a moment ago, perhaps
+        if row is None:
             await self._refresh(AGAIN_S)
             row = self._owner(token)
         if row is None:
@@ -212,11 +162,15 @@ class KeyStore:
         """The key of a token: the same work whether its id or its secret is wrong."""
         match = TOKEN.fullmatch(token)
         row = self._known.get(match[1]) if match else None
-        right = hmac.compare_digest(hash_of(token), row.token_hash if row else NOBODY)
+        right = hmac.compare_digest(hash_of(token), row.token_hash if row else NO_KEY_HASH)
         return row if right else None
 
     async def _refresh(self, age_s: float) -> None:
-        """Read the keys again where they are older than this."""
+        """Read the keys again where they are older than this.
+
+        The lock lets one request read while the others wait for its result; the second look at the
+        age, inside it, is for those.
+        """
         if time.monotonic() - self._read_at <= min(age_s, self._fresh_s):
             return
         async with self._reading:
@@ -238,5 +192,60 @@ class KeyStore:
 
 
 def hash_of(token: str) -> str:
-    """Enough for 256 random bits: there is nothing to guess, so nothing to slow down."""
+    """SHA-256, without a slow hash: 256 random bits cannot be guessed."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Quota:
+    """Limits of each principal, counted in memory.
+
+    rate: requests, such as "600/minute", in a sliding window. tokens: such as "1000000/day", in
+    fixed windows, because only those also count what goes beyond the limit: the length of an answer
+    is known when it is over. Empty: no limit. UserError for other texts.
+    """
+
+    def __init__(self, rate: str, tokens: str) -> None:
+        self._rate = _limits("rate", rate)
+        self._tokens = _limits("token_quota", tokens)
+        counts = storage_from_string("async+memory://")
+        self._sliding = SlidingWindowCounterRateLimiter(counts)
+        self._fixed = FixedWindowRateLimiter(counts)
+        self._spending: set[asyncio.Task[bool]] = set()
+
+    async def take(self, principal: str) -> None:
+        """One request; ApiError 429 with Retry-After where a limit is reached."""
+        for item in self._tokens:
+            if not await self._fixed.test(item, "tokens", principal):
+                stats = await self._fixed.get_window_stats(item, "tokens", principal)
+                raise _too_many(f"token quota of {item} used up", stats.reset_time)
+        for item in self._rate:
+            if not await self._sliding.hit(item, "requests", principal):
+                stats = await self._sliding.get_window_stats(item, "requests", principal)
+                raise _too_many(f"rate limit of {item} reached", stats.reset_time)
+
+    def spend(self, principal: str, tokens: int) -> None:
+        """Count the tokens of an answer, after it."""
+        for item in self._tokens:
+            task = asyncio.ensure_future(
+                self._fixed.hit(item, "tokens", principal, cost=max(tokens, 1))
+            )
+            self._spending.add(task)
+            task.add_done_callback(self._spending.discard)
+
+
+def _limits(name: str, text: str) -> list[RateLimitItem]:
+    try:
+        return parse_many(text) if text else []
+    except ValueError as error:
+        raise UserError(f"{name}: {text!r}; allowed: such as '600/minute'") from error
+
+
+def _too_many(message: str, reset: float) -> ApiError:
+    wait_s = max(1, round(reset - time.time()))
+    return ApiError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(wait_s)},
+    )

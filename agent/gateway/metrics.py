@@ -1,4 +1,4 @@
-"""What the endpoint counts, for Prometheus. Labels never come from a client's text."""
+"""The endpoint's Prometheus metrics. No label is taken from a client's text."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ class Metrics:
         )
         self.pause = Histogram(
             "anchorage_swap_pause_seconds",
-            "How long nobody was admitted",
+            "How long no request was admitted",
             buckets=PAUSE_S,
             registry=registry,
         )
@@ -57,7 +57,7 @@ class Metrics:
         )
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A gauge that asks for its value when it is scraped."""
+        """A gauge whose value is read when it is scraped."""
         Gauge(f"anchorage_{name}", text, registry=self.registry).set_function(read)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:

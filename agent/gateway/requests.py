@@ -1,4 +1,4 @@
-"""From a request's bytes to a checked call: what goes to the engine, and what is to be captured."""
+"""A request's bytes checked and read into a ``Call``: the engine's payload, and what to capture."""
 
 import math
 from collections.abc import Mapping
@@ -10,15 +10,31 @@ from pydantic import BaseModel, ValidationError
 
 from agent.gateway.errors import ApiError
 from agent.gateway.fields import IGNORED, ChatRequest, CompletionRequest, Sampling
-from agent.gateway.settings import GatewayOptions
+from agent.sections import GatewaySettings
 
 Endpoint = Literal["chat.completions", "completions"]
 MAX_SCHEMA_DEPTH = 32  # of a tool's parameters or a response schema
 MAX_SCHEMA_BYTES = 65_536
-MAX_METADATA_VALUE = 512  # OpenAI's; `example` alone may be longer
+MAX_STOP = 4  # stop strings, as at OpenAI
+MAX_METADATA_CHARACTERS = 512  # OpenAI's; `example` alone may be longer
 SHOWN_VALUE = 80  # characters of an offending value in a message
 
-Model = TypeVar("Model", bound=BaseModel)
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the endpoint serves: a model under one name, and the tasks a request may name."""
+
+    name: str  # the name clients ask for
+    max_tokens: int  # largest max_tokens a request may ask for
+    tasks: frozenset[str] = frozenset()
+    engine_name: str = ""  # the engine's own name of the model; empty: the same
+
+    @property
+    def upstream_name(self) -> str:
+        """The name the engine answers to."""
+        return self.engine_name or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +66,8 @@ class Call:
         return self.store or self.task is not None
 
 
-def parse(body: bytes, model: type[Model]) -> tuple[dict[str, Any], Model]:
-    """JSON of the allowed shape, as written and as checked, or ApiError 400."""
+def parse(body: bytes, shape: type[Shape]) -> tuple[dict[str, Any], Shape]:
+    """A JSON object as it was written and as the model that checked it; ApiError 400."""
     try:
         raw = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -59,27 +75,27 @@ def parse(body: bytes, model: type[Model]) -> tuple[dict[str, Any], Model]:
     if not isinstance(raw, dict):
         raise ApiError(400, f"body: a JSON {type(raw).__name__}; allowed: an object")
     try:
-        return raw, model.model_validate(raw)
+        return raw, shape.model_validate(raw)
     except ValidationError as error:
         raise _refusal(error) from None
 
 
-def read_chat(body: bytes, settings: GatewayOptions) -> Call:
+def read_chat(body: bytes, settings: GatewaySettings, model: ServedModel) -> Call:
     """A chat completion request."""
     raw, checked = parse(body, ChatRequest)
     _check_size("tools", raw.get("tools"))
     if checked.top_logprobs and not checked.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
-    _cap("max_completion_tokens", checked.max_completion_tokens, settings.max_tokens)
-    return _call("chat.completions", raw, checked, raw["messages"], 1, settings)
+    _cap("max_completion_tokens", checked.max_completion_tokens, model.max_tokens)
+    return _call("chat.completions", raw, checked, raw["messages"], 1, settings, model)
 
 
-def read_completion(body: bytes, settings: GatewayOptions) -> Call:
+def read_completion(body: bytes, settings: GatewaySettings, model: ServedModel) -> Call:
     """A plain completion request."""
     raw, checked = parse(body, CompletionRequest)
     prompt = raw["prompt"]
     batch = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    return _call("completions", raw, checked, prompt, len(prompt) if batch else 1, settings)
+    return _call("completions", raw, checked, prompt, len(prompt) if batch else 1, settings, model)
 
 
 def _call(
@@ -88,11 +104,12 @@ def _call(
     checked: Sampling,
     prompt: Any,
     prompts: int,
-    settings: GatewayOptions,
+    settings: GatewaySettings,
+    model: ServedModel,
 ) -> Call:
     _cap("n", (checked.n or 1) * prompts, settings.max_n)
-    _cap("max_tokens", checked.max_tokens, settings.max_tokens)
-    _cap("stop", len(checked.stop) if isinstance(checked.stop, list) else 1, settings.max_stop)
+    _cap("max_tokens", checked.max_tokens, model.max_tokens)
+    _cap("stop", len(checked.stop) if isinstance(checked.stop, list) else 1, MAX_STOP)
     _check_size("response_format", raw.get("response_format"))
     if checked.stream_options and not checked.stream:
         raise ApiError(400, "stream_options: needs stream: true", param="stream_options")
@@ -104,7 +121,7 @@ def _call(
         wants_usage=bool(checked.stream_options and checked.stream_options.include_usage),
         payload=_payload(raw, bool(checked.stream)),
         prompt=prompt,
-        task=_task(metadata, settings.tasks),
+        task=_task(metadata, model.tasks),
         store=bool(checked.store),
         session_id=metadata.get("session_id"),
     )
@@ -122,7 +139,9 @@ def _task(metadata: Mapping[str, str], tasks: frozenset[str]) -> TaskAsked | Non
     for name, value in metadata.items():
         if name != "example":
             _cap(
-                f"metadata.{name}", len(value), 128 if name == "session_id" else MAX_METADATA_VALUE
+                f"metadata.{name}",
+                len(value),
+                128 if name == "session_id" else MAX_METADATA_CHARACTERS,
             )
     task, example_id, example = (metadata.get(k) for k in ("task", "example_id", "example"))
     if task is None:

@@ -1,4 +1,4 @@
-"""Both applications on their sockets in one process: the public one, and the private admin one."""
+"""The public and the admin application on their sockets, in one process."""
 
 import asyncio
 import gc
@@ -20,15 +20,15 @@ from agent.errors import UserError
 
 GRACE_S = 30  # for running answers to end after the signal to stop
 BACKLOG = 2048
-NEW_OBJECTS = 50_000  # before the collector looks for cycles among them; its default is 700
-GIVE_WAY_S = 0.0005  # longest that a writing thread holds up an answer; Python's default is 0.005
+GC_THRESHOLD = 50_000  # new objects before the collector looks for cycles; default 700
+SWITCH_INTERVAL_S = 0.0005  # a writing thread delays an answer by this; Python's is 0.005
 
 
 class JsonLines(logging.Formatter):
     """One JSON object a line: time, level, event, and the fields the event carries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """No traceback: an exception's message may quote what a client wrote."""
+        """One line, without a traceback: an exception's message may quote a client's text."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
@@ -40,7 +40,7 @@ class JsonLines(logging.Formatter):
 
 
 def serve(public: Starlette, admin: Starlette, *, host: str, port: int, admin_socket: Path) -> None:
-    """Run until a signal; UserError when an address cannot be had. Nothing is half-started."""
+    """Run until a signal; UserError, with nothing started, when an address cannot be bound."""
     listening = public_socket(host, port)
     try:
         private = private_socket(admin_socket)
@@ -48,7 +48,7 @@ def serve(public: Starlette, admin: Starlette, *, host: str, port: int, admin_so
         listening.close()
         raise
     _log_as_json()
-    _answers_first()
+    _prefer_answers()
     try:
         server = _server(public)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
@@ -58,7 +58,11 @@ def serve(public: Starlette, admin: Starlette, *, host: str, port: int, admin_so
 
 
 def public_socket(host: str, port: int) -> socket.socket:
-    """A bound TCP socket, named as such: only then asyncio sends small answers without delay."""
+    """A bound TCP socket.
+
+    Made with IPPROTO_TCP: asyncio sets TCP_NODELAY, without which small answers wait for the
+    client's acknowledgement, only on sockets that name the protocol.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -71,7 +75,11 @@ def public_socket(host: str, port: int) -> socket.socket:
 
 
 def private_socket(path: Path) -> socket.socket:
-    """A bound unix socket of mode 0600 from its first moment; a dead one's file is replaced."""
+    """A bound unix socket; the file of one that is not listened on is replaced.
+
+    The umask gives it mode 0600 when it is made: a chmod afterwards would leave it open for a
+    moment.
+    """
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
@@ -98,7 +106,7 @@ def _clear(path: Path) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to ``_both``: one process, one place that decides when it ends."""
+    """uvicorn's server without its signal handlers, which would stop both servers at once."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -126,10 +134,14 @@ async def _both(
     private: socket.socket,
     app: Starlette,
 ) -> None:
-    """The admin side lives as long as the public one, and is told to stop by it alone."""
+    """Serve both; the admin side ends after the public one.
+
+    A signal first refuses the requests that wait for a place, then lets running answers end: a
+    controller can follow that on the admin socket.
+    """
 
     def stop() -> None:
-        app.state.service.admission.drain()  # those who wait are refused at once
+        app.state.parts.admission.drain()
         public.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -142,18 +154,22 @@ async def _both(
         await background
 
 
-def _answers_first() -> None:
-    """The collector leaves alone what stays for good, and threads give way to the event loop."""
+def _prefer_answers() -> None:
+    """Fewer pauses of the event loop.
+
+    The collector leaves out the modules loaded so far (``freeze``) and runs less often; threads
+    that write rows or verify give the interpreter back sooner.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(NEW_OBJECTS)
-    sys.setswitchinterval(GIVE_WAY_S)
+    gc.set_threshold(GC_THRESHOLD)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def _log_as_json() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not written
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # not shown
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

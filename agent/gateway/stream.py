@@ -16,10 +16,10 @@ from agent.gateway.answers import (
     is_usage,
     stamp_event,
 )
-from agent.gateway.errors import ApiError, ClientGoneError, cancelled, gone
-from agent.gateway.exchange import Exchange, too_long
+from agent.gateway.errors import ApiError, ClientGoneError, answer_timeout, cancelled, gone
+from agent.gateway.exchange import Exchange
 from agent.gateway.hold import Route
-from agent.gateway.wire import Patience
+from agent.gateway.wire import WaitTimer
 from agent.store.experience import Status
 
 BUFFER_EVENTS = 8192  # read ahead of a slow client, so that it cannot delay a swap
@@ -48,27 +48,32 @@ class StreamedAnswer(Response):
         self._ready: asyncio.Queue[bytes] = asyncio.Queue(BUFFER_EVENTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, or until the client leaves; then nothing is generated any more."""
+        """Send until the end, or until the client leaves; then nothing is generated any more.
+
+        Two tasks beside the caller: one reads the engine, one waits for the client's disconnect and
+        then cancels the first. A client that does not read for ``silence_timeout_s`` counts as one
+        that has left; ``uncancel`` tells the timer's cancellation from one that came from outside.
+        """
         reader = asyncio.create_task(self._read())
         watch = asyncio.create_task(gone(receive))
         watch.add_done_callback(lambda _: reader.cancel())
         sender = asyncio.current_task()
         assert sender is not None
-        stuck = Patience(sender.cancel, asyncio.get_running_loop())
-        limit_s = self._exchange.gateway.settings.idle_timeout_s
+        unread = WaitTimer(sender.cancel, asyncio.get_running_loop())
+        limit_s = self._exchange.parts.settings.silence_timeout_s
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while piece := await self._next():
-                stuck.begin(limit_s)
+                unread.begin(limit_s)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-                stuck.end()
+                unread.end()
             await send({"type": "http.response.body", "body": b""})
         except asyncio.CancelledError:
-            if stuck.rang and not sender.uncancel():
-                raise ClientGoneError from None  # it stopped reading
+            if unread.expired and not sender.uncancel():
+                raise ClientGoneError from None
             raise
         finally:
-            stuck.close()
+            unread.close()
             await cancelled(reader, watch)
             await self._reply.close()
             self._exchange.close()
@@ -83,7 +88,11 @@ class StreamedAnswer(Response):
         return b"".join(pieces)
 
     async def _read(self) -> None:
-        """Engine to buffer. Order: the row handed over and the place given back, then the end."""
+        """Engine to buffer.
+
+        Order: the row is handed over and the place given back, then the end is put: a client that
+        has seen the end can ask for its reward, and a swap does not wait for a slow reader.
+        """
         try:
             status, last = await self._all()
             self._exchange.finish(status)
@@ -97,9 +106,9 @@ class StreamedAnswer(Response):
             raise
 
     async def _all(self) -> tuple[Status, bytes]:
-        """Pass every event on; how it ended, and the event that says so."""
+        """Pass every event on; the status to record, and the last event."""
         try:
-            async with asyncio.timeout(self._exchange.gateway.settings.answer_timeout_s):
+            async with asyncio.timeout(self._exchange.parts.settings.answer_timeout_s):
                 await self._events()
             return "ok", DONE
         except Exception as error:
@@ -108,15 +117,15 @@ class StreamedAnswer(Response):
             await self._reply.close()
 
     async def _events(self) -> None:
-        """Read to the end of the connection, so that it can be used again."""
+        """Read beyond the last event to the end of the reply, so that the connection is kept."""
         events, done = Events(), False
         async for data in self._reply.pieces():
             for event in events.feed(data):
-                self._exchange.unmixed()
+                self._exchange.refuse_mixed()
                 done = event == DONE
                 if not done:
                     await self._pass_on(event)
-        self._exchange.unmixed()
+        self._exchange.refuse_mixed()
         if not done:
             raise BrokenStreamError("no end")
 
@@ -130,6 +139,8 @@ class StreamedAnswer(Response):
             self._exchange.first_event()
         call = self._exchange.call
         usage = is_usage(event)
+        # Parsing every event is the dearest step of a stream: without capture only the first one
+        # (the answer's id) and the usage chunk are parsed.
         if (usage or call.captures_text or self._exchange.answered.response_id is None) and (
             event.startswith(b"data: {")
         ):
@@ -145,5 +156,5 @@ def _broken(error: Exception, route: Route) -> bytes:
     if isinstance(error, ApiError):
         return b"data: " + error.body
     if isinstance(error, TimeoutError):
-        return b"data: " + too_long().body
+        return b"data: " + answer_timeout().body
     return error_event("the engine broke off", "engine_failed")

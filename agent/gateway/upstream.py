@@ -1,4 +1,4 @@
-"""The engine behind the endpoint. Two paths exist; nothing else can be asked for."""
+"""The engine behind the endpoint: two of its paths, and what a client gets when it fails."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,6 +13,7 @@ from agent.gateway.wire import Wire
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 PATHS: dict[str, str] = {"chat.completions": CHAT, "completions": COMPLETIONS}
+CONNECT_TIMEOUT_S = 5.0  # to reach the engine
 HOST = "http://engine"  # a name for the Host header of a transport
 
 
@@ -42,9 +43,9 @@ class Line(Protocol):
 
 
 class Upstream:
-    """One engine, and what a client is told when it fails."""
+    """One engine: requests to it, and its failures as errors for the client."""
 
-    def __init__(self, line: Line, retry_after_s: int = 2, socket: Path | None = None) -> None:
+    def __init__(self, line: Line, retry_after_s: int, socket: Path | None = None) -> None:
         self._line = line
         self._retry_after_s = retry_after_s
         self.socket = socket
@@ -54,12 +55,13 @@ class Upstream:
         cls,
         socket: Path,
         *,
-        connect_timeout_s: float = 5.0,
-        idle_timeout_s: float = 120.0,
-        retry_after_s: int = 2,
+        silence_timeout_s: float,
+        retry_after_s: int,
     ) -> "Upstream":
         """The engine that listens on this socket."""
-        line = Wire(socket, connect_timeout_s=connect_timeout_s, idle_timeout_s=idle_timeout_s)
+        line = Wire(
+            socket, connect_timeout_s=CONNECT_TIMEOUT_S, silence_timeout_s=silence_timeout_s
+        )
         return cls(line, retry_after_s, socket)
 
     async def post(
@@ -72,7 +74,7 @@ class Upstream:
             raise self.failure(error) from error
 
     def failure(self, error: httpx.HTTPError) -> ApiError:
-        """What a client is told when the engine cannot be reached, is silent, or goes away."""
+        """503 where the engine cannot be reached, 504 where it is silent, else 502."""
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
             return unavailable(
                 "the engine is not reachable", "engine_unreachable", self._retry_after_s
@@ -82,7 +84,7 @@ class Upstream:
         return bad_gateway("the engine broke off", "engine_failed")
 
     async def reachable(self) -> bool:
-        """Whether somebody listens on the socket (true for a transport)."""
+        """Whether a process listens on the socket (true for a transport)."""
         if self.socket is None:
             return True
         try:

@@ -1,10 +1,9 @@
-"""HTTP/1.1 to the engine's unix socket with nothing in between: one request, one reply, kept alive.
+"""HTTP/1.1 client for the engine's unix socket: kept connections, one request at a time on each.
 
 A general client costs more processor time per request than everything else the gateway does, and
 on a small machine that time is the engine's. This one knows POST with a length, parses with
-httptools (the parser uvicorn uses), and is a plain asyncio protocol.
-
-How long to wait in each of many waits, with one timer for all of them.
+httptools (the parser uvicorn uses), and is a plain asyncio protocol. ``WaitTimer`` bounds its many
+short waits with a single timer.
 """
 
 import asyncio
@@ -16,20 +15,24 @@ from typing import cast
 import httptools
 import httpx
 
+MAX_BUFFERED_BYTES = 1 << 20  # unread bytes of one reply before the engine is made to wait
+MAX_IDLE_S = 3.0  # the engine closes idle connections after 5 s
+MAX_IDLE = 64  # connections kept for later
 
-class Patience:
-    """Calls ``late`` once a wait has lasted ``limit_s``.
+
+class WaitTimer:
+    """Calls ``on_expiry`` once a wait has lasted ``limit_s``.
 
     A timer of its own for every wait costs more than the wait: a stream has one per token. This
-    one is set again only when it rings, for what is left of the wait that is going on then.
+    one is set again only when it fires, for what is left of the wait that is going on then.
     """
 
-    def __init__(self, late: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
-        self._late = late
+    def __init__(self, on_expiry: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
+        self._on_expiry = on_expiry
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._until: float | None = None  # loop time, s; None: nobody waits
-        self.rang = False  # whether ``late`` was called
+        self._until: float | None = None  # loop time, s; None: no wait is going on
+        self.expired = False  # whether ``on_expiry`` was called
 
     def begin(self, limit_s: float) -> None:
         """A wait begins."""
@@ -37,7 +40,7 @@ class Patience:
         if self._timer is not None and self._timer.when() > self._until:
             self.close()
         if self._timer is None:
-            self._timer = self._loop.call_at(self._until, self._ring)
+            self._timer = self._loop.call_at(self._until, self._fire)
 
     def end(self) -> None:
         """It is over."""
@@ -49,29 +52,24 @@ class Patience:
             self._timer.cancel()
             self._timer = None
 
-    def _ring(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
         if self._until is None:
             return
         if self._loop.time() < self._until:
-            self._timer = self._loop.call_at(self._until, self._ring)
+            self._timer = self._loop.call_at(self._until, self._fire)
         else:
-            self._until, self.rang = None, True
-            self._late()
-
-
-MAX_BUFFERED_BYTES = 1 << 20  # unread bytes of one reply before the engine is made to wait
-MAX_IDLE_S = 3.0  # the engine closes idle connections after 5 s
-MAX_IDLE = 64  # connections kept for later
+            self._until, self.expired = None, True
+            self._on_expiry()
 
 
 class Wire:
     """Connections to one socket; a reply belongs to its connection until it is read or closed."""
 
-    def __init__(self, path: Path, *, connect_timeout_s: float, idle_timeout_s: float) -> None:
+    def __init__(self, path: Path, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
         self.path = path
         self._connect_timeout_s = connect_timeout_s
-        self._idle_timeout_s = idle_timeout_s
+        self._silence_timeout_s = silence_timeout_s
         self._idle: deque[_Connection] = deque()
 
     async def post(self, path: str, body: bytes, request_id: str) -> "WireReply":
@@ -82,11 +80,11 @@ class Wire:
         ).encode("ascii")
         while (kept := self._kept()) is not None:
             # False: the engine closed it while it was idle, so nothing was done.
-            if await kept.ask(head + body, self._idle_timeout_s):
-                return WireReply(kept, self, self._idle_timeout_s)
+            if await kept.ask(head + body, self._silence_timeout_s):
+                return WireReply(kept, self, self._silence_timeout_s)
         fresh = await self._connect()
-        if await fresh.ask(head + body, self._idle_timeout_s):
-            return WireReply(fresh, self, self._idle_timeout_s)
+        if await fresh.ask(head + body, self._silence_timeout_s):
+            return WireReply(fresh, self, self._silence_timeout_s)
         raise httpx.RemoteProtocolError("closed before an answer")
 
     def keep(self, connection: "_Connection") -> None:
@@ -126,11 +124,11 @@ class Wire:
 class WireReply:
     """A status, and a body to be read whole, in pieces, or not at all."""
 
-    def __init__(self, connection: "_Connection", wire: Wire, idle_timeout_s: float) -> None:
+    def __init__(self, connection: "_Connection", wire: Wire, silence_timeout_s: float) -> None:
         self.status = connection.status
         self._connection: _Connection | None = connection
         self._wire = wire
-        self._idle_timeout_s = idle_timeout_s
+        self._silence_timeout_s = silence_timeout_s
 
     async def read(self) -> bytes:
         """The whole body."""
@@ -139,7 +137,7 @@ class WireReply:
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it arrives; the connection is kept once it is complete."""
         while self._connection is not None:
-            piece = await self._connection.take(self._idle_timeout_s)
+            piece = await self._connection.take(self._silence_timeout_s)
             if piece:
                 yield piece
             elif (connection := self._connection) is not None:
@@ -167,7 +165,7 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = False
         self._broken: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._patience = Patience(self._silent, asyncio.get_running_loop())
+        self._timer = WaitTimer(self._silent, asyncio.get_running_loop())
 
     # -- the caller's side --------------------------------------------------------------------
 
@@ -187,7 +185,7 @@ class _Connection(asyncio.Protocol):
                 if self._broken is not None:
                     return False
                 await self._wait(timeout_s)
-        except BaseException:  # silent, or nobody wants the answer any more
+        except BaseException:  # the engine is silent, or the request was cancelled
             self.abort()
             raise
         return True
@@ -221,11 +219,11 @@ class _Connection(asyncio.Protocol):
 
     async def _wait(self, timeout_s: float) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
-        self._patience.begin(timeout_s)
+        self._timer.begin(timeout_s)
         try:
             await self._waiter
         finally:
-            self._patience.end()
+            self._timer.end()
             self._waiter = None
 
     def _silent(self) -> None:
@@ -244,7 +242,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             if self._complete:
-                raise httptools.HttpParserError("bytes nobody asked for")
+                raise httptools.HttpParserError("bytes without a request")
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._broken = error
@@ -254,7 +252,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._broken = self._broken or exc or ConnectionResetError()
         self._transport = None
-        self._patience.close()
+        self._timer.close()
         self._wake()
 
     # -- the parser's side --------------------------------------------------------------------

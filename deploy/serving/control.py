@@ -271,10 +271,6 @@ class GatewayControl(_Socket):
         """Send new requests to another engine at once."""
         self._ask("POST", "/flip", {"version": version, "socket": str(socket)})
 
-    def retire(self, version: str) -> None:
-        """Forget a warm engine."""
-        self._ask("POST", "/retire", {"version": version})
-
     def drained(self, version: str, wait_s: float) -> bool:
         """Whether nobody is inside a version's engine, after waiting for it."""
         query = {"version": version, "wait_s": str(wait_s)}

@@ -1,4 +1,4 @@
-"""The gateway's process, put together from the parts of one home."""
+"""The gateway's process: the endpoint of one home, with its settings, keys, tasks and versions."""
 
 import threading
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
+from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
-from agent.gateway.settings import GatewayOptions
 from deploy.serving.served import read_served
 from deploy.serving.watchdog import settled
 from evaluators.task import Verdict, judge
@@ -21,7 +21,8 @@ def run(service: Service, port: int) -> None:
     """Serve the endpoint until a signal ends it."""
     served = read_served(service.home)
     public = create_app(
-        gateway_settings(service),
+        service.settings.gateway,
+        served_model(service),
         upstream=service.home.engine_socket(served.slot),
         verify=lambda task, example, completion: verify(service, task, example, completion),
         experience=service.experience,
@@ -35,24 +36,10 @@ def run(service: Service, port: int) -> None:
     serve(public, create_admin(public), host=host, port=port, admin_socket=admin_socket)
 
 
-def gateway_settings(service: Service) -> GatewayOptions:
-    """What the service's settings say to its gateway."""
-    chosen = service.settings.gateway
-    return GatewayOptions(
-        model=service.settings.model.name,
-        tasks=frozenset(service.tasks),
-        max_tokens=service.settings.model.max_model_len,
-        host=chosen.host,
-        retention_days=chosen.retention_days,
-        rate=chosen.rate,
-        token_quota=chosen.token_quota,
-        quota_storage=chosen.quota_storage,
-        max_body_bytes=chosen.max_body_bytes,
-        max_in_flight=chosen.max_in_flight,
-        max_queued=chosen.max_queued,
-        queue_timeout_s=chosen.queue_timeout_s,
-        answer_timeout_s=chosen.answer_timeout_s,
-    )
+def served_model(service: Service) -> ServedModel:
+    """The model's name, its context and the tasks of this installation."""
+    model = service.settings.model
+    return ServedModel(model.name, model.max_model_len, frozenset(service.tasks))
 
 
 def verify(
@@ -62,18 +49,18 @@ def verify(
 
     A verifier's failure is raised, so that it is recorded as an error and never as a reward.
     """
-    chosen = service.task(task)
     row = known_row(service, task, example) if isinstance(example, str) else example
-    verdict = judge(chosen, completion, row)
+    verdict = judge(service.task(task), completion, row)
     if verdict.error is not None:
         raise ValueError(verdict.error)
     return verdict
 
 
 def warm(service: Service) -> None:
-    """Do now what a first verification would wait for: rows are read, own verifiers started.
+    """Read rows and start own verifiers now, so that the first verification need not wait.
 
-    Only of the target and of own tasks; what is not to be had now is told to whoever asks for it.
+    Only of the target and of own tasks. An error here is raised again by the first verification
+    that needs the rows.
     """
     target = service.settings.tasks.target
     for name, task in service.tasks.items():
@@ -84,7 +71,7 @@ def warm(service: Service) -> None:
 
 
 def known_row(service: Service, task: str, example_id: str) -> Mapping[str, Any]:
-    """The training row of this id; gate rows are not for sale.
+    """The training row of this id; evaluation rows cannot be requested by id.
 
     Raises:
         LookupError: There is none.

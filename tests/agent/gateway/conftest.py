@@ -1,4 +1,4 @@
-"""A gateway on a real socket, and an engine that is a transport: it answers, or fails as told."""
+"""A gateway on a real socket, and a fake engine behind a transport: it answers, or fails as set."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,14 @@ from starlette.applications import Starlette
 
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
+from agent.gateway.requests import ServedModel
 from agent.gateway.serve import private_socket, public_socket
-from agent.gateway.settings import GatewayOptions
+from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore
 
 A = "a" * 64
 B = "b" * 64
+TINY = ServedModel("tiny", 4096, frozenset({"gsm8k", "countdown"}))
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a default one reads every CA, for each client
 
 
@@ -179,7 +181,7 @@ class Running:
     store: ExperienceStore
     port: int
     admin_socket: Path
-    settings: GatewayOptions
+    settings: GatewaySettings
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -198,14 +200,23 @@ class Running:
         http = httpx.Client(verify=NO_TLS, timeout=20)
         return openai.OpenAI(base_url=self.url + "/v1", http_client=http, **options)
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Run a function on the gateway's event loop, and wait for it."""
+        loop = self.app.state.parts.capture._writers[0].get_loop()
+
+        async def run() -> None:
+            function()
+
+        asyncio.run_coroutine_threadsafe(run(), loop).result(10)
+
     def settled(self) -> None:
         """Wait until everything captured is written and judged."""
         until = time.monotonic() + 10
-        service = self.app.state.service
-        loop = service.capture._writers[0].get_loop()
-        while service.capture.backlog or service.capture._pending:
+        parts = self.app.state.parts
+        loop = parts.capture._writers[0].get_loop()
+        while parts.capture.backlog or parts.capture._pending:
             assert time.monotonic() < until, "capture did not settle"
-            asyncio.run_coroutine_threadsafe(service.capture.drained(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(parts.capture.drained(), loop).result(10)
             time.sleep(0.002)
 
 
@@ -239,11 +250,10 @@ def start(engine: FakeEngine, store: ExperienceStore, tmp_path: Path) -> Iterato
 
         def begin(*, keys: Any = None, verify: Any = verdict_of, **options: Any) -> Running:
             parts = {k: options.pop(k) for k in ("recover", "kept", "version") if k in options}
-            settings = GatewayOptions(
-                **({"model": "tiny", "tasks": frozenset({"gsm8k", "countdown"})} | options)
-            )
+            settings = GatewaySettings(**options)
             app = create_app(
                 settings,
+                TINY,
                 upstream=engine,
                 verify=verify,
                 experience=store,

@@ -77,7 +77,7 @@ def test_swaps_under_load_fail_nobody_and_mix_nothing(running: Any, scale: Any) 
 def test_the_same_clients_see_the_mix_when_running_answers_are_kept(running: Any) -> None:
     running.engine.delay_s = 0.05
     with Clients(running, 4) as clients, running.admin() as admin:
-        while running.app.state.service.admission.in_flight < 4:
+        while running.app.state.parts.admission.in_flight < 4:
             time.sleep(0.001)
         held = admin.post("/hold", json={"max_wait_s": 0, "wait": False}).json()
         assert held["in_flight"] > 0
@@ -86,7 +86,7 @@ def test_the_same_clients_see_the_mix_when_running_answers_are_kept(running: Any
     assert len(clients.failures) >= held["in_flight"]
     assert "weights changed" in clients.failures[0]
     assert clients.mixed() == []
-    assert running.app.state.service.metrics.mixed._value.get() == held["in_flight"]
+    assert running.app.state.parts.metrics.mixed._value.get() == held["in_flight"]
 
 
 def test_a_held_door_queues_and_then_says_when_to_come_back(start: Any) -> None:
@@ -111,7 +111,7 @@ def test_a_lease_that_runs_out_opens_the_door(start: Any) -> None:
         assert answer.system_fingerprint == A[:12]
         late = admin.post("/release", json={"version": B, "lease": lease})
         assert late.status_code == 409
-        assert admin.get("/version").json() == {"version": A}
+        assert admin.get("/state").json()["version"] == A
 
 
 def test_a_swap_that_cannot_get_in_leaves_the_door_open(running: Any) -> None:
@@ -148,7 +148,6 @@ def test_a_cache_is_never_shared_over_versions(running: Any) -> None:
         ("/hold", {"max_wait_s": "1"}),
         ("/release", {"version": "not a digest"}),
         ("/flip", {"version": A}),
-        ("/renew", {"lease": "x"}),
     ],
 )
 def test_a_controllers_mistake_is_told(running: Any, path: str, body: Any) -> None:
@@ -156,9 +155,19 @@ def test_a_controllers_mistake_is_told(running: Any, path: str, body: Any) -> No
         assert admin.post(path, json=body).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/renew"), ("POST", "/retire"), ("POST", "/drain"), ("GET", "/version")],
+)
+def test_no_other_path_exists(running: Any, method: str, path: str) -> None:
+    with running.admin() as admin:
+        assert admin.request(method, path, json={}).status_code in (404, 405)
+
+
 def test_draining_ends_the_service_for_newcomers(running: Any) -> None:
     with running.admin() as admin, running.http() as client:
-        assert admin.post("/drain").json()["draining"]
+        running.call(running.app.state.parts.admission.drain)
+        assert admin.get("/state").json()["draining"]
         refused = client.post("/v1/chat/completions", json={"model": "tiny", "messages": HELLO})
         assert refused.status_code == 503
         assert client.get("/healthz").status_code == 503

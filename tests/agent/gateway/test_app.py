@@ -10,8 +10,9 @@ import openai
 import pytest
 
 from agent.errors import UserError
-from agent.gateway.app import DOORS, create_app
-from agent.gateway.settings import GatewayOptions
+from agent.gateway.app import PUBLIC_PATHS, create_app
+from agent.gateway.requests import ServedModel
+from agent.sections import GatewaySettings
 
 A = "a" * 64
 SHORT = A[:12]
@@ -26,9 +27,9 @@ def test_a_plain_completion_is_the_engines_bytes_but_for_the_fingerprint(running
     assert response.status_code == 200
     assert response.headers["x-model-version"] == SHORT
     assert len(response.headers["x-request-id"]) == 32
-    told = response.json()
-    assert told["system_fingerprint"] == SHORT
-    assert response.content == json.dumps(told, separators=(",", ":")).encode()
+    answer = response.json()
+    assert answer["system_fingerprint"] == SHORT
+    assert response.content == json.dumps(answer, separators=(",", ":")).encode()
     path, sent = running.engine.seen[0]
     assert path == "/v1/chat/completions"
     salt = sent.pop("cache_salt")
@@ -152,7 +153,7 @@ def test_an_engines_failure_is_an_error_without_its_inner_details(
     assert response.json()["error"]["code"] == code
     assert "CUDA" not in response.text
     assert ("retry-after" in response.headers) == (status == 503)
-    assert running.app.state.service.admission.in_flight == 0
+    assert running.app.state.parts.admission.in_flight == 0
 
 
 @pytest.mark.parametrize("fault", ["abort", "cut", "error_event"])
@@ -174,7 +175,7 @@ def test_a_client_that_leaves_stops_the_engine(running: Any, stream: bool) -> No
     with running.http() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=body, timeout=0.3)
     until = time.monotonic() + 10
-    while running.engine.running or running.app.state.service.admission.in_flight:
+    while running.engine.running or running.app.state.parts.admission.in_flight:
         assert time.monotonic() < until
         time.sleep(0.01)
     assert running.engine.broken_off == 1
@@ -187,7 +188,7 @@ def test_a_slow_reader_does_not_keep_its_place_in_the_engine(running: Any) -> No
         pieces = slow.iter_raw()
         first = next(pieces)
         until = time.monotonic() + 10
-        while running.app.state.service.admission.in_flight:
+        while running.app.state.parts.admission.in_flight:
             assert time.monotonic() < until
             time.sleep(0.01)
         rest = b"".join(pieces)
@@ -196,7 +197,7 @@ def test_a_slow_reader_does_not_keep_its_place_in_the_engine(running: Any) -> No
 
 
 def test_a_client_that_stops_reading_is_let_go(start: Any) -> None:
-    running = start(idle_timeout_s=0.3)
+    running = start(silence_timeout_s=0.3)
     running.engine.tokens, running.engine.weights = 3000, "A" * 5000
     body = {"model": "tiny", "messages": HELLO, "stream": True}
     with running.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as mute:
@@ -209,8 +210,8 @@ def test_a_client_that_stops_reading_is_let_go(start: Any) -> None:
 
 
 def _counted(running: Any, status: str) -> bool:
-    told = running.app.state.service.metrics.requests
-    return bool(told.labels("chat.completions", status)._value.get())
+    counter = running.app.state.parts.metrics.requests
+    return bool(counter.labels("chat.completions", status)._value.get())
 
 
 def test_an_answer_that_takes_too_long_is_given_up(start: Any) -> None:
@@ -222,7 +223,7 @@ def test_an_answer_that_takes_too_long_is_given_up(start: Any) -> None:
         assert caught.value.status_code == 504
         with pytest.raises(openai.APIError, match="too long"):
             list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
-    assert running.app.state.service.admission.in_flight == 0
+    assert running.app.state.parts.admission.in_flight == 0
 
 
 def test_over_the_queue_a_client_is_told_when_to_come_back(start: Any) -> None:
@@ -279,7 +280,8 @@ def test_healthz_says_what_is_served_and_metrics_count(running: Any) -> None:
 def test_without_keys_only_this_machine_is_served(start: Any, store: Any, engine: Any) -> None:
     with pytest.raises(UserError, match=r"0\.0\.0\.0 without keys"):
         create_app(
-            GatewayOptions(model="tiny", host="0.0.0.0"),
+            GatewaySettings(host="0.0.0.0"),
+            ServedModel("tiny", 4096),
             upstream=engine,
             verify=lambda *_: None,  # type: ignore[arg-type, return-value]
             experience=store,
@@ -296,6 +298,6 @@ def test_without_keys_only_this_machine_is_served(start: Any, store: Any, engine
 def test_the_description_names_every_public_path(running: Any) -> None:
     with running.http() as client:
         document = client.get("/openapi.json").json()
-    served = {path.decode() for path in DOORS} - {"/openapi.json", "/v1/models/"}
+    served = {path.decode() for path in PUBLIC_PATHS} - {"/openapi.json", "/v1/models/"}
     assert set(document["paths"]) == served | {"/v1/models/{model}"}
     assert "ChatRequest" in document["components"]["schemas"]

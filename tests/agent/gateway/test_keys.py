@@ -25,10 +25,10 @@ def who(keys: KeyStore, token: str) -> Any:
 def test_a_key_is_known_by_its_token_and_kept_as_a_hash(store: Any) -> None:
     keys = KeyStore(store)
     made = keys.create_key("ann", {"infer", "feedback"})
-    found = who(keys, made.token)
-    assert found.owner == "ann"
-    assert found.may("infer")
-    assert not found.may("review")
+    owner = who(keys, made.token)
+    assert owner.owner == "ann"
+    assert owner.may("infer")
+    assert not owner.may("review")
     with store.engine.connect() as connection:
         row = connection.execute(select(key_table)).one()
     assert row.token_hash == hash_of(made.token)
@@ -97,8 +97,8 @@ def guarded(start: Any, store: Any) -> Any:
 def test_a_path_asks_for_its_scopes(
     guarded: Any, method: str, path: str, body: Any, scopes: set[str]
 ) -> None:
-    with guarded.http() as nobody:
-        assert nobody.request(method, path, json=body).status_code == 401
+    with guarded.http() as keyless:
+        assert keyless.request(method, path, json=body).status_code == 401
     with guarded.client(*scopes) as right, guarded.client("admin") as admin:
         assert right.request(method, path, json=body).status_code == 200
         assert admin.request(method, path, json=body).status_code == 200
@@ -111,8 +111,8 @@ def test_a_path_asks_for_its_scopes(
 
 
 def test_healthz_needs_no_key(guarded: Any) -> None:
-    with guarded.http() as nobody:
-        assert nobody.get("/healthz").status_code == 200
+    with guarded.http() as keyless:
+        assert keyless.get("/healthz").status_code == 200
 
 
 def test_the_openai_client_raises_its_own_errors(guarded: Any) -> None:
@@ -161,9 +161,9 @@ def test_the_first_key_closes_a_running_gateway_and_every_later_one_counts_at_on
 ) -> None:
     running = start(keys=KeyStore(store, open_until_first=True))
     path = "/v1/chat/completions"
-    with running.http() as nobody:
-        assert nobody.post(path, json=ASK).status_code == 200
-        assert nobody.get("/healthz", headers={"host": "proxy.example"}).status_code == 421
+    with running.http() as keyless:
+        assert keyless.post(path, json=ASK).status_code == 200
+        assert keyless.get("/healthz", headers={"host": "proxy.example"}).status_code == 421
     elsewhere = KeyStore(store)  # the command line, in another process
     ann = elsewhere.create_key("ann", {"infer"})
     bob = elsewhere.create_key("bob", {"feedback"})
@@ -171,9 +171,9 @@ def test_the_first_key_closes_a_running_gateway_and_every_later_one_counts_at_on
         assert client.post(path, json=ASK).status_code == 200
     with running.http(authorization=f"Bearer {bob.token}") as client:
         assert client.post(path, json=ASK).status_code == 403
-    with running.http() as nobody:
-        assert nobody.post(path, json=ASK).status_code == 401
-        assert nobody.get("/healthz", headers={"host": "proxy.example"}).status_code == 200
+    with running.http() as keyless:
+        assert keyless.post(path, json=ASK).status_code == 401
+        assert keyless.get("/healthz", headers={"host": "proxy.example"}).status_code == 200
     late = elsewhere.create_key("late", {"infer"})
     time.sleep(2 * AGAIN_S)
     with running.http(authorization=f"Bearer {late.token}") as client:
@@ -197,10 +197,10 @@ def test_a_wrong_id_and_a_wrong_secret_are_the_same_work(store: Any) -> None:
 
     keys = Counting(store)
     made = keys.create_key("ann", {"infer"})
-    asked = []
+    counts = []
     for token in (made.token[:-1] + "-", f"ank-{'0' * 16}-{'A' * 43}", "sk-other", ""):
         keys.compared = 0
         with pytest.raises(ApiError):
             who(keys, token)
-        asked.append(keys.compared)
-    assert asked == [2, 2, 2, 2]
+        counts.append(keys.compared)
+    assert counts == [2, 2, 2, 2]

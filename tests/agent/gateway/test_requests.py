@@ -9,26 +9,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.gateway.errors import ApiError
-from agent.gateway.requests import read_chat, read_completion
-from agent.gateway.settings import GatewayOptions
+from agent.gateway.requests import ServedModel, read_chat, read_completion
+from agent.sections import GatewaySettings
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HELLO = [{"role": "user", "content": "hello"}]
-SETTINGS = GatewayOptions(model="tiny", tasks=frozenset({"gsm8k", "countdown"}))
+SETTINGS = GatewaySettings()
+TINY = ServedModel("tiny", 4096, frozenset({"gsm8k", "countdown"}))
 
 
 def chat(**fields: Any) -> Any:
-    return read_chat(json.dumps({"model": "tiny", "messages": HELLO} | fields).encode(), SETTINGS)
+    return read_chat(
+        json.dumps({"model": "tiny", "messages": HELLO} | fields).encode(), SETTINGS, TINY
+    )
 
 
 def completion(**fields: Any) -> Any:
     body = {"model": "tiny", "prompt": "hello"} | fields
-    return read_completion(json.dumps(body).encode(), SETTINGS)
+    return read_completion(json.dumps(body).encode(), SETTINGS, TINY)
 
 
 def refused(body: Any, read: Any = read_chat) -> dict[str, Any]:
     with pytest.raises(ApiError) as caught:
-        read(body if isinstance(body, bytes) else json.dumps(body).encode(), SETTINGS)
+        read(body if isinstance(body, bytes) else json.dumps(body).encode(), SETTINGS, TINY)
     assert caught.value.status == 400
     error: dict[str, Any] = orjson.loads(caught.value.body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -133,7 +136,7 @@ def test_a_task_is_asked_for_by_id_or_by_row() -> None:
 
 def outcome(body: bytes) -> int:
     try:
-        call = read_chat(body, SETTINGS)
+        call = read_chat(body, SETTINGS, TINY)
     except ApiError as error:
         return error.status
     assert orjson.dumps(dict(call.payload))

@@ -23,8 +23,9 @@ from pathlib import Path
 import httpx
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
+from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
-from agent.gateway.settings import GatewayOptions
+from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore
 
 async def engine(request):
@@ -40,7 +41,8 @@ def verify(task, row, completion):
 
 home, port = Path(sys.argv[1]), int(sys.argv[2])
 app = create_app(
-    GatewayOptions(model="tiny", tasks=frozenset({"gsm8k"})),
+    GatewaySettings(),
+    ServedModel("tiny", 4096, frozenset({"gsm8k"})),
     upstream=httpx.MockTransport(engine),
     verify=verify,
     experience=ExperienceStore.open(home / "experience.db"),
@@ -106,9 +108,11 @@ def test_a_service_from_its_first_request_to_its_last(
     log = (tmp_path / "log").read_text()
     assert CANARY not in log
     events = [json.loads(line) for line in log.splitlines()]
-    asked = [e for e in events if e["event"] == "request" and e["endpoint"] == "chat.completions"]
-    assert [e["status"] for e in asked] == [200, 500]
-    assert {"time", "level", "request_id", "ms", "principal"} <= asked[0].keys()
+    requests = [
+        e for e in events if e["event"] == "request" and e["endpoint"] == "chat.completions"
+    ]
+    assert [e["status"] for e in requests] == [200, 500]
+    assert {"time", "level", "request_id", "ms", "principal"} <= requests[0].keys()
 
 
 def test_a_dead_process_leaves_a_socket_that_is_replaced(tmp_path: Path) -> None:

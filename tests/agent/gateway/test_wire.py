@@ -1,10 +1,11 @@
-"""The engine's line: replies however they arrive, connections kept or dropped, failures named."""
+"""The engine's client: replies in any pieces, connections kept or dropped, failures, timers."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.gateway.wire import MAX_BUFFERED_BYTES, Wire
+from agent.gateway.wire import MAX_BUFFERED_BYTES, WaitTimer, Wire
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 PLAIN = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"
@@ -62,7 +63,7 @@ async def listening(engine: Serve, folder: Path, idle_s: float = 5.0) -> AsyncIt
             await writer.wait_closed()
 
     server = await asyncio.start_unix_server(handle, str(path), limit=1 << 22)
-    wire = Wire(path, connect_timeout_s=2.0, idle_timeout_s=idle_s)
+    wire = Wire(path, connect_timeout_s=2.0, silence_timeout_s=idle_s)
     try:
         yield wire
     finally:
@@ -168,7 +169,7 @@ def test_an_engine_that_is_silent_or_absent_is_told_as_such(run: Run, tmp_path: 
         async with listening(silent, tmp_path, idle_s=0.05) as wire:
             with pytest.raises(httpx.ReadTimeout):
                 await whole(wire)
-        absent = Wire(tmp_path / "absent.sock", connect_timeout_s=1, idle_timeout_s=1)
+        absent = Wire(tmp_path / "absent.sock", connect_timeout_s=1, silence_timeout_s=1)
         with pytest.raises(httpx.ConnectError):
             await whole(absent)
 
@@ -227,3 +228,72 @@ def test_bytes_nobody_asked_for_end_a_connection(run: Run, tmp_path: Path) -> No
             assert await whole(wire) == (200, b"hello")
 
     run(test)
+
+
+class Clock:
+    """A loop that has nothing but timers; time passes when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[asyncio.TimerHandle] = []
+        self.set = 0
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Any) -> asyncio.TimerHandle:
+        self.timers.append(asyncio.TimerHandle(when, call, (), self))  # type: ignore[arg-type]
+        self.set += 1
+        return self.timers[-1]
+
+    def _timer_handle_cancelled(self, _handle: asyncio.TimerHandle) -> None:
+        pass
+
+    def get_debug(self) -> bool:
+        return False
+
+    def pass_(self, seconds: float) -> None:
+        until = self.now + seconds
+        while due := [t for t in self.timers if t.when() <= until and not t.cancelled()]:
+            first = min(due, key=asyncio.TimerHandle.when)
+            self.timers.remove(first)
+            self.now = first.when()
+            first._run()
+        self.now = until
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.5, 0.9, 1.0, 2.5])), max_size=40))
+def test_a_wait_is_late_after_its_limit_and_no_other_is(steps: list[tuple[bool, float]]) -> None:
+    """Waits, and times without one, in any order: each wait of the limit or more rings once."""
+    clock, fired = Clock(), [0]
+    timer = WaitTimer(lambda: fired.__setitem__(0, fired[0] + 1), clock)  # type: ignore[arg-type]
+    late = 0
+    for waits, seconds in steps:
+        if waits:
+            timer.begin(1.0)
+            late += seconds >= 1.0
+        clock.pass_(seconds)
+        timer.end()
+        assert fired[0] == late
+    assert timer.expired == (late > 0)
+
+
+def test_many_short_waits_take_few_timers() -> None:
+    clock = Clock()
+    timer = WaitTimer(lambda: None, clock)  # type: ignore[arg-type]
+    for _ in range(1000):
+        timer.begin(1.0)
+        clock.pass_(0.01)
+        timer.end()
+    assert clock.set <= 12
+    assert not timer.expired
+
+
+def test_a_shorter_limit_is_kept_though_a_longer_one_was_set_before() -> None:
+    clock = Clock()
+    timer = WaitTimer(lambda: None, clock)  # type: ignore[arg-type]
+    timer.begin(60.0)
+    timer.end()
+    timer.begin(1.0)
+    clock.pass_(1.5)
+    assert timer.expired

@@ -121,10 +121,10 @@ OURS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/o
 @pytest.mark.integration
 def test_no_route_of_the_engine_gets_through_whatever_vllm_adds(running: Any) -> None:
     """The list is the installed server's own, every kind of model and the control routes on."""
-    told = subprocess.run(
+    listing = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ROUTES], capture_output=True, text=True, check=True
     )
-    routes = set(json.loads(told.stdout.splitlines()[-1]))
+    routes = set(json.loads(listing.stdout.splitlines()[-1]))
     assert {"/pause", "/collective_rpc", "/tokenize", "/v1/chat/completions"} <= routes
     assert len(routes) > 40
     for path in sorted(routes - OURS):
@@ -174,7 +174,7 @@ def test_no_word_of_a_prompt_reaches_a_log(
     logging.getLogger("httpcore").setLevel(logging.WARNING)
     running.engine.fault = fault
     if fault == "boom":
-        running.app.state.service.quota.take = _boom  # a defect whose message quotes the prompt
+        running.app.state.parts.quota.take = _boom  # a defect whose message quotes the prompt
     content = {
         "model": "tiny",
         "messages": [{"role": "user", "content": CANARY}],
