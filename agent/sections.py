@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the hub or an installed package
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -22,7 +23,10 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The anchor: what is served first and what every round is tied to."""
 
-    path: str = Field(EMBEDDED, description="'embedded', a directory, or a Hugging Face id.")
+    path: str = Field(
+        EMBEDDED,
+        description="'embedded', 'smollm2', a directory, a .gguf file, or a Hugging Face id.",
+    )
     revision: str | None = Field(None, description="Commit of a Hugging Face id, to pin it.")
     name: str = Field("anchorage", description="The name clients ask for and MLflow registers.")
     dtype: str = Field("auto", description="vLLM's --dtype.")
