@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from agent.errors import UserError
 from agent.sections import ModelSettings
 from agent.store.weights import Anchor
 from deploy.model import resolve
+
+Array = NDArray[np.float32]
 
 
 def test_a_directory_with_weights_is_taken(tmp_path: Path) -> None:
@@ -69,14 +72,14 @@ def test_a_file_that_is_not_gguf_is_refused_and_leaves_nothing(tmp_path: Path) -
 
 def _gguf(
     path: Path,
-) -> tuple[Path, dict[str, "np.ndarray[tuple[int, ...], np.dtype[np.float32]]"]]:
+) -> tuple[Path, dict[str, Array]]:
     """A one-layer Llama with a vocabulary of 8 in float32, and some of its values by HF name."""
     import gguf
 
     rng = np.random.default_rng(0)
     hidden, inner, vocabulary = 32, 64, 8
 
-    def values(*shape: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    def values(*shape: int) -> Array:
         return rng.integers(-8, 9, shape).astype(np.float32) / 16
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -90,7 +93,7 @@ def _gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*"abcdef", "<s>", "</s>"])
+    writer.add_token_list([*"abcde", "ab", "<s>", "</s>"])
     writer.add_token_types([1] * 6 + [3, 3])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(6)
