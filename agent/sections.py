@@ -5,7 +5,7 @@ The defaults are for real models; `agent.config` reads them.
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -114,9 +114,9 @@ class GateSettings(Section):
 
     alpha: float = Field(0.025, gt=0, lt=0.5, description="Level of non-inferiority on priors.")
     target_alpha: float = Field(0.01, gt=0, lt=0.5, description="Level of McNemar on the target.")
-    min_gain: float = Field(0.005, ge=0, lt=1, description="Least gain on the target, as a share.")
+    min_gain: float = Field(0.005, gt=0, lt=1, description="Least gain on the target, as a share.")
     confirm: bool = Field(True, description="Confirm on sealed rows before a promotion.")
-    margins: dict[str, float] = Field(
+    margins: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         {}, description="Own margin of a prior task, a share, instead of the one its rows carry."
     )
     sequential: bool = Field(
