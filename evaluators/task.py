@@ -21,6 +21,7 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 EXTRACTION_VERSION = "1"  # of the tasks here: raise it when any extraction changes
 MAX_COMPLETION_CHARS = 1_000_000  # what a verifier is shown at most: the end of the completion
 MAX_SHOWN_CHARS = 1000  # of an extracted answer and of an error
+MAX_SHOWN_ROW = 120  # of what is wrong with a row
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 
@@ -166,6 +167,57 @@ def checked(verdict: object) -> Verdict:
     if verdict.extracted is None:
         return verdict
     return replace(verdict, extracted=str(verdict.extracted)[:MAX_SHOWN_CHARS])
+
+
+def form_problem(task: Task, row: object) -> str | None:
+    """Why a row from outside cannot be asked at all, or None: its key and its prompt are tried.
+
+    A task's functions may assume the rows of its data set; here whatever they raise on another
+    row is the reason. A lone surrogate is refused because no tokenizer encodes it.
+    """
+    if not isinstance(row, Mapping):
+        return f"the row is a {type(row).__name__}; an object is wanted"
+    try:
+        key = task.key(row)
+        fields: Mapping[str, object] = task.fields(row)  # of a foreign row: anything
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                return f"the row's {name} is {type(value).__name__}; text is wanted"
+        texts = [message["content"] for message in task.messages(row)]
+        "".join([key, *texts]).encode()
+    except Exception as error:
+        return f"the row does not make a prompt ({_short(error)})"
+    return None if key else "the row's key is empty"
+
+
+def row_problem(task: Task, row: object) -> str | None:
+    """Why a row from outside cannot be learnt from, or None.
+
+    Beside its form: the verifier has to give its gold answer a higher reward than a wrong one.
+    """
+    if problem := form_problem(task, row):
+        return problem
+    assert isinstance(row, Mapping)
+    rewards = []
+    for name, make in (("gold", task.gold), ("wrong", task.wrong)):
+        try:
+            answer = make(row)
+        except Exception as error:
+            return f"the row gives no {name} answer ({_short(error)})"
+        verdict = judge(replace(task, prefill=None), answer, row)
+        if verdict.error:
+            return f"the {name} answer has no verdict ({verdict.error[:MAX_SHOWN_ROW]})"
+        rewards.append(verdict.reward)
+    if rewards[0] <= rewards[1]:
+        return f"the gold answer scores {rewards[0]:g}, a wrong one {rewards[1]:g}"
+    return None
+
+
+def _short(error: Exception) -> str:
+    """Type and message of an exception, on one line of ASCII, cut: it may quote the row."""
+    kind = "no field" if isinstance(error, KeyError) else f"{type(error).__name__}:"
+    line = " ".join(f"{kind} {error}".split())[:MAX_SHOWN_ROW]
+    return line.encode("ascii", "backslashreplace").decode()
 
 
 def score_lines(task: Task, lines: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.schedule import Completion, Logprobs, Messages, Way
+from agent.population.schedule import Completion, Logprobs, Messages
 
 EXTENSION = "agent.population.worker.WeightsExtension"
 CACHED_PROMPTS = 20_000
@@ -41,7 +41,6 @@ class EngineOptions:
     max_logprobs: int = 20
     master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
     importance: Path | None = None  # folder of the weights that penalties may name
-    way: Way = "short"  # how members get in; short is taken only where the layout is sure
     seed: int = 0
     log: Path | None = None  # the engine's own output is appended there
 
@@ -112,7 +111,7 @@ class VllmEngine:
         self._options = options
         self._tokenizer = self._llm.get_tokenizer()
         self._limit_tokens = int(self._llm.model_config.max_model_len)
-        self._ids: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        self._ids: dict[str, list[int]] = {}  # by the conversation as JSON
         self._base: Path | None = options.model  # None: theta
         self._current = True  # whether the engine holds the base
         self._spent = {"render": 0.0, "update": 0.0, "generate": 0.0}
@@ -120,7 +119,7 @@ class VllmEngine:
     def open(self, anchor: Path) -> str:
         """See ``Engine``."""
         kept = self._options.importance
-        where = self._options.master_device, str(kept) if kept else None, self._options.way
+        where = self._options.master_device, str(kept) if kept else None
         opened = self._rpc("anchorage_open", str(anchor), *where)
         self._base, self._current = None, False
         return str(opened["digest"])
@@ -180,16 +179,12 @@ class VllmEngine:
         ]
 
     def top_logprobs(
-        self,
-        prompts: Sequence[Messages],
-        k: int,
-        positions: int = 1,
-        member: tuple[Address, float] | None = None,
+        self, prompts: Sequence[Messages], k: int, positions: int = 1
     ) -> list[list[Logprobs]]:
         """See ``Engine``."""
         if not 1 <= k <= self._options.max_logprobs:
             raise UserError(f"k: {k}, allowed: 1 to {self._options.max_logprobs}")
-        self._hold(member, "normal")
+        self._hold(None, "normal")
         row = {"max_tokens": positions, "logprobs": k, "ignore_eos": True, "detokenize": False}
         return [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
@@ -257,7 +252,7 @@ class VllmEngine:
 
     def _tokens(self, messages: Messages) -> list[int]:
         """Token ids of a conversation in the model's chat template; equal ones are kept."""
-        key = tuple((message["role"], message["content"]) for message in messages)
+        key = json.dumps(list(messages))
         if key not in self._ids:
             if len(self._ids) >= CACHED_PROMPTS:
                 self._ids.clear()

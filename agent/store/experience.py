@@ -13,13 +13,22 @@ from sqlalchemy import (
     Row,
     Select,
     bindparam,
+    distinct,
+    func,
     insert,
     or_,
     select,
     update,
 )
 
-from agent.store.experience_db import answers, interactions, open_engine, rounds_used, writing
+from agent.store.experience_db import (
+    answers,
+    interactions,
+    keys,
+    open_engine,
+    rounds_used,
+    writing,
+)
 
 Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
@@ -99,6 +108,7 @@ class ExperienceRow:
     extracted: str | None
     error: str | None
     judged: float
+    prompt_tokens: int = 0  # of the prompt as the engine counted it
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +224,19 @@ class ExperienceStore:
             query = query.where(interactions.c.created <= until)
         return [ExperienceRow(**row._mapping) for row in self._all(query)]
 
+    def errors(self, task: str, since: float = 0.0) -> list[tuple[str, str, int]]:
+        """(principal, error, interactions) of a task's answers created after ``since``."""
+        count = func.count(distinct(interactions.c.id))
+        query = (
+            select(interactions.c.principal, answers.c.error, count)
+            .select_from(answers.join(interactions))
+            .where(interactions.c.task == task, answers.c.error.is_not(None))
+            .where(interactions.c.created > since)
+            .group_by(interactions.c.principal, answers.c.error)
+            .order_by(interactions.c.principal, answers.c.error)
+        )
+        return [(str(row[0]), str(row[1]), int(row[2])) for row in self._all(query)]
+
     def rewards(
         self, principal: str | None, since: float = 0.0, limit: int = 1000
     ) -> list[ExperienceRow]:
@@ -260,6 +283,18 @@ class ExperienceStore:
                 place = {"round_id": round_id, "pool": pool, "position": position}
                 owner = {"inference_id": row.inference_id, "principal": row.principal}
                 connection.execute(insert(rounds_used), place | owner)
+
+    def key_owners(self) -> set[str]:
+        """Owners of keys that are not revoked."""
+        query = select(keys.c.owner).where(keys.c.revoked.is_(None))
+        return {str(row[0]) for row in self._all(query)}
+
+    def principals(self, round_id: str) -> dict[int, str]:
+        """Place of a training row in a round's prompts -> whose it is."""
+        used = rounds_used.c
+        query = select(used.position, used.principal)
+        rows = self._all(query.where(used.round_id == round_id, used.pool == "train"))
+        return {int(row[0]): str(row[1]) for row in rows}
 
     def name_candidate(self, round_id: str, digest: str) -> None:
         """Note which weights a round made."""

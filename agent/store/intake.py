@@ -1,39 +1,63 @@
-"""Traffic to training rows: which verified rows a round may learn from, and why others may not.
+"""Which verified traffic a round may learn from, and why other traffic may not.
 
-Pure: rows in, rows out, in a fixed order. Every row ends in exactly one list of ``Intake``. The
-rows of its gate and sealed pools are kept from training for a person to look at; the gate itself
-judges by the tasks' own rows alone, so that no client can move it.
+Pure: rows in, rows out. Every row ends in exactly one list of ``Intake``, and neither the time nor
+the order in which rows came plays a part. The rows of the gate and sealed pools are kept from
+training for a person to look at; the gate itself judges by the tasks' own rows alone, so that no
+client can move it.
+
+One principal against the others: everything that rows compete for is shared among principals
+first. A principal's rows are put in an order by a keyed hash, the first rows of all principals
+come before the second of any, and what is a usual row is measured with one vote a principal. The
+key is a secret of the home: whoever does not know it cannot make rows that come first or that fall
+into a pool of choice.
 """
 
 import hashlib
+import hmac
 import math
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from statistics import median
+from typing import Literal
 
 from agent.store.experience import ExperienceRow, Pool
 
 SHARES: Mapping[Pool, float] = {"train": 0.8, "gate": 0.1, "sealed": 0.1}
 OUTLIER_Z = 5.0  # modified z-score; 3.5 is the usual caution, 5 leaves ordinary tails alone
-OUTLIER_MIN_ROWS = 8  # fewer values say nothing about what is ordinary
-OUTLIER_MIN_SPREAD = 0.05  # a spread below five per cent is taken as five per cent
+OUTLIER_MIN_ROWS = 8  # of fewer values none is called unusual
+LENGTH_MIN_SPREAD = 0.2  # of log length: below 4.4 times the median no prompt is unusual
+REWARD_MIN_SPREAD = 0.05  # of mean rewards
+
+Why = Literal[
+    "refused",  # admission: the row does not fit its task
+    "not_as_sent",  # its prompt is one that a round cannot ask as it was sent
+    "overlapping",  # with rows that judge
+    "duplicates",
+    "quarantined",  # unusual length or rewards
+    "gate",
+    "sealed",
+    "over_cap",  # of its principal or source
+    "no_room",  # the round has enough rows
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A row that is not learnt from: the kind of reason, which holds no client's text, and it."""
+
+    row: ExperienceRow
+    why: Why
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What a collection kept for each pool, and what it set aside for which reason."""
+    """Rows to train on, in the order in which to take them, and all others with their reasons."""
 
     train: tuple[ExperienceRow, ...]
-    gate: tuple[ExperienceRow, ...]
-    sealed: tuple[ExperienceRow, ...]
-    duplicates: tuple[ExperienceRow, ...]
-    overlapping: tuple[ExperienceRow, ...]
-    quarantined: tuple[ExperienceRow, ...]
-    over_cap: tuple[ExperienceRow, ...]
+    set_aside: tuple[SetAside, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +69,26 @@ class Caps:
     source_share: Mapping[str, float] = field(default_factory=dict)
 
 
+Refuse = Callable[[ExperienceRow], tuple[Why, str] | None]
+
+
 def text_hash(text: str) -> str:
     """sha256 of the text without regard to case, width, accents' encoding, or white space."""
     plain = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
-    return hashlib.sha256(plain.encode()).hexdigest()
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def pool_of(group_hash: str, shares: Mapping[Pool, float] = SHARES) -> Pool:
-    """Where a conversation belongs: its hash as a number in [0, 1) against the cumulated shares."""
-    u = int(hashlib.sha256(group_hash.encode()).hexdigest()[:13], 16) / 16**13
+def keyed(salt: str, *parts: str) -> str:
+    """HMAC-SHA256 of the parts as hex: a number nobody without the salt can foresee."""
+    return hmac.new(salt.encode(), "\0".join(parts).encode(), hashlib.sha256).hexdigest()
+
+
+def pool_of(salt: str, row_hash: str, shares: Mapping[Pool, float] = SHARES) -> Pool:
+    """The pool of a task row: its keyed hash in [0, 1) against the cumulated shares.
+
+    Equal task rows share a pool, whoever sends them and in whatever session.
+    """
+    u = int(keyed(salt, "pool", row_hash)[:13], 16) / 16**13
     edge = 0.0
     for pool, share in shares.items():
         edge += share
@@ -66,97 +101,154 @@ def collect(
     rows: Sequence[ExperienceRow],
     caps: Caps,
     *,
-    gate_hashes: AbstractSet[str] = frozenset(),
+    salt: str,
+    refuse: Refuse = lambda row: None,
     shares: Mapping[Pool, float] = SHARES,
+    alone: bool = False,
+    turn: str = "",
 ) -> Intake:
-    """Deduplicate, refuse overlap with gate pools, quarantine, split by conversation, cap."""
-    unique, duplicates = _first_of_each(rows)
-    clean, overlapping = _partition(
-        unique, lambda row: not {row.row_hash, row.prompt_hash} & gate_hashes
-    )
-    strange = outliers(clean)
-    ordinary, quarantined = _partition(clean, lambda row: row.inference_id not in strange)
+    """Refuse, set unusual rows aside, split into pools, deduplicate and cap.
+
+    Args:
+        rows: Verified answers.
+        caps: Shares of a round.
+        salt: The home's secret.
+        refuse: The kind of reason and the reason why a row cannot be used, or None.
+        shares: Share of each pool.
+        alone: All rows are one person's. There is nobody to protect from anybody: no cap, no
+            quarantine, no pool but train.
+        turn: Which round this is: where not every principal fits in, others do in the next one.
+    """
+    refused = {_id(row): found for row in rows if (found := refuse(row))}
+    fit = [row for row in rows if _id(row) not in refused]
+    strange = {} if alone else unusual(fit)
+    places: dict[tuple[str, int], tuple[Why, str]] = {**refused}
     pools: dict[Pool, list[ExperienceRow]] = {"train": [], "gate": [], "sealed": []}
-    for row in ordinary:
-        pools[pool_of(row.group_hash, shares)].append(row)
-    kept = {pool: capped(members, caps) for pool, members in pools.items()}
-    taken = {(row.inference_id, row.choice) for members in kept.values() for row in members}
-    over = [row for row in ordinary if (row.inference_id, row.choice) not in taken]
-    return Intake(
-        train=kept["train"],
-        gate=kept["gate"],
-        sealed=kept["sealed"],
-        duplicates=duplicates,
-        overlapping=overlapping,
-        quarantined=quarantined,
-        over_cap=tuple(over),
-    )
+    for row in fit:
+        if row.inference_id in strange:
+            places[_id(row)] = ("quarantined", strange[row.inference_id])
+        else:
+            pools["train" if alone else pool_of(salt, row.row_hash, shares)].append(row)
+    for pool in ("gate", "sealed"):
+        places |= {_id(row): (pool, f"the {pool} pool, not trained on") for row in pools[pool]}
+    chosen = Caps(caps.round_rows, 0.0, caps.source_share) if alone else caps
+    train, more = fair_choice(pools["train"], chosen, salt, turn)
+    places |= {_id(row): (why, reason) for row, why, reason in more}
+    aside = tuple(SetAside(row, *places[_id(row)]) for row in rows if _id(row) in places)
+    return Intake(train, aside)
 
 
-def capped(rows: Iterable[ExperienceRow], caps: Caps) -> tuple[ExperienceRow, ...]:
-    """The first rows of each principal and source up to its share of the round, at least one."""
-    taken: dict[tuple[str, str], int] = defaultdict(int)
-    kept = []
-    for row in rows:
+def fair_choice(
+    rows: Iterable[ExperienceRow], caps: Caps, salt: str, turn: str = ""
+) -> tuple[tuple[ExperienceRow, ...], list[tuple[ExperienceRow, Why, str]]]:
+    """Rows in turn, one of each principal, without duplicates, up to the caps; and the others.
+
+    A cap counts rows that are kept: where somebody else had a principal's row before, its next one
+    takes the place. So a principal that copies others' rows takes at most its own share of them.
+    """
+    kept: list[ExperienceRow] = []
+    rest: list[tuple[ExperienceRow, Why, str]] = []
+    seen: set[str] = set()
+    taken: Counter[tuple[str, str]] = Counter()
+    for row in _in_turn(rows, salt, turn):
         limits = {
             ("principal", row.principal): caps.principal_share,
             ("source", row.source): caps.source_share.get(row.source, 0.0),
         }
-        if all(taken[key] < _allowed(share, caps.round_rows) for key, share in limits.items()):
+        full = [
+            f"{kind}: at most {_allowed(share, caps.round_rows):g} of {caps.round_rows} rows"
+            for (kind, name), share in limits.items()
+            if taken[kind, name] >= _allowed(share, caps.round_rows)
+        ]
+        marks = {row.row_hash, row.prompt_hash}
+        if marks & seen:
+            rest.append((row, "duplicates", "the same task row or prompt is there already"))
+        elif full:
+            rest.append((row, "over_cap", full[0]))
+        else:
             kept.append(row)
-            for key in limits:
-                taken[key] += 1
-    return tuple(kept)
+            seen |= marks
+            taken.update(limits.keys())
+    return tuple(kept), rest
 
 
-def outliers(rows: Sequence[ExperienceRow]) -> set[str]:
-    """Ids of rows of unusual length, and of all rows of principals with an unusual mean reward."""
-    lengths = {row.inference_id: math.log1p(len(row.prompt or "")) for row in rows}
-    strange = _far(lengths)
+def _in_turn(rows: Iterable[ExperienceRow], salt: str, turn: str) -> list[ExperienceRow]:
+    """The first row of each principal, then the second, all by keyed hashes.
+
+    Inference ids are drawn at random when a request comes; they only settle draws between rows
+    that are equal in all else.
+    """
     by_principal: dict[str, list[ExperienceRow]] = defaultdict(list)
     for row in rows:
         by_principal[row.principal].append(row)
+
+    def place(row: ExperienceRow) -> tuple[str, str, int]:
+        return keyed(salt, turn, row.row_hash, row.prompt_hash), row.inference_id, row.choice
+
+    ranked = [
+        (rank, keyed(salt, turn, str(rank), owner), row)
+        for owner, mine in by_principal.items()
+        for rank, row in enumerate(sorted(mine, key=place))
+    ]
+    return [row for _, _, row in sorted(ranked, key=lambda each: each[:2])]
+
+
+def unusual(rows: Sequence[ExperienceRow]) -> dict[str, str]:
+    """Inference id -> reason, of rows of unusual length and of principals with unusual rewards.
+
+    The median and the spread have one vote a principal, divided among its rows: thousands of long
+    rows of one client do not make everybody else's unusual.
+    """
+    by_principal: dict[str, list[ExperienceRow]] = defaultdict(list)
+    for row in rows:
+        by_principal[row.principal].append(row)
+    lengths = {
+        row.inference_id: (math.log1p(len(row.prompt or "")), 1 / len(by_principal[row.principal]))
+        for row in rows
+    }
     means = {
-        owner: sum(row.reward or 0.0 for row in mine) / len(mine)
+        owner: (sum(row.reward or 0.0 for row in mine) / len(mine), 1.0)
         for owner, mine in by_principal.items()
         if len(mine) >= OUTLIER_MIN_ROWS
     }
-    return strange | {row.inference_id for owner in _far(means) for row in by_principal[owner]}
+    strange = dict.fromkeys(_far(lengths, LENGTH_MIN_SPREAD), "unusual length of its prompt")
+    for owner in _far(means, REWARD_MIN_SPREAD):
+        reason = "mean reward of its principal unlike all others'"
+        strange |= {row.inference_id: reason for row in by_principal[owner]}
+    return strange
 
 
-def _far(values: Mapping[str, float]) -> set[str]:
-    """Keys whose modified z-score, 0.6745 |x - median| / MAD, exceeds OUTLIER_Z."""
+def _far(values: Mapping[str, tuple[float, float]], least_spread: float) -> set[str]:
+    """Keys of (value, weight) whose modified z-score, 0.6745 |x - median| / MAD, is too large."""
     if len(values) < OUTLIER_MIN_ROWS:
         return set()
-    middle = median(values.values())
-    spread = median(abs(x - middle) for x in values.values())
-    spread = max(spread, OUTLIER_MIN_SPREAD)
-    return {key for key, x in values.items() if 0.6745 * abs(x - middle) / spread > OUTLIER_Z}
+    middle = weighted_median(values.values())
+    off = {key: abs(x - middle) for key, (x, _) in values.items()}
+    spread = weighted_median((off[key], weight) for key, (_, weight) in values.items())
+    limit = OUTLIER_Z * max(spread, least_spread) / 0.6745
+    return {key for key, distance in off.items() if distance > limit}
+
+
+def weighted_median(values: Iterable[tuple[float, float]]) -> float:
+    """The middle of (value, weight): half way where exactly half of the weight lies on each side.
+
+    Two principals with rows of two lengths have their median between, and neither is far from it.
+    """
+    ordered = sorted(values)
+    half = math.fsum(weight for _, weight in ordered) / 2
+    below = 0.0
+    for place, (value, weight) in enumerate(ordered):
+        below += weight
+        if math.isclose(below, half, rel_tol=1e-9):  # weights such as 1/3 do not add up exactly
+            return (value + ordered[place + 1][0]) / 2
+        if below > half:
+            return value
+    raise ValueError("weighted_median: no values")
 
 
 def _allowed(share: float, round_rows: int) -> float:
     return math.inf if share == 0 else max(1, math.floor(share * round_rows))
 
 
-def _first_of_each(
-    rows: Iterable[ExperienceRow],
-) -> tuple[tuple[ExperienceRow, ...], tuple[ExperienceRow, ...]]:
-    """The first row of each normalised task row and of each prompt; the rest are duplicates."""
-    seen: set[str] = set()
-    first: list[ExperienceRow] = []
-    again: list[ExperienceRow] = []
-    for row in rows:
-        marks = {row.row_hash, row.prompt_hash}
-        (again if marks & seen else first).append(row)
-        seen |= marks
-    return tuple(first), tuple(again)
-
-
-def _partition(
-    rows: Iterable[ExperienceRow], keep: Callable[[ExperienceRow], bool]
-) -> tuple[tuple[ExperienceRow, ...], tuple[ExperienceRow, ...]]:
-    kept: list[ExperienceRow] = []
-    rest: list[ExperienceRow] = []
-    for row in rows:
-        (kept if keep(row) else rest).append(row)
-    return tuple(kept), tuple(rest)
+def _id(row: ExperienceRow) -> tuple[str, int]:
+    return row.inference_id, row.choice

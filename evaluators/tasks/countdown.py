@@ -21,6 +21,8 @@ from evaluators.task import Row, Source, Task, Verdict
 
 MAX_CHARS = 1000  # of one expression
 MAX_DEPTH = 64  # operators and brackets waiting at once
+MAX_NUMBERS = 5  # of a row: six would be searched for a minute
+MAX_NUMBER = 10**9
 TOLERANCE = Fraction(1, 100_000)
 
 TEMPLATE = """\
@@ -124,7 +126,7 @@ def verify(completion: str, row: Row) -> Verdict:
 
 
 def solve(numbers: Sequence[int], target: Fraction) -> str | None:
-    """An expression for the target by exhaustive search (meant for at most six numbers)."""
+    """An expression for the target by exhaustive search; 5 numbers take up to a second."""
     return _search([(Fraction(n), str(n)) for n in numbers], target)
 
 
@@ -149,12 +151,24 @@ def _joined(
 
 
 def gold(row: Row) -> str:
-    """A solution in the asked format."""
+    """A solution in the asked format.
+
+    Rows come from clients, too: what would search for minutes is refused before the search.
+    """
+    _check_size(row["nums"])
     found = solve(row["nums"], target_of(row))
     if found is None:
         raise ValueError(f"countdown {key(row)}: no solution")
     expression = found[1:-1] if len(row["nums"]) > 1 else found
     return f"<answer>{expression}</answer>"
+
+
+def _check_size(numbers: Sequence[object]) -> None:
+    for number in numbers:
+        if not isinstance(number, int) or abs(number) > MAX_NUMBER:
+            raise ValueError(f"nums: {str(number)[:20]!r}; allowed: integers up to {MAX_NUMBER}")
+    if not 1 <= len(numbers) <= MAX_NUMBERS:
+        raise ValueError(f"nums: {len(numbers)} numbers; allowed: 1 to {MAX_NUMBERS}")
 
 
 def wrong(row: Row) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
-from flows.show.terminal import pairs, reporter, show
+from flows.show.terminal import collected_tables, pairs, reporter, show
 
 app = typer.Typer()
 anchor_app = typer.Typer(help="What rounds are tied to.", no_args_is_help=True)
@@ -22,8 +22,10 @@ def collect(target: Target = None, home: Home = None, as_json: AsJson = False) -
     from flows.service import Service
 
     service = Service.at(home)
-    told = collect_rows(service, service.target(target).name, service.settings.learner.prompts)
-    show(told.to_json(), as_json, pairs("rows of the next round", told.to_json()))
+    name = service.target(target).name
+    collected = collect_rows(service, name, service.settings.learner.prompts)
+    preview = collected.preview()
+    show(preview, as_json, *collected_tables(preview))
 
 
 @app.command()

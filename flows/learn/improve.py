@@ -25,9 +25,9 @@ from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
 from agent.store.replay import replay, route
 from agent.store.weights import export
-from evaluators.task import Row, Task, judge, training_reward
-from flows.learn.collect import collect_rows, mark_used
-from flows.learn.curve import Curve, Pace, Point, chats, points_of
+from evaluators.task import Task, judge, training_reward
+from flows.learn.collect import Asked, collect_rows, judging, mark_used, opened_prompts
+from flows.learn.curve import Curve, Pace, Point, points_of
 from flows.learn.plan import chosen, plan_of, settled
 from flows.learn.snapshots import NEWEST, given_up, keep_snapshots, sweep
 from flows.service import Service
@@ -90,7 +90,7 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
             done = service.journal.next_generation(run.run_id)
             progress.say(f"round {run.run_id}: goes on at generation {done}")
             return run
-    return _new(service, task, learner, plan)
+    return _new(service, task, learner, plan, progress)
 
 
 def _begun(service: Service, task: Task, plan: Mapping[str, Any]) -> list[Run]:
@@ -112,13 +112,21 @@ def _proposed(service: Service, run_id: str, digest: str, outcome: RoundOutcome)
     return Round(run_id, digest, outcome, points_of(service, run_id))
 
 
-def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[str, Any]) -> Run:
+def _new(
+    service: Service,
+    task: Task,
+    learner: LearnerSettings,
+    plan: Mapping[str, Any],
+    progress: Reporter,
+) -> Run:
     """Check what was asked, collect rows, keep them beside the round, then open it."""
     made = settled(service, task.name, learner)
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
     sweep(service)
     collected = collect_rows(service, task.name, learner.prompts)
-    text = json.dumps(list(collected.rows), default=str)
+    for line in collected.lines():
+        progress.say(line)
+    text = json.dumps([asked.to_json() for asked in collected.asked], default=str)
     folder = service.home.run(run_id)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(text, encoding="utf-8")
@@ -143,18 +151,30 @@ def _new(service: Service, task: Task, learner: LearnerSettings, plan: Mapping[s
     return run
 
 
-def _rows(service: Service, run: Run) -> list[Row]:
-    """The rows that a round was opened with.
+def _prompts(
+    service: Service, task: Task, run: Run, progress: Reporter
+) -> tuple[list[Asked], list[int]]:
+    """The prompts that a round was opened with, and the places of those that can be asked.
+
+    The others earn nothing from any member: a column of zeros keeps every row in its place in the
+    journal, and moves no step, as members differ only in the other columns.
 
     Raises:
-        UserError: They are gone, or not those the journal tells of.
+        UserError: They are gone, not those the journal tells of, or none can be asked.
     """
     path = service.home.run(run.run_id) / "rows.json"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if hashlib.sha256(text.encode()).hexdigest() != run.plan["rows_sha256"]:
         raise UserError(f"{path}: not the rows that round {run.run_id} was opened with")
-    rows: list[Row] = json.loads(text)
-    return rows
+    prompts, left_out = opened_prompts(service, task, text)
+    owners = service.experience.principals(run.run_id) if left_out else {}
+    for place, reason in left_out.items():
+        owner = owners.get(place, "the data set")
+        progress.say(f"round {run.run_id}: row {place} of {owner} is left out: {reason}")
+    places = [place for place in range(len(prompts)) if place not in left_out]
+    if not places:
+        raise UserError(f"round {run.run_id}: none of its {len(prompts)} rows can be asked")
+    return prompts, places
 
 
 class Driver:
@@ -172,8 +192,7 @@ class Driver:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
         self._anchor = service.open_anchor(run.anchor_digest)  # whatever is served meanwhile
-        self._rows = _rows(service, run)
-        self._chats = chats(task, self._rows, service.shots(task.name))
+        self._prompts, self._places = _prompts(service, task, run, progress)
         self._curve = Curve(service, task.name, run.run_id)
         self._pace = Pace(service, run.run_id, population)
         self._delta_hash = ""
@@ -247,23 +266,24 @@ class Driver:
             if member.index not in found
         ]
         longest, noise = self._task.max_tokens, self._learner.noise
-        for result in self._population.members(jobs, self._chats, longest, noise):
+        chats = [list(self._prompts[place].messages) for place in self._places]
+        for result in self._population.members(jobs, chats, longest, noise):
             found[result.job] = self._rewards(result.job, result.completions)
             journal.record_member(run_id, asked.generation, result.job, found[result.job])
         return np.stack([found[member.index] for member in asked.members])
 
     def _rewards(self, member: int, completions: Sequence[Completion]) -> Rewards:
         """(P,) training rewards; a verifier that failed on a row rewarded nobody for it."""
-        if len(completions) != len(self._rows):
+        if len(completions) != len(self._places):
             raise UserError(
-                f"member {member}: {len(completions)} answers, allowed: {len(self._rows)}"
+                f"member {member}: {len(completions)} answers, allowed: {len(self._places)}"
             )
-        return np.array(
-            [
-                training_reward(self._task, judge(self._task, completion.text, row))
-                for completion, row in zip(completions, self._rows, strict=True)
-            ]
-        )
+        rewards = np.zeros(len(self._prompts))
+        for place, completion in zip(self._places, completions, strict=True):
+            asked = self._prompts[place]
+            verdict = judge(judging(self._task, asked), completion.text, asked.row)
+            rewards[place] = training_reward(self._task, verdict)
+        return rewards
 
     def _apply(self, step: Step) -> Applied:
         """The same step on every engine."""

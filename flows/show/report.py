@@ -30,6 +30,7 @@ class RoundReport:
         None  # of a generation's wall time, median (``flows.learn.curve``)
     )
     shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
+    rows: Mapping[str, Any] = field(default_factory=dict)  # the plan's: counts by where from
 
     def to_json(self) -> dict[str, Any]:
         """The round's part of the demo's document (DESIGN: the CLI)."""
@@ -46,6 +47,7 @@ class RoundReport:
                 name: {key: row.get(key) for key in keys} for name, row in self.tasks.items()
             },
             "shift": {who: dict(tasks) for who, tasks in self.shift.items()},
+            "rows": dict(self.rows),
             "digest": self.digest,
         }
 
@@ -98,6 +100,7 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
         f"{percent(row['candidate'])} %, {difference(row)} points on {row['n']} rows.",
         f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
         f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
+        *_rows_lines(report),
         "",
         "| task | n | anchor | champion | candidate | difference | gate |",
         "|---|---|---|---|---|---|---|",
@@ -110,6 +113,17 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
     if report.shift:
         lines += ["", *_shift_lines(report)]
     return "\n".join([*lines, "", broken])
+
+
+def _rows_lines(report: RoundReport) -> list[str]:
+    """Where the training prompts came from, and how much traffic was set aside for which reason."""
+    if not report.rows:
+        return []
+    kinds = [f"{count} {why}" for why, count in report.rows["set_aside"].items() if count]
+    line = (
+        f"{report.rows['rows']} training prompts, {report.rows['from_traffic']} sent by clients; "
+    )
+    return [line + f"requests set aside: {', '.join(kinds) or 'none'}."]
 
 
 def _shift_lines(report: RoundReport) -> list[str]:

@@ -54,6 +54,23 @@ def pairs(title: str, values: Mapping[str, Any]) -> Table:
     return drawn
 
 
+def collected_tables(preview: Mapping[str, Any]) -> list[Table]:
+    """Where the next round's prompts come from, what was set aside and why, and a few of them."""
+    counts = {key: value for key, value in preview.items() if not isinstance(value, list | dict)}
+    aside = Table("requests", "principal", "why", "reason", title="set aside", title_justify="left")
+    for each in preview["reasons"]:
+        named = (str(each[key]) for key in ("requests", "principal", "why", "reason"))
+        aside.add_row(*named)
+    tables = [pairs("prompts of the next round", counts), *([aside] if aside.row_count else [])]
+    for kind, prompts in preview["prompts"].items():
+        for place, messages in enumerate(prompts, start=1):
+            drawn = Table(title=f"asked {kind}, {place}", title_justify="left", show_header=False)
+            for message in messages:
+                drawn.add_row(str(message["role"]), str(message["content"]))
+            tables.append(drawn)
+    return tables
+
+
 def status_table(told: Mapping[str, Any]) -> Table:
     """Addresses, champion and services."""
     title = f"endpoint {told['endpoint'] or 'down'}"

@@ -8,6 +8,7 @@ they submit with a wrong gold answer. What is damaged is seen on rows that nobod
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.experience import Answer, Interaction, Judgement
 from evaluators.gate import Sample, Tables, decide
-from flows.learn.collect import collect_rows
+from flows.learn.collect import Collected, collect_rows
 from flows.service import Service
 
 pytestmark = pytest.mark.proof
@@ -69,27 +70,42 @@ class World:
         return tuple(found)
 
 
-def submit(service: Service, world: World, round_number: int, flood: int) -> None:
-    """A round's traffic: four rows of everybody, ``flood`` times as many of the malicious."""
+@dataclass(frozen=True)
+class Attack:
+    """What the malicious do beside giving wrong answers."""
+
+    principals: int = MALICIOUS  # how many of all there are
+    rows: int = 4  # of each in a round
+    padding: int = 0  # characters that make their prompts long
+    ground: bool = False  # their rows' hashes are chosen to sort before all others
+    copies: bool = False  # their prompts are those of the honest
+
+
+def submit(service: Service, world: World, round_number: int, attack: Attack) -> None:
+    """A round's traffic: four rows of everybody honest, and the attack's of the others."""
     rows, verdicts = [], []
     moment, when = time.time(), np.random.default_rng(round_number)  # they come in any order
     for principal in range(PRINCIPALS):
-        bad = principal < MALICIOUS
-        for n in range(4 * (flood if bad else 1)):
+        bad = principal < attack.principals
+        for n in range(attack.rows if bad else 4):
             seed = round_number * 1_000_000 + principal * 10_000 + n
             x, y = world.rows(TARGET, 1, seed)
             answer = int(y[0] + bad) % ANSWERS  # always another than the right one
             example = {"question": f"row {seed}", "answer": f"#### {answer}", "x": x[0].tolist()}
+            place = f"{'0' * 20 if bad and attack.ground else ''}{seed}"
+            copied = round_number * 1_000_000 + (attack.principals + n % 45) * 10_000 + n // 45
+            prompt = f"p{copied if bad and attack.copies else place}"
+            words = f"row {seed}" + " word" * (attack.padding // 5 if bad else 0)
             ident = f"i{seed}"
             rows.append(
                 Interaction(
                     inference_id=ident, created=moment + float(when.random()),
                     endpoint="chat.completions", model="m", version="v",
                     principal=f"p{principal}", status="ok", latency_s=0.1, prompt_tokens=1,
-                    completion_tokens=1, task=TARGET,
-                    source="submitted", prompt=f'["row {seed}"]', example=json.dumps(example),
-                    prompt_hash=f"p{seed}", row_hash=f"r{seed}", group_hash=f"g{seed}",
-                    answers=(Answer(0, "x", "stop"),),
+                    completion_tokens=1, task=TARGET, source="submitted",
+                    prompt=json.dumps([{"role": "user", "content": words}]),
+                    example=json.dumps(example), prompt_hash=prompt, row_hash=f"r{place}",
+                    group_hash="g", answers=(Answer(0, "x", "stop"),),
                 )
             )  # fmt: skip
             verdicts.append(Judgement(ident, 0, judged=1.0, reward=float(n % 2), format=1.0))
@@ -117,17 +133,21 @@ def learn(world: World, model: Array, rows: list[dict[str, Any]], seed: int) -> 
     return moved
 
 
-def history(world: World, folder: Path, rounds: int, *, cap: float, flood: int) -> Any:
+def opened(folder: Path, cap: float) -> Service:
+    home = Home.at(folder)
+    (home.root / "salt").write_text("another salt of tests")
+    return Service(home, load(learner={"prompts": ROWS}, gateway={"principal_cap": cap}))
+
+
+def history(world: World, folder: Path, rounds: int, attack: Attack, cap: float = 0.01) -> Any:
     """The rounds: share of malicious rows, candidates' target accuracies, and what was served."""
-    prompts = {"prompts": ROWS}
-    service = Service(Home.at(folder), load(learner=prompts, gateway={"principal_cap": cap}))
+    service = opened(folder, cap)
     champion, shares, candidates, served = world.anchor, [], [], [world.anchor]
     for number in range(rounds):
-        submit(service, world, number, flood)
+        submit(service, world, number, attack)
         collected = collect_rows(service, TARGET, ROWS)
         rows = [dict(row) for row in collected.rows[: collected.from_traffic]]
-        bad = [int(each.principal[1:]) < MALICIOUS for each in collected.traffic]
-        shares.append(sum(bad) / len(bad))
+        shares.append(hostile(collected, attack) / len(rows))
         candidate = learn(world, champion, rows, seed=number)
         candidates.append(world.accuracy(candidate, TARGET))
         names = ("anchor", "champion", "candidate")
@@ -137,6 +157,11 @@ def history(world: World, folder: Path, rounds: int, *, cap: float, flood: int) 
             champion = candidate
             served.append(champion)
     return shares, candidates, served
+
+
+def hostile(collected: Collected, attack: Attack) -> int:
+    """How many prompts are malicious principals'."""
+    return sum(int(each.principal[1:]) < attack.principals for each in collected.traffic)
 
 
 def undamaged(world: World, served: list[Array]) -> bool:
@@ -155,16 +180,43 @@ def world() -> World:
 def test_with_caps_the_malicious_have_their_share_and_the_rounds_still_learn(
     world: World, tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
-    shares, _, served = history(world, tmp_path, scale(2, 10), cap=0.01, flood=10)
+    shares, _, served = history(world, tmp_path, scale(2, 10), Attack(rows=40))
     assert max(shares) <= 0.15
     assert undamaged(world, served)
     assert world.accuracy(served[-1], TARGET) > world.accuracy(world.anchor, TARGET) + 0.05
 
 
-def test_without_caps_they_spoil_candidates_and_the_gate_serves_none_of_them(
+def test_a_malicious_majority_spoils_candidates_and_the_gate_serves_none_of_them(
     world: World, tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
-    shares, candidates, served = history(world, tmp_path, scale(1, 10), cap=0.0, flood=16)
+    shares, candidates, served = history(
+        world, tmp_path, scale(1, 10), Attack(principals=40), cap=0.0
+    )
     assert min(shares) > 0.5
     assert min(candidates) < world.accuracy(world.anchor, TARGET) - 0.03  # the attack does work
     assert undamaged(world, served)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Attack(rows=80, ground=True),  # 400 rows of all malicious principals
+        Attack(rows=200, padding=2000),  # 1,000 long ones
+        Attack(rows=180, copies=True),
+        Attack(principals=1, rows=400, ground=True),  # one client alone
+        Attack(principals=1, rows=1000, padding=2000),
+    ],
+    ids=["ground", "long", "copies", "one-ground", "one-long"],
+)
+def test_the_honest_keep_their_share_whatever_one_in_ten_sends(
+    world: World, tmp_path: Path, scale: Callable[[int, int], int], attack: Attack
+) -> None:
+    """At least nine tenths of what they have where nobody attacks, in every round."""
+    attacked, calm = opened(tmp_path / "attacked", 0.01), opened(tmp_path / "calm", 0.01)
+    for number in range(scale(1, 10)):
+        submit(attacked, world, number, attack)
+        submit(calm, world, number, Attack(principals=attack.principals))
+        here, there = (collect_rows(each, TARGET, ROWS) for each in (attacked, calm))
+        honest = here.from_traffic - hostile(here, attack)
+        assert honest >= 0.9 * (there.from_traffic - hostile(there, attack)) > 60
+        assert honest >= 0.9 * (1 - attack.principals / PRINCIPALS) * here.from_traffic

@@ -86,11 +86,7 @@ class Plain:
         raise AssertionError("not asked for here")
 
     def top_logprobs(
-        self,
-        prompts: Sequence[Messages],
-        k: int,
-        positions: int = 1,
-        member: tuple[Address, float] | None = None,
+        self, prompts: Sequence[Messages], k: int, positions: int = 1
     ) -> list[list[Logprobs]]:
         raise AssertionError("not asked for here")
 

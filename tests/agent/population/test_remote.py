@@ -67,13 +67,9 @@ class Kept:
         return [[1, 2], []]
 
     def top_logprobs(
-        self,
-        prompts: Sequence[Messages],
-        k: int,
-        positions: int = 1,
-        member: tuple[Address, float] | None = None,
+        self, prompts: Sequence[Messages], k: int, positions: int = 1
     ) -> list[list[Logprobs]]:
-        self.call = ("top_logprobs", prompts, k, positions, member)
+        self.call = ("top_logprobs", prompts, k, positions)
         return [[{151643: -0.1000000014901161, 7: float("-inf")}], [{}]]
 
     def prompt_logprobs(
@@ -128,8 +124,7 @@ def ends() -> Iterator[tuple[EngineProcess, Kept]]:
         ("generate", (PROMPTS, 5)),
         ("generate", (PROMPTS, [5, 6], (Address(2**62, 7, 1), -0.1), "rademacher")),
         ("sample", (PROMPTS, 4, 9)),
-        ("top_logprobs", (PROMPTS, 3, 2, None)),
-        ("top_logprobs", (PROMPTS, 3, 2, (Address(2**62, 7, 1), -0.1))),
+        ("top_logprobs", (PROMPTS, 3, 2)),
         ("state", ()),
         ("spent", ()),
     ],

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -9,10 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.store.experience import ExperienceRow
-from agent.store.intake import Caps, capped, collect, outliers, pool_of, text_hash
+from agent.store.intake import (
+    Caps,
+    Intake,
+    collect,
+    fair_choice,
+    keyed,
+    pool_of,
+    text_hash,
+    unusual,
+    weighted_median,
+)
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 OFF = Caps(round_rows=1000, principal_share=0)
+SALT = "a salt of tests"
+TRAIN = {"train": 1.0}
 
 
 def row(number: int, **options: Any) -> ExperienceRow:
@@ -41,72 +54,159 @@ def row(number: int, **options: Any) -> ExperienceRow:
 
 
 def ids(rows: Any) -> list[str]:
-    return [r.inference_id for r in rows]
+    return sorted(r.inference_id for r in rows)
 
 
-def test_the_first_of_equal_rows_stays() -> None:
+def aside(intake: Intake, *why: str) -> list[str]:
+    return ids(each.row for each in intake.set_aside if each.why in why)
+
+
+def test_one_of_equal_rows_stays() -> None:
     rows = [row(1), row(2, row_hash="r1"), row(3, prompt_hash="p1"), row(4)]
-    intake = collect(rows, OFF, shares={"train": 1.0})
-    assert (ids(intake.train), ids(intake.duplicates)) == (["i1", "i4"], ["i2", "i3"])
+    intake = collect(rows, OFF, salt=SALT, shares=TRAIN)
+    assert len(intake.train) + len(aside(intake, "duplicates")) == 4
+    assert {r.row_hash for r in intake.train} >= {"r4"}
+    marks = [mark for r in intake.train for mark in (r.row_hash, r.prompt_hash)]
+    assert len(marks) == len(set(marks))
 
 
-def test_rows_a_gate_already_holds_are_refused_by_row_and_by_prompt() -> None:
-    intake = collect([row(1), row(2), row(3)], OFF, gate_hashes={"r1", "p2"}, shares={"train": 1.0})
-    assert (ids(intake.train), ids(intake.overlapping)) == (["i3"], ["i1", "i2"])
+def test_a_refused_row_is_set_aside_with_the_reason_and_hides_no_equal_one() -> None:
+    rows = [row(1, example="bad"), row(2, row_hash="r1"), row(3)]
+    intake = collect(
+        rows, OFF, salt=SALT, shares=TRAIN, refuse=lambda r: r.example and ("refused", "no key")
+    )
+    assert ids(intake.train) == ["i2", "i3"]
+    assert [(s.row.inference_id, s.why, s.reason) for s in intake.set_aside] == [
+        ("i1", "refused", "no key")
+    ]
 
 
-def test_turns_of_one_conversation_stay_together() -> None:
-    rows = [row(i, group_hash=f"g{i % 40}") for i in range(400)]
-    intake = collect(rows, OFF)
-    pools = [{r.group_hash for r in pool} for pool in (intake.train, intake.gate, intake.sealed)]
-    assert all(pools)
-    assert sum(len(p) for p in pools) == len(set.union(*pools)) == 40
+def test_equal_task_rows_share_a_pool_and_sessions_choose_none() -> None:
+    rows = [row(i, row_hash=f"r{i % 40}", session_id=f"s{i}", group_hash="g") for i in range(400)]
+    intake = collect(rows, OFF, salt=SALT)
+    train, gate, sealed = (
+        {r.row_hash for r in rows if r.inference_id in members}
+        for members in (
+            {*ids(intake.train), *aside(intake, "duplicates")},
+            aside(intake, "gate"),
+            aside(intake, "sealed"),
+        )
+    )
+    assert all((train, gate, sealed))
+    assert len(train) + len(gate) + len(sealed) == len(train | gate | sealed) == 40
 
 
 def test_shares_are_kept_on_average() -> None:
-    counts = Counter(pool_of(f"conversation {i}") for i in range(10_000))
+    counts = Counter(pool_of(SALT, f"row {i}") for i in range(10_000))
     assert counts["train"] == pytest.approx(8000, abs=200)  # 5 standard deviations
     assert counts["gate"] == pytest.approx(1000, abs=150)
     assert counts["sealed"] == pytest.approx(1000, abs=150)
 
 
+def test_without_the_homes_secret_neither_pool_nor_order_can_be_foreseen() -> None:
+    """Rows ground so that they come first, and into training, under one salt, under another."""
+    candidates = [f"r{i}" for i in range(20_000)]
+    mine = sorted((h for h in candidates if pool_of("guess", h) == "train"), key=key_of)[:1000]
+    assert sum(pool_of(SALT, h) == "train" for h in mine) == pytest.approx(800, abs=65)
+    places = sorted(range(20_000), key=lambda i: keyed(SALT, "", candidates[i], ""))
+    rank = {candidates[i]: place for place, i in enumerate(places)}
+    assert sum(rank[h] for h in mine) / 1000 == pytest.approx(10_000, abs=900)
+
+
+def key_of(row_hash: str) -> str:
+    return keyed("guess", "", row_hash, "")
+
+
 @patient
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_a_conversations_pool_does_not_depend_on_the_others(one: str, other: str) -> None:
-    assert pool_of(one) == pool_of(one)
-    rows = [row(1, group_hash=one), row(2, group_hash=other)]
-    both = collect(rows, OFF)
-    alone = collect(rows[:1], OFF)
-    for pool in ("train", "gate", "sealed"):
-        assert ("i1" in ids(getattr(both, pool))) == ("i1" in ids(getattr(alone, pool)))
+def test_a_rows_pool_does_not_depend_on_the_others(one: str, other: str) -> None:
+    rows = [row(1, row_hash=one), row(2, row_hash=other, principal="bob")]
+    both, alone = collect(rows, OFF, salt=SALT), collect(rows[:1], OFF, salt=SALT)
+    for pool in ("gate", "sealed"):
+        assert ("i1" in aside(both, pool)) == ("i1" in aside(alone, pool))
 
 
 def test_a_principal_has_one_per_cent_of_a_round_and_at_least_one_row() -> None:
     rows = [row(i, principal="ann" if i % 2 else "bob") for i in range(50)]
-    kept = capped(rows, Caps(round_rows=200))
+    kept, rest = fair_choice(rows, Caps(round_rows=200), SALT)
     assert Counter(r.principal for r in kept) == {"ann": 2, "bob": 2}
-    assert len(capped(rows, Caps(round_rows=30))) == 2
-    assert len(capped(rows, OFF)) == 50
+    assert {(why, reason) for _, why, reason in rest} == {
+        ("over_cap", "principal: at most 2 of 200 rows")
+    }
+    assert len(fair_choice(rows, Caps(round_rows=30), SALT)[0]) == 2
+    assert len(fair_choice(rows, OFF, SALT)[0]) == 50
+
+
+def test_the_only_principal_is_neither_capped_nor_split_nor_called_unusual() -> None:
+    rows = [row(i, prompt="x" * (10 + i**4)) for i in range(30)]
+    intake = collect(rows, Caps(round_rows=200), salt=SALT, alone=True)
+    assert len(intake.train) == 30
+    assert intake.set_aside == ()
 
 
 def test_a_source_can_be_capped_as_well() -> None:
     rows = [row(i, source="submitted" if i < 20 else "known") for i in range(40)]
     caps = Caps(round_rows=100, principal_share=0, source_share={"submitted": 0.05})
-    assert Counter(r.source for r in capped(rows, caps)) == {"submitted": 5, "known": 20}
+    kept = fair_choice(rows, caps, SALT)[0]
+    assert Counter(r.source for r in kept) == {"submitted": 5, "known": 20}
+
+
+def test_the_first_rows_of_all_come_before_the_second_of_any() -> None:
+    rows = [row(i, principal="ann") for i in range(50)] + [row(99, principal="bob")]
+    kept, _ = fair_choice(rows, OFF, SALT)
+    assert "bob" in {r.principal for r in kept[:2]}
+
+
+def test_whoever_finds_no_room_in_one_round_finds_it_in_another() -> None:
+    rows = [row(i, principal=f"p{i}") for i in range(100)]
+    firsts = {fair_choice(rows, OFF, SALT, str(turn))[0][0].principal for turn in range(30)}
+    assert len(firsts) > 15
+
+
+def test_a_principal_that_copies_others_takes_no_more_than_its_share_of_their_rows() -> None:
+    honest = [row(i, principal=f"p{i % 45}") for i in range(450)]
+    copies = [
+        row(1000 + i, principal=f"bad{i % 5}", row_hash=f"other{i}", prompt_hash=f"p{i}")
+        for i in range(450)
+    ]
+    kept, _ = fair_choice([*copies, *honest], Caps(round_rows=200), SALT)
+    assert Counter(r.principal[:3] == "bad" for r in kept) == {True: 10, False: 90}
 
 
 def test_ten_per_cent_of_malicious_principals_get_no_more_than_their_share() -> None:
     good = [row(i, principal=f"good{i % 90}") for i in range(900)]
     bad = [row(1000 + i, principal=f"bad{i % 10}", reward=1.0) for i in range(5000)]
-    intake = collect([*bad, *good], Caps(round_rows=200), shares={"train": 1.0})
+    intake = collect([*bad, *good], Caps(round_rows=200), salt=SALT, shares=TRAIN)
     share = sum(r.principal.startswith("bad") for r in intake.train) / len(intake.train)
     assert share <= 0.11
 
 
 def test_rows_of_absurd_length_are_set_aside() -> None:
-    rows = [row(i, prompt="x" * (90 + i)) for i in range(20)] + [row(99, prompt="x" * 100_000)]
-    intake = collect(rows, OFF, shares={"train": 1.0})
-    assert ids(intake.quarantined) == ["i99"]
+    rows = [row(i, prompt="x" * (90 + i), principal=f"p{i % 5}") for i in range(20)]
+    intake = collect([*rows, row(99, prompt="x" * 100_000)], OFF, salt=SALT, shares=TRAIN)
+    assert aside(intake, "quarantined") == ["i99"]
+
+
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_thousand_unusual_rows_of_one_do_not_make_everybody_elses_unusual(length: int) -> None:
+    rows = [row(i, prompt="x" * (90 + i % 40), principal=f"p{i % 40}") for i in range(400)]
+    flood = [row(1000 + i, prompt="x" * length, principal="eve") for i in range(1000)]
+    assert set(unusual([*rows, *flood])) == {r.inference_id for r in flood}
+
+
+def test_between_two_principals_neither_is_the_unusual_one() -> None:
+    rows = [row(i, prompt="x" * (90 + i)) for i in range(40)]
+    flood = [row(1000 + i, prompt="x" * 100_000, principal="eve") for i in range(1000)]
+    assert unusual([*rows, *flood]) == {}
+
+
+@patient
+@given(
+    st.lists(st.tuples(st.integers(-50, 50), st.integers(1, 4)), min_size=1, max_size=30),
+)
+def test_the_weighted_median_is_the_median_of_repeated_values(pairs: list[Any]) -> None:
+    values = [float(value) for value, times in pairs for _ in range(times)]
+    assert weighted_median([(float(v), n / 3) for v, n in pairs]) == median(values)
 
 
 def test_principals_whose_rewards_are_unlike_all_others_are_set_aside() -> None:
@@ -115,12 +215,11 @@ def test_principals_whose_rewards_are_unlike_all_others_are_set_aside() -> None:
         for p in range(12)
         for i in range(10)
     ]
-    strange = outliers(rows)
-    assert strange == {f"i{i}" for i in range(10)}
+    assert set(unusual(rows)) == {f"i{i}" for i in range(10)}
 
 
 def test_too_few_rows_say_nothing_about_what_is_ordinary() -> None:
-    assert outliers([row(1), row(2, prompt="x" * 10_000)]) == set()
+    assert unusual([row(1), row(2, prompt="x" * 10_000)]) == {}
 
 
 @patient
@@ -141,18 +240,14 @@ def test_too_few_rows_say_nothing_about_what_is_ordinary() -> None:
     )
 )
 def test_every_row_has_exactly_one_place(rows: list[ExperienceRow]) -> None:
-    intake = collect(rows, Caps(round_rows=100), gate_hashes={"r1"})
-    places = [
-        *intake.train,
-        *intake.gate,
-        *intake.sealed,
-        *intake.duplicates,
-        *intake.overlapping,
-        *intake.quarantined,
-        *intake.over_cap,
-    ]
-    assert sorted(ids(places)) == sorted(ids(rows))
-    assert intake == collect(rows, Caps(round_rows=100), gate_hashes={"r1"})
+    intake = collect(rows, Caps(round_rows=100), salt=SALT, refuse=refuse)
+    assert ids([*intake.train, *(each.row for each in intake.set_aside)]) == ids(rows)
+    backward = collect(rows[::-1], Caps(round_rows=100), salt=SALT, refuse=refuse)
+    assert intake.train == backward.train
+
+
+def refuse(r: ExperienceRow) -> Any:
+    return ("refused", "a test") if r.row_hash == "r1" else None
 
 
 def test_the_same_words_are_the_same_row_however_they_are_set() -> None:

@@ -26,8 +26,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def service(root: Path) -> Service:
-    return Service(Home.at(root), load())
+def service(root: Path, **sections: dict[str, object]) -> Service:
+    home = Home.at(root)
+    (home.root / "salt").write_text("a salt of tests")
+    return Service(home, load(None, **sections))
 
 
 def asked(row: Row, number: int, created: float) -> Interaction:
@@ -47,7 +49,7 @@ def asked(row: Row, number: int, created: float) -> Interaction:
         task="gsm8k",
         source="submitted",
         example=text,
-        prompt=text,
+        prompt=json.dumps([{"role": "user", "content": f"asked {text}"}]),
         prompt_hash=text_hash(f"asked {text}"),
         row_hash=text_hash(text),
         group_hash=text_hash(f"group {text}"),
@@ -81,7 +83,7 @@ def test_equal_traffic_in_any_order_gives_equal_rounds(tmp_path: Path, count: in
     assert one.to_json() == other.to_json()
     assert [each.principal for each in one.traffic] == [each.principal for each in other.traffic]
     assert 0 < one.from_traffic <= count
-    assert one.set_aside["duplicates"] == COUNT
+    assert one.counts()["duplicates"] >= COUNT // 2  # those of rows in the other pools are theirs
 
 
 def test_every_used_request_stands_where_its_row_does(tmp_path: Path) -> None:

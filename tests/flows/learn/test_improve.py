@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.pool import Population
 from agent.population.schedule import Completion, Messages
+from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.replay import replay, snapshot_path
 from agent.store.weights import Anchor, Parameters
 from flows.learn.curve import learner_share
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import tuned_lambda
 from flows.service import Service
-from flows.show.progress import Silent
+from flows.show.progress import Reporter, Silent
 
 pytestmark = pytest.mark.proof
 
@@ -52,6 +54,7 @@ class Ruled:
         self._theta: Parameters
         self.stop_after: int | None = None
         self.short = False
+        self.asked: list[Messages] = []
         self._seconds = 0.0
 
     def open(self, anchor: Path) -> str:
@@ -88,10 +91,15 @@ class Ruled:
         if self.stop_after is not None and len(self._log) >= self.stop_after:
             raise UserError("stopped")
         self._log.append(member[0])
+        self.asked = list(prompts)
         self._seconds += 1e-6
         texts = [messages[-1]["content"] for messages in prompts]
         return [
-            Completion(self._gold[text] if self._right(member, text) else "no idea", 3, "stop")
+            Completion(
+                self._gold.get(text, "#### 7") if self._right(member, text) else "no idea",
+                3,
+                "stop",
+            )
             for text in texts[: len(texts) - self.short]
         ]
 
@@ -119,10 +127,10 @@ class Bench:
         self.log: list[Address] = []
         self.engine = Ruled(root, gold, self.log)
 
-    def learn(self, **changes: Any) -> Round:
-        population = Population([lambda: self.engine])
+    def learn(self, progress: Reporter | None = None, **changes: Any) -> Round:
+        population, told = Population([lambda: self.engine]), progress or Silent()
         try:
-            return run_round(self.service, population, "gsm8k", Silent(), TINY | changes)
+            return run_round(self.service, population, "gsm8k", told, TINY | changes)
         finally:
             population.close()
 
@@ -271,22 +279,127 @@ def test_other_rows_than_it_was_opened_with_are_refused(bench: Bench) -> None:
         bench.learn()
 
 
-def steps_of(service: Service, run_id: str) -> list[Step]:
-    return [generation.step for generation in service.journal.generations(run_id)]
+CHAT = [
+    {"role": "system", "content": "One word,  please."},
+    {"role": "user", "content": "2 pens?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "And 5 more — “how many”?"},
+]
+LONG = [{"role": "user", "content": "How many? " * 60}]
+
+
+def send(service: Service, principal: str, messages: list[dict[str, str]], tokens: int) -> None:
+    """One verified request."""
+    ident, example = f"of-{principal}", {"question": f"{principal} asks", "answer": "#### 7"}
+    row = Interaction(
+        inference_id=ident, created=time.time() - 1, endpoint="chat.completions", model="m",
+        version="v", principal=principal, status="ok", latency_s=0.1, prompt_tokens=tokens,
+        completion_tokens=1, task="gsm8k", source="submitted", example=json.dumps(example),
+        prompt=json.dumps(messages), prompt_hash=ident, row_hash=ident, group_hash=ident,
+        answers=(Answer(0, "7", "stop"),),
+    )  # fmt: skip
+    service.experience.record([row])
+    service.experience.judge([Judgement(ident, 0, judged=1.0, reward=1.0)])
+
+
+class Listener(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_rounds_prompts_are_what_was_sent_and_its_file_keeps_them(bench: Bench) -> None:
+    send(bench.service, "ann", CHAT, 40)
+    made = bench.learn(generations=1)
+    assert [asked for asked in bench.engine.asked if len(asked) > 1] == [CHAT]
+    path = bench.service.home.run(made.run_id) / "rows.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    assert [each["messages"] for each in kept] == bench.engine.asked
+    assert [each["sent"] for each in kept] == [len(asked) > 1 for asked in bench.engine.asked]
+    assert len(bench.service.training_rows("gsm8k")) > 6
+
+
+def test_what_was_set_aside_is_said_when_a_round_begins_and_stands_in_its_plan(
+    bench: Bench,
+) -> None:
+    send(bench.service, "ann", [*CHAT, {"role": "assistant", "content": "7"}], 40)
+    listener = Listener()
+    made = bench.learn(listener, generations=1)
+    assert "set aside: 1 of ann: not_as_sent: it ends with an answer" in listener.said
+    told = bench.service.journal.run(made.run_id).plan["rows"]
+    assert told["set_aside"] == {"not_as_sent": 1, "unverified": 0}
+    assert "ann" not in json.dumps(told)
+
+
+def test_an_open_round_leaves_out_a_row_that_cannot_be_asked_and_says_whose(bench: Bench) -> None:
+    """Opened where prompts could be longer; its other rows are asked, and the row earns nothing."""
+    send(bench.service, "eve", LONG, 200)
+    bench.engine.stop_after = 4
+    with pytest.raises(UserError, match="stopped"):
+        bench.learn()
+    run = bench.service.journal.run("0001-gsm8k")
+    assert LONG in bench.engine.asked
+    place = bench.engine.asked.index(LONG)
+    small = load(tasks={"curve_every": 0}, model={"max_model_len": 150})
+    bench.service = Service(bench.service.home, small)
+    bench.service.registry = bench.recorder  # type: ignore[assignment]
+    bench.engine.stop_after, listener = None, Listener()
+    made = bench.learn(listener)
+    assert made.run_id == run.run_id
+    assert LONG not in bench.engine.asked
+    assert len(bench.engine.asked) == 5
+    assert [line.partition(" is left out: ")[0] for line in listener.said] == [
+        "round 0001-gsm8k: goes on at generation 1",
+        f"round 0001-gsm8k: row {place} of eve",
+    ]
+    for number, each in enumerate(bench.service.journal.generations(run.run_id)):
+        assert each.rewards.shape == (4, 6)
+        assert (each.rewards[:, place] == 0).all() == (number > 0)
+
+
+def test_a_round_opened_by_an_older_home_has_its_rows_asked_and_bad_ones_left_out(
+    bench: Bench,
+) -> None:
+    """Its file holds rows alone, one of them with no question."""
+    bench.engine.stop_after = 1
+    with pytest.raises(UserError, match="stopped"):
+        bench.learn()
+    service, journal = bench.service, bench.service.journal
+    folder = service.home.run("0002-gsm8k")
+    folder.mkdir()
+    rows = [{"answer": "#### 7"}, *list(service.training_rows("gsm8k").values())[:5]]
+    text = json.dumps(rows)
+    (folder / "rows.json").write_text(text)
+    (service.home.run("0001-gsm8k") / "given_up").touch()
+    plan = journal.run("0001-gsm8k").plan
+    digest = {"rows_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    journal.open_run(
+        "0002-gsm8k", anchor_digest=service.anchor.digest, parent_digest=service.champion(),
+        target="gsm8k", run_seed=3, plan={**plan, **digest}, now=0.0,
+    )  # fmt: skip
+    bench.engine.stop_after, listener = None, Listener()
+    assert bench.learn(listener).run_id == "0002-gsm8k"
+    assert "row 0 of the data set is left out" in listener.said[-1]
+    task = service.task("gsm8k")
+    assert bench.engine.asked == [task.messages(row) for row in rows[1:]]
 
 
 def test_importance_and_shapes_of_a_penalty_reach_every_step(bench: Bench, tmp_path: Path) -> None:
     service = bench.service
     file = weights(service.anchor, tmp_path / "weights.safetensors", 2.0)
     made = bench.learn(penalty="huber", huber_threshold=0.25, importance=str(file))
-    steps = steps_of(service, made.run_id)
+    steps = service.journal.steps(made.run_id)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert {(s.penalty.threshold, s.penalty.importance) for s in steps} == {(0.25, digest)}
     file.unlink()
     again = replay(service.journal, service.anchor, made.digest, importance=service.home.importance)
     assert again.digest() == made.digest
     net = bench.learn(penalty="elastic_net", l1_share=0.125)
-    assert {s.penalty.l1_share for s in steps_of(service, net.run_id)} == {0.125}
+    assert {s.penalty.l1_share for s in service.journal.steps(net.run_id)} == {0.125}
     strong = weights(service.anchor, file, 50.0)
     with pytest.raises(UserError, match=r"alpha \* lambda \* weight 50.0"):
         bench.learn(importance=str(strong))
@@ -304,7 +417,7 @@ def test_a_tuned_lambda_falls_until_the_target_does_not_suffer(bench: Bench) -> 
     service, short = bench.service, {"generations": 1, "tune_lambda": True, "lam": 8.0}
 
     def told(made: Round) -> float:
-        lams = {step.penalty.lam for step in steps_of(service, made.run_id)}
+        lams = {step.penalty.lam for step in service.journal.steps(made.run_id)}
         assert lams == {service.journal.run(made.run_id).plan["lambda"]}
         return lams.pop()
 

@@ -32,6 +32,15 @@ def test_it_says_whether_it_learnt_with_effect_and_idle_generations(figures, ans
         assert f"({100 * figures['low']:+.1f} .. {100 * figures['high']:+.1f})" in text
 
 
+def test_it_says_how_much_traffic_was_used_and_set_aside():
+    tasks = {"gsm8k": ROW | {"difference": 0.2, "low": 0.1, "high": 0.3, "role": "target"}}
+    rows = {"rows": 24, "from_traffic": 2, "set_aside": {"over_cap": 25, "gate": 0, "refused": 1}}
+    report = RoundReport("0001-gsm8k", "gsm8k", 3, "ended", "d" * 64, "hold", (), tasks, rows=rows)
+    line = "24 training prompts, 2 sent by clients; requests set aside: 25 over_cap, 1 refused."
+    assert line in markdown(report, [], "")
+    assert report.to_json()["rows"] == rows
+
+
 def test_fixed_and_broken_rows_stand_side_by_side_as_data():
     before = [sample("a", 0, "# shout"), sample("b", 1, "fine"), sample("c", 1, "same")]
     after = [sample("a", 1, "| good |"), sample("b", 0, "<b>bad"), sample("c", 1, "same")]

@@ -1,0 +1,276 @@
+"""Rows as clients send them: what does not fit its task is told and counted, and ends no round."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config import load
+from agent.home import Home
+from agent.store.experience import Answer, Interaction, Judgement
+from evaluators.loading import find_file
+from evaluators.loading import rows as rows_of
+from evaluators.task import Task, row_problem
+from evaluators.tasks import TASKS
+from flows.learn.collect import Collected, admit, chat, collect_rows
+from flows.service import Service
+
+QUESTION = "Tom has 3 pens and buys 4. How many?"
+ALWAYS = {"gsm8k": "gsm8k", "countdown": "countdown", "proofwriter": "proofwriter"}
+LIMIT = {"model": {"max_model_len": 1024}}
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    home = Home.at(tmp_path)
+    (home.root / "salt").write_text("a salt of tests")
+    return Service(home, load(None, **LIMIT))
+
+
+def store(service: Service, task: str, requests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Verified requests as an older home holds them: nobody looked at their rows.
+
+    ``requests``: id -> columns that differ from the usual ones.
+    """
+    rows = [
+        Interaction(**{
+            "inference_id": ident, "created": time.time() - 1, "endpoint": "chat.completions",
+            "model": "m", "version": "v", "principal": "ann", "status": "ok", "latency_s": 0.1,
+            "prompt_tokens": 5, "completion_tokens": 1, "task": task, "source": "submitted",
+            "prompt": json.dumps([{"role": "user", "content": ident}]), "prompt_hash": ident,
+            "row_hash": ident, "group_hash": ident, "answers": (Answer(0, "x", "stop"),),
+            **columns,
+        })
+        for ident, columns in requests.items()
+    ]  # fmt: skip
+    service.experience.record(rows)
+    service.experience.judge([Judgement(each, 0, judged=1.0, reward=1.0) for each in requests])
+
+
+def why(collected: Collected) -> dict[str, tuple[str, str, str]]:
+    """Inference id -> principal, kind of reason and reason."""
+    return {
+        each.row.inference_id: (each.row.principal, each.why, each.reason)
+        for each in collected.set_aside
+    }
+
+
+BAD = [
+    ("gsm8k", {"answer": "#### 7"}, "no field 'question'"),
+    ("gsm8k", {"question": QUESTION}, "no field 'answer'"),
+    ("gsm8k", {"question": 5, "answer": "#### 7"}, "question is int; text is wanted"),
+    ("gsm8k", {"question": [QUESTION], "answer": "#### 7"}, "question is list; text is"),
+    ("gsm8k", {"question": "word " * 3900, "answer": "#### 7"}, "tokens; allowed: 976"),
+    ("gsm8k", {"question": QUESTION, "answer": "seven"}, "no wrong answer|has no verdict"),
+    ("gsm8k", {"question": QUESTION, "answer": 7}, "no gold answer"),
+    ("gsm8k", {"question": "a \ud800 b", "answer": "#### 7"}, "surrogates not allowed"),
+    ("countdown", {"nums": [2, 3], "target": 7}, "no gold answer .* no solution"),
+    ("countdown", {"nums": [1] * 9, "target": 7}, "9 numbers; allowed: 1 to 5"),
+    ("countdown", {"nums": ["1e999999999"], "target": 7}, "allowed: integers"),
+    ("countdown", {"nums": 5, "target": 5}, "does not make a prompt"),
+    ("proofwriter", {"theory": "A is b.", "question": "A is b.", "answer": "Maybe"}, "answer"),
+    (
+        "proofwriter",
+        {"theory": None, "question": "A is b.", "answer": "True"},
+        "theory is NoneType",
+    ),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "reason"), BAD)
+def test_a_row_that_does_not_fit_is_refused_with_the_reason_and_ends_no_round(
+    service: Service, task: str, row: Mapping[str, Any], reason: str
+) -> None:
+    store(service, task, {"bad": {"example": json.dumps(row), "principal": "eve"}})
+    collected = collect_rows(service, task, 4)
+    principal, kind, told = why(collected)["bad"]
+    assert (principal, kind) == ("eve", "refused")
+    assert len(collected.asked) == 4
+    import re
+
+    assert re.search(reason, told), told
+
+
+@pytest.mark.parametrize("text", ["{", "5", "null", '"text"', "[" * 100_000, '["a"]'])
+def test_what_is_no_object_is_refused(service: Service, text: str) -> None:
+    store(service, "gsm8k", {"bad": {"example": text}})
+    assert why(collect_rows(service, "gsm8k", 4))["bad"][1] == "refused"
+
+
+def test_a_known_row_that_is_gone_is_refused(service: Service) -> None:
+    store(service, "gsm8k", {"bad": {"source": "known", "example_id": "gone"}})
+    assert why(collect_rows(service, "gsm8k", 4))["bad"][2] == "no training row has its example_id"
+
+
+def test_every_row_of_every_data_set_is_admitted(service: Service, real_rows: Path | None) -> None:
+    """The embedded model's, and real ones where this machine has some."""
+    for name, task in service.tasks.items():
+        split = "train" if task.source.train_split else "eval"
+        found = service.rows(name, split, 40)
+        if real_rows is not None and find_file(real_rows / name, ["test", "validation"]):
+            found += rows_of(TASKS[name], "eval", data_dir=real_rows, limit=40)
+        assert [row_problem(task, row) for row in found] == [None] * len(found), name
+
+
+ODD = (
+    None, True, 0, -1, 1e308, float("nan"), 10**400, "", " ", "\ud800", "\x00", "\u202e\u200b",
+    "9" * 5000, "{question}", "x" * 50_000, [], {}, [[]], {"": {}}, ["a", 1, None], "1e999999999",
+)  # fmt: skip
+
+
+def hostile(task: Task, row: Mapping[str, Any], draw: random.Random) -> Iterator[str]:
+    """Rows made from a good one, as JSON: wrong types, missing, huge, nested, odd Unicode."""
+    while True:
+        spoilt = json.loads(json.dumps(row))
+        field = draw.choice([*spoilt])
+        way = draw.randrange(6)
+        if way == 0:
+            del spoilt[field]
+        elif way == 1:
+            spoilt[field] = draw.choice(ODD)
+        elif way == 2:
+            nested: Any = spoilt[field]
+            for _ in range(draw.choice([1, 30, 400])):
+                nested = [nested] if draw.random() < 0.5 else {"a": nested}
+            spoilt[field] = nested
+        elif way == 3:
+            spoilt[field] = [spoilt[field]] * draw.choice([0, 2, 2000])
+        elif way == 4:
+            spoilt[field] = f"{draw.choice(ODD)}{spoilt[field]}{draw.choice(ODD)}"
+        else:
+            spoilt = draw.choice(ODD)
+        yield json.dumps(spoilt)
+
+
+def test_hostile_rows_of_any_kind_end_no_round_and_each_is_counted(
+    service: Service, scale: Callable[[int, int], int]
+) -> None:
+    """Over the targets, stored as if nobody had looked: each is asked or set aside, with a name."""
+    draw, count = random.Random(7), scale(60, 400)
+    for target in ("gsm8k", "countdown", "proofwriter"):
+        good = service.rows(target, "train", 5)
+        made = {
+            f"{target}-{n}": {
+                "example": next(hostile(service.task(target), draw.choice(good), draw)),
+                "principal": f"p{n % 7}",
+            }
+            for n in range(count)
+        }
+        store(service, target, made)
+        collected = collect_rows(service, target, 50)
+        told = why(collected)
+        used = {each.inference_id for each in collected.traffic}
+        assert len(collected.asked) == 50
+        assert sorted([*told, *used]) == sorted(made)
+        assert len(told) > count / 2
+        for ident, (principal, _, reason) in told.items():
+            assert principal == made[ident]["principal"]
+            assert reason.isprintable()
+            assert reason.isascii()
+        assert sum(each["requests"] for each in collected.reasons()) == len(told)
+
+
+def test_hostile_rows_of_any_task_are_told_at_once_without_an_exception(
+    service: Service, scale: Callable[[int, int], int]
+) -> None:
+    draw = random.Random(8)
+    for name, task in service.tasks.items():
+        split = "train" if task.source.train_split else "eval"
+        (good,) = service.rows(name, split, 1)
+        rows = hostile(task, good, draw)
+        problems = []
+        for _ in range(scale(30, 400)):
+            row = json.loads(next(rows))
+            problem = admit(service, task, row)
+            problems.append(problem or row_problem(task, row))
+        assert sum(problem is not None for problem in problems) > len(problems) / 3, name
+
+
+TURNS = [
+    {"role": "system", "content": "Answer in one word,  please.\n"},
+    {"role": "user", "content": "2 pens?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "And 5 more — how many “pens”?\u00a0"},
+]
+
+
+def good_row(number: int) -> str:
+    return json.dumps({"question": f"{QUESTION} Shop {number}.", "answer": "#### 7"})
+
+
+def test_a_request_is_asked_as_it_was_sent_byte_for_byte(service: Service) -> None:
+    """System message and turns are kept; the template asks the data set's rows alone."""
+    store(service, "gsm8k", {"one": {"example": good_row(1), "prompt": json.dumps(TURNS)}})
+    collected = collect_rows(service, "gsm8k", 3)
+    sent, *own = collected.asked
+    assert (sent.messages, sent.sent) == (TURNS, True)
+    task = service.task("gsm8k")
+    assert [each.messages for each in own] == [task.messages(each.row) for each in own]
+    assert collected.preview()["prompts"]["as sent by clients"] == [TURNS]
+    assert "pens" not in json.dumps(collected.to_json())  # which the plan keeps for good
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("What is it?", "plain prompt"),
+        ([1, 2, 3], "plain prompt"),
+        ([], "plain prompt"),
+        ([*TURNS, {"role": "assistant", "content": "7"}], "ends with an answer"),
+        ({"messages": TURNS, "tools": [{"type": "function"}]}, "tools"),
+        ([{"role": "tool", "tool_call_id": "1", "content": "7"}, TURNS[1]], "tools"),
+        ([{"role": "user", "content": None}], "without text"),
+        ([{"role": "user", "content": "\ud800"}], "not Unicode"),
+    ],
+)
+def test_what_cannot_be_asked_as_it_was_sent_is_told(
+    service: Service, prompt: Any, reason: str
+) -> None:
+    store(service, "gsm8k", {"one": {"example": good_row(1), "prompt": json.dumps(prompt)}})
+    _, kind, told = why(collect_rows(service, "gsm8k", 3))["one"]
+    assert kind == "not_as_sent"
+    assert reason in told
+
+
+def test_parts_of_text_are_joined_as_the_engines_server_joins_them() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert chat(json.dumps([{"role": "user", "content": parts}])) == [
+        {"role": "user", "content": "one\ntwo"}
+    ]
+
+
+def test_a_sent_prompt_has_to_leave_room_for_an_answer(service: Service) -> None:
+    store(
+        service,
+        "gsm8k",
+        {
+            "fits": {"example": good_row(1), "prompt_tokens": 976},
+            "long": {"example": good_row(2), "prompt_tokens": 977},
+        },
+    )
+    collected = collect_rows(service, "gsm8k", 3)
+    assert [each.inference_id for each in collected.traffic] == ["fits"]
+    assert why(collected)["long"][1] == "not_as_sent"
+
+
+@pytest.mark.parametrize("principal", ["local", "ann"])
+def test_thirty_rows_of_the_only_client_are_all_used(tmp_path: Path, principal: str) -> None:
+    service = Service(Home.at(tmp_path), load(None, gateway={"principal_cap": 0.01}))
+    rows = {f"i{n}": {"example": good_row(n), "principal": principal} for n in range(30)}
+    store(service, "gsm8k", rows)
+    collected = collect_rows(service, "gsm8k", 96)
+    assert (collected.from_traffic, collected.counts()) == (30, {"unverified": 0})
+
+
+def test_with_several_clients_the_cap_holds_and_is_said_aloud(tmp_path: Path) -> None:
+    service = Service(Home.at(tmp_path), load(None, gateway={"principal_cap": 0.02}))
+    rows = {f"i{n}": {"example": good_row(n), "principal": f"p{n % 2}"} for n in range(60)}
+    store(service, "gsm8k", rows)
+    collected = collect_rows(service, "gsm8k", 100)
+    assert collected.from_traffic == 4
+    assert collected.counts()["over_cap"] + collected.counts()["gate"] > 20
+    assert any("over_cap: principal: at most 2 of 100 rows" in line for line in collected.lines())
