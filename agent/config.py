@@ -21,6 +21,7 @@ from pydantic_settings import (
 from agent.errors import UserError
 from agent.sections import (
     EMBEDDED,
+    SMOLLM2,
     BakingSettings,
     EngineSettings,
     GateSettings,
@@ -48,7 +49,27 @@ PROFILES: dict[str, dict[str, Any]] = {
         # At 45 % right, one row in five flips whatever is learnt: 400 rows carry 8 points.
         "gate": {"margins": {"countdown": 0.08}},
         "gateway": {"principal_cap": 0.0},
-    }
+    },
+    # What a hand-made round on two cores learnt with; priors that are at their floor for a model
+    # of this size (Countdown, MMLU-Pro) tell nothing and cost as much as the others.
+    SMOLLM2: {
+        "model": {"max_model_len": 1024, "dtype": "bfloat16"},
+        "learner": {
+            "sigma": 0.001,
+            "alpha": 0.001,
+            "population": 16,
+            "prompts": 32,
+            "generations": 14,
+            "lam": 3.0,
+        },
+        "tasks": {
+            "max_tokens": 64,
+            "rows": 400,
+            "kl_rows": 8,
+            "priors": ["arc_challenge", "piqa", "proofwriter", "refusal"],
+        },
+        "gateway": {"principal_cap": 0.0},
+    },
 }
 
 

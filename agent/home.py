@@ -65,6 +65,11 @@ class Home:
     # -- learning and evaluation --------------------------------------------------------------
 
     @property
+    def models(self) -> Path:
+        """Models read from GGUF files, one Hugging Face directory each."""
+        return self.root / "models"
+
+    @property
     def weights(self) -> Path:
         """One Hugging Face directory per kept digest."""
         return self.root / "weights"

@@ -5,11 +5,12 @@ The defaults are for real models; `agent.config` reads them.
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the hub or an installed package
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -22,7 +23,10 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The anchor: what is served first and what every round is tied to."""
 
-    path: str = Field(EMBEDDED, description="'embedded', a directory, or a Hugging Face id.")
+    path: str = Field(
+        EMBEDDED,
+        description="'embedded', 'smollm2', a directory, a .gguf file, or a Hugging Face id.",
+    )
     revision: str | None = Field(None, description="Commit of a Hugging Face id, to pin it.")
     name: str = Field("anchorage", description="The name clients ask for and MLflow registers.")
     dtype: str = Field("auto", description="vLLM's --dtype.")
@@ -110,9 +114,9 @@ class GateSettings(Section):
 
     alpha: float = Field(0.025, gt=0, lt=0.5, description="Level of non-inferiority on priors.")
     target_alpha: float = Field(0.01, gt=0, lt=0.5, description="Level of McNemar on the target.")
-    min_gain: float = Field(0.005, ge=0, lt=1, description="Least gain on the target, as a share.")
+    min_gain: float = Field(0.005, gt=0, lt=1, description="Least gain on the target, as a share.")
     confirm: bool = Field(True, description="Confirm on sealed rows before a promotion.")
-    margins: dict[str, float] = Field(
+    margins: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         {}, description="Own margin of a prior task, a share, instead of the one its rows carry."
     )
     sequential: bool = Field(

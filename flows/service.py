@@ -58,7 +58,7 @@ class Service:
     @cached_property
     def origin(self) -> Anchor:
         """The model this service was started with, memory-mapped."""
-        return Anchor.open(resolve(self.settings.model))
+        return Anchor.open(resolve(self.settings.model, self.home.models))
 
     @property
     def anchor(self) -> Anchor:

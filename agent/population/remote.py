@@ -57,7 +57,7 @@ class RemoteEngine:
         """See ``Engine``."""
         arguments: Json = {"prompts": [list(messages) for messages in prompts], "noise": noise}
         arguments["max_tokens"] = max_tokens if isinstance(max_tokens, int) else list(max_tokens)
-        arguments["member"] = [*astuple(member[0]), member[1]] if member else None
+        arguments["member"] = _to_json(member)
         return [Completion(*row) for row in self.call("generate", arguments)]
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
@@ -66,10 +66,15 @@ class RemoteEngine:
         return list(self.call("sample", arguments))
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
         """See ``Engine``."""
-        arguments = {"prompts": [list(p) for p in prompts], "k": k, "positions": positions}
+        arguments: Json = {"prompts": [list(p) for p in prompts], "k": k, "positions": positions}
+        arguments["member"] = _to_json(member)
         rows = self.call("top_logprobs", arguments)
         return [[dict(place) for place in row] for row in rows]
 
@@ -108,14 +113,24 @@ def _restore(engine: Engine, arguments: Json) -> str:
     return engine.restore(snapshot, [Step.from_json(row) for row in arguments["steps"]])
 
 
+def _to_json(member: tuple[Address, float] | None) -> list[float] | None:
+    """[run seed, generation, pair, scale]; ``_member`` reads it back."""
+    return [*astuple(member[0]), member[1]] if member else None
+
+
+def _member(arguments: Json) -> tuple[Address, float] | None:
+    at = arguments.pop("member", None)
+    return (Address(*at[:3]), at[3]) if at else None
+
+
 def _generate(engine: Engine, arguments: Json) -> list[Any]:
-    at = arguments.pop("member")
-    member = (Address(*at[:3]), at[3]) if at else None
+    member = _member(arguments)
     return [astuple(completion) for completion in engine.generate(**arguments, member=member)]
 
 
 def _top_logprobs(engine: Engine, arguments: Json) -> list[Any]:
-    rows = engine.top_logprobs(**arguments)
+    member = _member(arguments)
+    rows = engine.top_logprobs(**arguments, member=member)
     return [[list(place.items()) for place in row] for row in rows]
 
 

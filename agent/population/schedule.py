@@ -8,13 +8,14 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 
 Messages = Sequence[dict[str, str]]
 Logprobs = dict[int, float]
+Way = Literal["short", "long", "fresh"]  # how members get into an engine: see ``certify``
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,14 @@ class Engine(Protocol):
         ...
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
-        """For each prompt and greedy position: the k likeliest token ids and their log p."""
+        """For each prompt and greedy position: the k likeliest token ids and their log p, of
+        theta + scale * eps(address) if given."""
         ...
 
     def prompt_logprobs(

@@ -18,7 +18,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.schedule import Completion, Logprobs, Messages
+from agent.population.schedule import Completion, Logprobs, Messages, Way
 
 EXTENSION = "agent.population.worker.WeightsExtension"
 CACHED_PROMPTS = 20_000
@@ -41,6 +41,7 @@ class EngineOptions:
     max_logprobs: int = 20
     master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
     importance: Path | None = None  # folder of the weights that penalties may name
+    way: Way = "short"  # how members get in; short is taken only where the layout is sure
     seed: int = 0
     log: Path | None = None  # the engine's own output is appended there
 
@@ -119,7 +120,7 @@ class VllmEngine:
     def open(self, anchor: Path) -> str:
         """See ``Engine``."""
         kept = self._options.importance
-        where = self._options.master_device, str(kept) if kept else None
+        where = self._options.master_device, str(kept) if kept else None, self._options.way
         opened = self._rpc("anchorage_open", str(anchor), *where)
         self._base, self._current = None, False
         return str(opened["digest"])
@@ -179,12 +180,16 @@ class VllmEngine:
         ]
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
         """See ``Engine``."""
         if not 1 <= k <= self._options.max_logprobs:
             raise UserError(f"k: {k}, allowed: 1 to {self._options.max_logprobs}")
-        self._hold(None, "normal")
+        self._hold(member, "normal")
         row = {"max_tokens": positions, "logprobs": k, "ignore_eos": True, "detokenize": False}
         return [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]

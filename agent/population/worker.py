@@ -38,7 +38,11 @@ class WeightsExtension:
     _anchorage_served: str = "start"
 
     def anchorage_open(
-        self, anchor_dir: str, master_device: str = "cpu", importance: str | None = None
+        self,
+        anchor_dir: str,
+        master_device: str = "cpu",
+        importance: str | None = None,
+        way: str = "short",
     ) -> dict[str, Any]:
         """Hold this anchor with delta = 0, on the host or on the accelerator (``cuda``).
 
@@ -52,7 +56,8 @@ class WeightsExtension:
         self._anchorage = held(anchor, master_device, self._anchorage_importance)
         runner = self.model_runner
         dtype = runner.model_config.dtype
-        self._anchorage_layout = Layout.of(runner.get_model(), anchor.specs, dtype)
+        sure = Layout.of(runner.get_model(), anchor.specs, dtype) if way == "short" else None
+        self._anchorage_layout = sure
         return {"digest": anchor.digest, "parameters": anchor.parameters}
 
     def anchorage_restore(self, snapshot: str | None, steps: list[dict[str, Any]]) -> str:
@@ -133,19 +138,46 @@ class WeightsExtension:
         repack_head: bool,
         short_way: bool = True,
     ) -> None:
-        """Put all tensors into the engine, then pack a tied head again.
-
-        A tied head shares the embedding's tensor but keeps its own packed copy, which no reload
-        renews: without that last line the engine would go on answering with the old head.
-        """
+        """Put all tensors into the engine, and pack again what a reload leaves packed as it was."""
         self._anchorage_served = "half loaded"
+        model = self.model_runner.get_model()
         if short_way and self._anchorage_layout is not None:
             self._anchorage_layout.put(weights)
         else:
+            forget_packed_experts(model)
             self.model_runner.reload_weights(weights_iterator=weights)
-        head = getattr(self.model_runner.get_model(), "lm_head", None)
-        if repack_head and head is not None and hasattr(head, "quant_method"):
+        for head in heads(model) if repack_head else ():
             head.quant_method.process_weights_after_loading(head)
+
+
+def heads(model: "torch.nn.Module") -> "list[Any]":
+    """The modules that compute logits: they keep a packed copy, which no reload renews.
+
+    A head that is tied to the embedding shares its tensor but not its packed copy. Where there is
+    no head of its own (Gemma 2, Cohere, OPT) the embedding itself is it.
+    """
+    kept = [m for m in model.modules() if _method(m) == "UnquantizedEmbeddingMethod"]
+    return [m for m in kept if "ParallelLMHead" in (c.__name__ for c in type(m).__mro__)] or kept
+
+
+def forget_packed_experts(model: "torch.nn.Module") -> None:
+    """Have vLLM's next reload pack the experts of a model on the CPU again.
+
+    vLLM 0.32 packs them only while a layer has no kernel yet
+    (unquantized_fused_moe_method.py), so that a reload would leave plain weights where the kernel
+    reads packed ones. Accelerators copy into the storage that the kernel reads, and keep it.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is None:
+            continue
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            method.moe_kernel = None
+
+
+def _method(module: "torch.nn.Module") -> str:
+    """The name of the class that computes with a module of vLLM."""
+    return type(getattr(module, "quant_method", None)).__name__
 
 
 def held(

@@ -1,7 +1,7 @@
 """The anchor: a Hugging Face directory of float tensors, memory-mapped, never written."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +15,8 @@ from agent.store.tensorfile import DTYPES, Spec, combined, hashed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+HEADS = ("lm_head", "embed_out")
 SHOWN = 8
 
 
@@ -92,16 +92,30 @@ def spec_of(handle: Any, name: str) -> Spec | str:
     return shape, DTYPES[code]
 
 
-def is_tied(config: Mapping[str, Any], names: Mapping[str, Any], where: Path) -> bool:
-    """Whether the head is the embedding: what the config says, else whether a head is stored."""
-    said = config.get("tie_word_embeddings")
+def _weight_of(names: Iterable[str], modules: Sequence[str]) -> str | None:
+    """The tensor that is the weight of one of these modules, under whatever prefix."""
+    ends = {f"{module}.weight" for module in modules}
+    return min((n for n in names if ".".join(n.split(".")[-2:]) in ends), default=None)
+
+
+def tie_of(config: Mapping[str, Any], names: Iterable[str], where: Path) -> dict[str, str]:
+    """{head: embedding} where the head is the embedding, else nothing.
+
+    That is what the config says (its text part, where a model reads pictures, too), else whether a
+    head is stored. Families whose embedding has yet another name store a head or have none.
+    """
+    embedding, head = _weight_of(names, EMBEDDINGS), _weight_of(names, HEADS)
+    text = config.get("text_config") or {}
+    said = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     if said is None:
-        return HEAD not in names and EMBEDDING in names
-    if said and EMBEDDING not in names:
-        raise UserError(f"{where}: {EMBEDDING} is missing, tie_word_embeddings is true")
-    if not said and EMBEDDING in names and HEAD not in names:
-        raise UserError(f"{where}: {HEAD} is missing, tie_word_embeddings is false")
-    return bool(said)
+        said = head is None
+    if embedding is None and head is None:
+        return {}
+    if embedding is None and said:
+        raise UserError(f"{where}: no embedding is stored, but {head}: tie_word_embeddings is true")
+    if head is None and not said:
+        raise UserError(f"{where}: no head is stored, tie_word_embeddings is false")
+    return {head or f"{HEADS[0]}.weight": str(embedding)} if said else {}
 
 
 class Anchor:
@@ -140,12 +154,12 @@ class Anchor:
         if bad or not found:
             raise UserError(f"{directory}: {listed(bad) or 'holds no tensors'}")
         specs = {name: spec for name, spec in found.items() if not isinstance(spec, str)}
-        if not is_tied(config, specs, directory):
-            return cls(directory, files, specs)
-        if HEAD in specs and not _equal(files, HEAD, EMBEDDING):
-            raise UserError(f"{directory}: {HEAD} and {EMBEDDING} are tied but differ")
-        anchor = cls(directory, files, {n: spec for n, spec in specs.items() if n != HEAD})
-        anchor.tied = MappingProxyType({HEAD: EMBEDDING})
+        tied = tie_of(config, specs, directory)
+        for head, embedding in tied.items():
+            if head in specs and not _equal(files, head, embedding):
+                raise UserError(f"{directory}: {head} and {embedding} are tied but differ")
+        anchor = cls(directory, files, {n: spec for n, spec in specs.items() if n not in tied})
+        anchor.tied = MappingProxyType(tied)
         return anchor
 
     def tensor(self, name: str) -> torch.Tensor:

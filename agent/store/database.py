@@ -8,69 +8,15 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.store.migrations import newest, upgrade
 
 BUSY_SECONDS = 30.0
-
-Migration = tuple[str, ...]
-
-JOURNAL: Migration = (
-    """CREATE TABLE runs (
-        run_id TEXT PRIMARY KEY, anchor_digest TEXT NOT NULL, parent_digest TEXT NOT NULL,
-        parent_run TEXT REFERENCES runs (run_id), target TEXT NOT NULL, run_seed INTEGER NOT NULL,
-        plan TEXT NOT NULL, created REAL NOT NULL, prev_hash TEXT NOT NULL,
-        digests TEXT NOT NULL, hash TEXT NOT NULL) STRICT""",
-    """CREATE TABLE generations (
-        run_id TEXT NOT NULL REFERENCES runs (run_id), generation INTEGER NOT NULL,
-        payload TEXT NOT NULL, rewards BLOB NOT NULL, delta_hash TEXT NOT NULL,
-        drift TEXT NOT NULL, prev_hash TEXT NOT NULL, digests TEXT NOT NULL, hash TEXT NOT NULL,
-        PRIMARY KEY (run_id, generation)) STRICT""",
-    """CREATE TABLE outcomes (
-        run_id TEXT PRIMARY KEY REFERENCES runs (run_id), digest TEXT NOT NULL,
-        generations INTEGER NOT NULL, reason TEXT NOT NULL, finished REAL NOT NULL,
-        prev_hash TEXT NOT NULL, digests TEXT NOT NULL, hash TEXT NOT NULL) STRICT""",
-    "CREATE INDEX outcomes_digest ON outcomes (digest)",
-    """CREATE TABLE members (
-        run_id TEXT NOT NULL REFERENCES runs (run_id), generation INTEGER NOT NULL,
-        member INTEGER NOT NULL, rewards BLOB NOT NULL, sha256 TEXT NOT NULL,
-        PRIMARY KEY (run_id, generation, member)) STRICT""",
-)
-
-LEDGER: Migration = (
-    """CREATE TABLE epochs (
-        epoch INTEGER PRIMARY KEY, owner TEXT NOT NULL, time REAL NOT NULL) STRICT""",
-    """CREATE TABLE ledger (
-        seq INTEGER PRIMARY KEY, time REAL NOT NULL, epoch INTEGER NOT NULL, actor TEXT NOT NULL,
-        digest TEXT NOT NULL, state TEXT NOT NULL, why TEXT NOT NULL, statistics TEXT NOT NULL,
-        before TEXT, after TEXT NOT NULL, prev_hash TEXT NOT NULL, digests TEXT NOT NULL,
-        hash TEXT NOT NULL) STRICT""",
-    "CREATE INDEX ledger_digest ON ledger (digest, seq)",
-    """CREATE TABLE leases (
-        name TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL) STRICT""",
-)
-
-
-def append_only(*tables: str) -> Migration:
-    """Triggers that refuse to change or remove a row."""
-    return tuple(
-        f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} "
-        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-        for table in tables
-        for verb in ("UPDATE", "DELETE")
-    )
-
-
-# Only ever appended: the position of a migration is the version a database is brought to.
-STATE: tuple[Migration, ...] = (
-    JOURNAL,
-    LEDGER,
-    append_only("runs", "generations", "outcomes", "epochs", "ledger"),
-)
 
 
 def private_file(path: Path) -> None:
@@ -97,12 +43,7 @@ def private_file(path: Path) -> None:
 class Database:
     """One connection, safe to share between threads; transactions take turns."""
 
-    def __init__(
-        self,
-        path: Path,
-        migrations: Sequence[Migration] = STATE,
-        busy_seconds: float = BUSY_SECONDS,
-    ):
+    def __init__(self, path: Path, busy_seconds: float = BUSY_SECONDS):
         self.path = path
         self._lock = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,31 +55,36 @@ class Database:
         # A damaged text must reach the hash that names it, not stop at its decoding.
         self._connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         try:
-            self._prepare(migrations)
+            self._prepare()
         except (UserError, sqlite3.Error) as error:
             self.close()
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: cannot be opened as a database ({error})") from error
 
-    def _prepare(self, migrations: Sequence[Migration]) -> None:
-        """Durable settings, then the migrations this file has not seen, all in one transaction."""
+    def _prepare(self) -> None:
+        """Durable settings, then the steps of the schema that this file has not seen."""
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
         # Without it REPLACE would remove a row behind the back of its trigger.
         self._connection.execute("PRAGMA recursive_triggers = ON")
-        with self.transaction():
-            version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-            if version > len(migrations):
-                raise UserError(
-                    f"{self.path}: has version {version}, allowed: up to {len(migrations)}; "
-                    "a newer program wrote it"
-                )
-            for migration in migrations[version:]:
-                for statement in migration:
-                    self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {len(migrations)}")
+        known = newest("state")
+        if self._version() < known:
+            _migrate(self.path)
+        if self._version() > known:
+            raise UserError(
+                f"{self.path}: has version {self._version()}, allowed: up to {known}; "
+                "a newer program wrote it"
+            )
+
+    def _version(self) -> int:
+        """The number of the newest step, which every step writes into the header of the file.
+
+        Reading it takes microseconds; Alembic's own table would have to be looked for first. A
+        program from before Alembic reads the same place and refuses what it does not know.
+        """
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -177,3 +123,26 @@ class Database:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _migrate(path: Path) -> None:
+    """Run the missing steps, alone and all together; who comes second finds nothing to do.
+
+    On a connection of its own, because Alembic wants SQLAlchemy's. ``isolation_level`` None keeps
+    the driver from ending the transaction by itself before a CREATE.
+    """
+    import sqlalchemy
+    from sqlalchemy.exc import SQLAlchemyError
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+
+    engine = sqlalchemy.create_engine("sqlite://", creator=connect, poolclass=sqlalchemy.NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            upgrade(connection, "state")
+            connection.commit()
+    except SQLAlchemyError as error:
+        reason = getattr(error, "orig", None) or error
+        raise UserError(f"{path}: cannot be brought up to date ({reason})") from error

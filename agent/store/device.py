@@ -2,8 +2,7 @@
 
 Asked for by naming a device (``master_device``); without it delta stays on the host and the
 accelerator holds nothing beyond the engine's own. Memory on the device: 4 bytes a parameter for
-delta, 2 more for the anchor with ``keep_anchor``, else one tensor of it at a time, and one tensor
-being rendered or moved.
+delta, and one tensor of the anchor at a time while it is rendered or moved.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,8 +28,6 @@ class DeviceParameters(Theta):
         device: torch.device | str,
         delta: Mapping[str, Floats] | None = None,
         importance: Path | None = None,
-        *,
-        keep_anchor: bool = False,
     ):
         self.anchor, self.importance = anchor, importance
         self.device = _there_is(torch.device(device))
@@ -40,8 +37,6 @@ class DeviceParameters(Theta):
             else self._there(torch.from_numpy(delta[name]))
             for name, (shape, _) in anchor.specs.items()
         }
-        kept = anchor.tensors() if keep_anchor else ()
-        self._kept = {name: self._there(tensor) for name, tensor in kept}
 
     @classmethod
     def load(
@@ -68,8 +63,7 @@ class DeviceParameters(Theta):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; tensors are on the device."""
         for name in order or self.anchor.names:
-            base = self._kept.get(name)
-            base = self._there(self.anchor.tensor(name)) if base is None else base
+            base = self._there(self.anchor.tensor(name))
             out = torch.empty_like(base)
             render_into(out, base, self.delta[name], address, name, 0, scale, noise)
             yield name, out.view(self.anchor.specs[name][0])

@@ -2,15 +2,12 @@
 
 The tables of the experience store, as the newest migration leaves them.
 
-``migrations/versions`` builds them step by step; a test compares the two.
+``migrations/experience`` builds them step by step; a test compares the two.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -28,6 +25,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    inspect,
     text,
 )
 from sqlalchemy.engine import URL, make_url
@@ -35,6 +33,7 @@ from sqlalchemy.exc import ArgumentError
 
 from agent.errors import UserError
 from agent.store.database import private_file
+from agent.store.migrations import newest, upgrade
 
 METADATA = MetaData()
 ROW_ID = BigInteger().with_variant(Integer(), "sqlite")
@@ -164,21 +163,31 @@ def open_engine(where: str | Path) -> Engine:
     """
     url = _url(where)
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
-    migrate(engine)
+    version, known = _version(engine), newest("experience")
+    if version > known:
+        raise UserError(
+            f"experience url: has version {version}, allowed: up to {known}; "
+            "a newer program wrote it"
+        )
+    if version < known:
+        migrate(engine)
     return engine
 
 
 def migrate(engine: Engine, to: str = "head") -> None:
     """Run the missing steps, alone: a second process waits for the first."""
-    config = Config()
-    config.set_main_option("script_location", "agent.store:migrations")
-    config.set_main_option("path_separator", "os")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     with writing(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, to)
+        upgrade(connection, "experience", to)
+
+
+def _version(engine: Engine) -> int:
+    """The number of the newest step in the database; 0 for a blank one."""
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return 0
+        return int(connection.scalar(text("SELECT version_num FROM alembic_version")) or 0)
 
 
 def writing(engine: Engine) -> Any:

@@ -277,10 +277,6 @@ class Journal:
             for row in self._database.rows(query, run_id)
         ]
 
-    def steps(self, run_id: str) -> list[Step]:
-        """The steps of the committed generations, in order."""
-        return [generation.step for generation in self.generations(run_id)]
-
     def verify(self, run_id: str) -> int:
         """Check every row of a run; DamagedError names the first bad one. Returns their count.
 

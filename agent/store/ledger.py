@@ -40,7 +40,6 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "ROLLED_BACK": frozenset({"SWAP_INTENT", "REJECT"}),
     "REJECT": frozenset(),
 }
-VERDICTS = ("PROMOTE", "HOLD", "REJECT")
 SETTLED = ("CHAMPION", "ANCHOR")
 UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
 
@@ -144,7 +143,7 @@ class StaleEpoch(UserError):  # noqa: N818
 
 
 class Ledger:
-    """The ledger and the leases of one ``state.db``."""
+    """The ledger of one ``state.db``."""
 
     def __init__(self, path: Path):
         self._database = Database(path)
@@ -244,11 +243,6 @@ class Ledger:
         stack = served_stack(self._entries("'{}'"))
         return stack[-2] if len(stack) > 1 else None
 
-    def anchor(self) -> str | None:
-        """The digest of the newest ANCHOR row."""
-        rows = self._database.rows("SELECT digest FROM ledger WHERE state = 'ANCHOR' ORDER BY seq")
-        return str(rows[-1]["digest"]) if rows else None
-
     def unsettled(self) -> Entry | None:
         """The newest row of the swap that is neither CHAMPION nor ROLLED_BACK yet, if any."""
         return unsettled(self._entries())
@@ -268,28 +262,6 @@ class Ledger:
                 raise UserError(f"ledger row {number}: {field} is damaged")
             tip = str(row["hash"])
         return len(rows)
-
-    def lease(self, name: str, owner: str, now: float, seconds: float) -> bool:
-        """Take or renew a lease until now + seconds; False while another owner's runs."""
-        with self._database.transaction():
-            held = self._database.rows("SELECT * FROM leases WHERE name = ?", name)
-            if held and held[0]["owner"] != owner and held[0]["expires"] > now:
-                return False
-            self._database.rows(
-                "INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", name, owner, float(now + seconds)
-            )
-        return True
-
-    def holder(self, name: str, now: float) -> str | None:
-        """Who holds a lease that has not run out."""
-        query = "SELECT owner FROM leases WHERE name = ? AND expires > ?"
-        rows = self._database.rows(query, name, float(now))
-        return str(rows[0]["owner"]) if rows else None
-
-    def release(self, name: str, owner: str) -> None:
-        """Give a lease back; one that another owner holds stays."""
-        with self._database.transaction():
-            self._database.rows("DELETE FROM leases WHERE name = ? AND owner = ?", name, owner)
 
     def close(self) -> None:
         """Give the file back."""

@@ -83,13 +83,12 @@ def replay(
     anchor: Anchor,
     digest_or_run: str,
     snapshots: Path | None = None,
-    every_k: int = 0,
     importance: Path | None = None,
 ) -> Parameters:
     """Rebuild the weights of a candidate, or of a run so far, bit for bit.
 
-    With ``snapshots`` it starts from the newest sound one and, with ``every_k`` > 0, leaves one
-    every so many generations. ``importance`` is where weights named by a penalty are kept.
+    With ``snapshots``, a folder, it starts from the newest sound one on the way. ``importance`` is
+    the folder of the weights that penalties name.
     DamagedError names the first row that is not what was written or whose step gives another delta;
     a finished run must end at its digest.
     """
@@ -97,11 +96,9 @@ def replay(
     parameters = Parameters.zeros(anchor, importance)
     if path.snapshot:
         parameters = Parameters.load(anchor, path.snapshot, importance)
-    for count, generation in enumerate(path.generations, start=1):
+    for generation in path.generations:
         if parameters.apply(generation.step).delta_hash != generation.delta_hash:
             raise DamagedError(generation.run_id, generation.generation, "delta_hash")
-        if snapshots and every_k > 0 and count % every_k == 0:
-            parameters.save(snapshot_path(snapshots, generation.delta_hash))
     _check_end(journal, anchor, digest_or_run, parameters)
     return parameters
 
@@ -114,27 +111,6 @@ def _check_end(
     ended = journal.run(runs[-1]).digest if runs else anchor.digest
     if ended is not None and parameters.digest() != ended:
         raise DamagedError(runs[-1] if runs else "anchor", "outcome", "digest")
-
-
-def replay_without(
-    journal: Journal,
-    anchor: Anchor,
-    run_id: str,
-    positions: Collection[int],
-    *,
-    mirrored: bool,
-    shaping: Shaping,
-    importance: Path | None = None,
-) -> Parameters:
-    """A run's weights had the examples at these positions earned nothing (``forget``).
-
-    It begins where the run began; see ``steps_without``.
-    """
-    start = journal.run(run_id).parent_run or anchor.digest
-    parameters = replay(journal, anchor, start, importance=importance)
-    for taken, _ in steps_without(journal, run_id, positions, mirrored=mirrored, shaping=shaping):
-        parameters.apply(taken)
-    return parameters
 
 
 def steps_without(

@@ -12,6 +12,7 @@ from pathlib import Path
 from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.es import Applied
+from agent.learner.noise import Address
 from agent.store.anchor import SINGLE, Anchor
 from agent.store.parameters import Parameters
 from agent.store.preflight import FORMAT, MANIFEST, companions, preflight, verify
@@ -49,8 +50,15 @@ def digest_of(directory: Path) -> str:
     return Anchor.open(directory).digest
 
 
-def export(parameters: Theta, weights_root: Path, anchor_dir: Path | None = None) -> Path:
+def export(
+    parameters: Theta,
+    weights_root: Path,
+    anchor_dir: Path | None = None,
+    member: tuple[Address, float] | None = None,
+) -> Path:
     """Write ``weights_root/<digest>/`` and return it; a whole one that is there already is kept.
+
+    With a member (address, scale) its weights are written instead of theta's.
 
     model.safetensors (one tensor in memory at a time), the anchor's config, tokenizer and
     template files byte for byte, manifest.json last, all flushed, then one rename.
@@ -59,7 +67,7 @@ def export(parameters: Theta, weights_root: Path, anchor_dir: Path | None = None
     with beside(weights_root / "weights") as folder:
         made = folder / "weights"
         made.mkdir()
-        target = weights_root / _write_model(parameters, made, source)
+        target = weights_root / _write_model(parameters, made, source, member)
         _publish(made, target, parameters.anchor)
     flush_folder(weights_root)
     return target
@@ -77,10 +85,12 @@ def _publish(made: Path, target: Path, anchor: Anchor) -> None:
             made.rename(target)
 
 
-def _write_model(parameters: Theta, folder: Path, source: Path) -> str:
+def _write_model(
+    parameters: Theta, folder: Path, source: Path, member: tuple[Address, float] | None
+) -> str:
     """Fill a new folder; returns the digest of the weights in it."""
     specs = parameters.anchor.specs
-    tensors = parameters.rendered(order=file_order(specs))
+    tensors = parameters.rendered(*(member or ()), order=file_order(specs))
     hashes = write_tensors(folder / SINGLE, specs, tensors, {"format": "pt"})
     digest = combined(specs, hashes)
     for name, original in companions(source).items():

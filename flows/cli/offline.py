@@ -49,6 +49,7 @@ def gate(
     as_json: AsJson = False,
 ) -> None:
     """Judge per-sample tables without a model or a service."""
+    from agent.sections import GateSettings
     from evaluators.gate import GateRules
     from flows.commands.gate_files import gate_files
     from flows.show.report import gate_table
@@ -58,7 +59,7 @@ def gate(
         champion,
         candidate,
         target,
-        settings=GateRules(sequential=sequential),
+        settings=GateRules.of(GateSettings(sequential=sequential)),
         confirm_anchor=confirm_anchor,
         confirm_champion=confirm_champion,
         confirm_candidate=confirm_candidate,

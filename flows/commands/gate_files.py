@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.sections import GateSettings
 from evaluators.gate import GateRules, Sample, Tables, decide
 from evaluators.samples import COLUMNS, OPTIONAL, sample_from
 
@@ -31,13 +32,15 @@ def gate_files(
 
     The confirm files are the sealed draw: anchor and candidate together, or none; the champion's
     is needed for retained tasks only. Every task in the files but ``target`` is a prior task.
+    Without ``settings`` the defaults of the settings' section `gate` hold.
 
     Raises:
         UserError: a file that is not there or not a table, or half a sealed draw.
     """
     tables = Tables(read_samples(anchor), read_samples(champion), read_samples(candidate))
     sealed = _sealed(confirm_anchor, confirm_champion, confirm_candidate)
-    return decide(tables, target, settings, sealed).to_json()
+    rules = settings or GateRules.of(GateSettings())
+    return decide(tables, target, rules, sealed).to_json()
 
 
 def read_samples(path: Path) -> tuple[Sample, ...]:

@@ -114,15 +114,10 @@ def _look(decision: Decision) -> dict[str, Any]:
 
 def gate_settings(service: Service, run: Run) -> GateRules:
     """The gate's settings: levels from the settings, special tasks from what is known of them."""
-    chosen = service.settings.gate
-    return GateRules(
-        alpha=chosen.alpha,
-        target_alpha=chosen.target_alpha,
-        min_gain=chosen.min_gain,
-        margins=chosen.margins,
+    return GateRules.of(
+        service.settings.gate,
         zero_tolerance=frozenset(t.name for t in service.tasks.values() if t.zero_tolerance),
         retained=frozenset(_earlier_targets(service) - {run.target}),
-        sequential=chosen.sequential,
     )
 
 

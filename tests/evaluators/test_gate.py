@@ -7,9 +7,12 @@ from functools import cache
 
 import pytest
 
+from agent.sections import GateSettings
+from evaluators import gate
 from evaluators.comparison import pooled_margin, task_margin
-from evaluators.gate import POOLED, GateRules, Sample, Tables, decide
+from evaluators.gate import POOLED, GateRules, Sample, Tables
 
+LEVELS = {"alpha": 0.025, "target_alpha": 0.01, "min_gain": 0.005}
 PRIORS = ("arc", "countdown", "hellaswag", "mmlu", "piqa", "proofwriter")
 ROWS = 300
 RIGHT = dict.fromkeys(PRIORS, ROWS) | {"countdown": 135, "gsm8k": 168}
@@ -38,6 +41,14 @@ def tables(changes=None, **options):
         table(digest="B", **options),
         table(changes, digest="C", **options),
     )
+
+
+def rules(**changes):
+    return GateRules(**{**LEVELS, "margins": {}, "sequential": False, **changes})
+
+
+def decide(judged, target, settings=None, sealed=None):
+    return gate.decide(judged, target, settings or rules(), sealed)
 
 
 def found(decision, step, task=None, stage="first"):
@@ -163,14 +174,14 @@ def test_too_few_rows_cannot_pass_whatever_the_margin():
     [((0, 0), "promote"), ((1, 0), "hold"), ((1, 5), "hold"), ((40, 0), "reject")],
 )
 def test_zero_tolerance(change, verdict):
-    settings = GateRules(zero_tolerance=frozenset({"countdown"}), pooled=0.2)
+    settings = rules(zero_tolerance=frozenset({"countdown"}), pooled=0.2)
     assert decide(tables({"countdown": change}), "gsm8k", settings).verdict == verdict
 
 
 def test_an_own_margin_replaces_the_rule():
     changed = tables({"countdown": (22, 18)})
     assert decide(changed, "gsm8k").verdict == "promote"
-    strict = decide(changed, "gsm8k", GateRules(margins={"countdown": 0.02}))
+    strict = decide(changed, "gsm8k", rules(margins={"countdown": 0.02}))
     assert strict.verdict == "hold"
     assert found(strict, "prior", "countdown").margin == 0.02
 
@@ -180,7 +191,7 @@ def test_a_retained_task_keeps_what_it_had_gained():
     champion = table({"countdown": (0, 60)}, digest="B")
     gained = replace(given, champion=champion)
     assert decide(gained, "gsm8k").verdict == "promote"
-    kept = decide(gained, "gsm8k", GateRules(retained=frozenset({"countdown"})))
+    kept = decide(gained, "gsm8k", rules(retained=frozenset({"countdown"})))
     assert kept.verdict == "reject"
     assert found(kept, "retained").baseline == "champion"
 
@@ -195,7 +206,7 @@ def test_graded_rewards_are_judged_by_betting_and_refused_unasked():
     refused = decide(half, "gsm8k")
     assert refused.verdict == "hold"
     assert "neither 0 nor 1" in refused.reasons[0].text
-    graded = decide(half, "gsm8k", GateRules(graded=frozenset({"arc"})))
+    graded = decide(half, "gsm8k", rules(graded=frozenset({"arc"})))
     assert found(graded, "prior", "arc").method == "betting"
     assert found(graded, "prior", "arc").difference == pytest.approx(-1 / ROWS)
     assert found(graded, "prior", "piqa").method == "score"
@@ -210,15 +221,15 @@ def clustered(given, size):
 
 def test_rows_of_few_templates_cannot_carry_what_as_many_single_rows_can():
     given = tables({"countdown": (6, 6)})
-    single = decide(clustered(given, 1), "gsm8k", GateRules(pooled=0.2))
+    single = decide(clustered(given, 1), "gsm8k", rules(pooled=0.2))
     assert single.verdict == "promote"
-    few = decide(clustered(given, 30), "gsm8k", GateRules(pooled=0.2))
+    few = decide(clustered(given, 30), "gsm8k", rules(pooled=0.2))
     assert few.verdict == "hold"
     assert found(few, "prior", "arc").method == "betting"
 
 
 def test_a_sequential_gate_may_be_asked_again_with_more_rows():
-    settings = GateRules(sequential=True, margins={"countdown": 0.065}, pooled=0.0161)
+    settings = rules(sequential=True, margins={"countdown": 0.065}, pooled=0.0161)
     changes = {"countdown": (15, 12)}
     assert decide(tables(changes), "gsm8k", settings).verdict == "hold"
     right = {task: 3 * count for task, count in RIGHT.items()}
@@ -327,7 +338,7 @@ def test_a_sealed_draw_confirms_at_the_level_that_is_left():
     sealed = [r for r in decision.reasons if r.stage == "sealed"]
     assert {r.step for r in sealed} == {"prior", "pooled"}
     assert sealed[0].alpha == pytest.approx(0.025 * 6 / math.pi**2)
-    late = decide(tables(), "gsm8k", GateRules(confirmation=1000), tables(prefix="s"))
+    late = decide(tables(), "gsm8k", rules(confirmation=1000), tables(prefix="s"))
     assert late.verdict == "hold"
 
 
@@ -369,7 +380,7 @@ def test_a_broken_sealed_draw_is_held(sealed, words):
 def test_a_sealed_draw_needs_the_champion_only_for_retained_tasks():
     sealed = replace(tables(prefix="s"), champion=None)
     assert decide(tables(), "gsm8k", sealed=sealed).verdict == "promote"
-    settings = GateRules(retained=frozenset({"arc"}))
+    settings = rules(retained=frozenset({"arc"}))
     assert decide(tables(), "gsm8k", settings, sealed).verdict == "hold"
 
 
@@ -389,6 +400,10 @@ def test_the_document_is_plain_and_checkable():
         assert all(isinstance(reason[name], int | float) for name in numbers)
 
 
+def test_the_settings_give_the_levels_of_the_design():
+    assert GateRules.of(GateSettings()) == rules()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -404,4 +419,4 @@ def test_the_document_is_plain_and_checkable():
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=r"alpha|share|confirmation"):
-        GateRules(**wrong)
+        rules(**wrong)

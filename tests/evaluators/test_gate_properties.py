@@ -16,6 +16,7 @@ SETTINGS = st.builds(
     GateRules,
     alpha=st.sampled_from([0.025, 0.1]),
     target_alpha=st.sampled_from([0.01, 0.2]),
+    min_gain=st.just(0.005),
     margins=st.sampled_from([{}, {"alpha": 0.3, "beta": 0.3}]),
     pooled=st.sampled_from([None, 0.3]),
     zero_tolerance=st.sampled_from([frozenset(), frozenset({"beta"})]),

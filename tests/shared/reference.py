@@ -95,10 +95,14 @@ class ReferenceEngine:
         return [self._decode(self._tokens(p), max_tokens, chance) for p in prompts]
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
         """See ``Engine``."""
-        self._hold(None, "normal")
+        self._hold(member, "normal")
         return [self._likeliest(self._tokens(messages), k, positions) for messages in prompts]
 
     def prompt_logprobs(

@@ -1,12 +1,11 @@
-"""Alembic's entry: run the steps on the connection that ``experience.migrate`` hands over."""
+"""Alembic's entry: run the steps on the connection that ``migrations.upgrade`` hands over.
+
+One transaction for all steps, the caller's: a step that fails leaves nothing.
+"""
 
 from alembic import context
 
-from agent.store.experience_db import METADATA
-
 context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=METADATA,
-    transaction_per_migration=False,
+    connection=context.config.attributes["connection"], transaction_per_migration=False
 )
 context.run_migrations()

@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 from scipy.stats import norm
 
+from agent.sections import GateSettings
 from evaluators.comparison import pooled_margin, task_margin
 from evaluators.confirm import spent_alpha
 from evaluators.eprocess import log_e_counts
-from evaluators.gate import GateRules
 from evaluators.stats import mcnemar_exact, tango_p, tango_z
 from flows.show.progress import Reporter, Silent
 
@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 ONE_STAGE, CONFIRMED, DRIFT_POINTS = 0.025, 0.002, 1.1  # what the gate promises
-SETTINGS = GateRules()
+SETTINGS = GateSettings()
 SEALED_ALPHA = spent_alpha(SETTINGS.alpha, 1)
 LOSSES = np.linspace(0.0, 0.10, 21)
 LOOKS = 10

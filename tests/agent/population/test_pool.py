@@ -86,7 +86,11 @@ class Plain:
         raise AssertionError("not asked for here")
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
         raise AssertionError("not asked for here")
 

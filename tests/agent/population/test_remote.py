@@ -67,9 +67,13 @@ class Kept:
         return [[1, 2], []]
 
     def top_logprobs(
-        self, prompts: Sequence[Messages], k: int, positions: int = 1
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
     ) -> list[list[Logprobs]]:
-        self.call = ("top_logprobs", prompts, k, positions)
+        self.call = ("top_logprobs", prompts, k, positions, member)
         return [[{151643: -0.1000000014901161, 7: float("-inf")}], [{}]]
 
     def prompt_logprobs(
@@ -124,7 +128,8 @@ def ends() -> Iterator[tuple[EngineProcess, Kept]]:
         ("generate", (PROMPTS, 5)),
         ("generate", (PROMPTS, [5, 6], (Address(2**62, 7, 1), -0.1), "rademacher")),
         ("sample", (PROMPTS, 4, 9)),
-        ("top_logprobs", (PROMPTS, 3, 2)),
+        ("top_logprobs", (PROMPTS, 3, 2, None)),
+        ("top_logprobs", (PROMPTS, 3, 2, (Address(2**62, 7, 1), -0.1))),
         ("state", ()),
         ("spent", ()),
     ],

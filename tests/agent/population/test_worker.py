@@ -14,7 +14,7 @@ from agent.errors import UserError
 from agent.learner.es import Step, members, step
 from agent.learner.noise import Address, normal
 from agent.learner.penalty import Penalty
-from agent.population.worker import WeightsExtension
+from agent.population.worker import WeightsExtension, forget_packed_experts
 from agent.store.weights import Anchor, Parameters
 
 SHAPES = {
@@ -34,42 +34,65 @@ def model(directory: Path, seed: int, dtype: torch.dtype = torch.bfloat16) -> Pa
     return directory
 
 
-class Head:
-    """A head that keeps a packed copy of the embedding, as vLLM's does on the CPU."""
+class VocabParallelEmbedding(torch.nn.Module):
+    """Keeps a packed copy of the embedding, as vLLM's does on the CPU."""
 
     def __init__(self, engine: dict[str, torch.Tensor]):
-        self._engine, self.packed = engine, torch.empty(0)
-        self.quant_method = self
+        super().__init__()
+        self.engine, self.packed = engine, torch.empty(0)
+        self.quant_method = UnquantizedEmbeddingMethod()
 
-    def process_weights_after_loading(self, layer: object) -> None:
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """A head of its own, tied."""
+
+
+class UnquantizedEmbeddingMethod:
+    """vLLM's name for how an embedding computes."""
+
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         """Pack again."""
-        assert layer is self
-        self.packed = self._engine["model.embed_tokens.weight"].clone()
+        layer.packed = layer.engine["model.embed_tokens.weight"].clone()
+
+
+class UnquantizedFusedMoEMethod:
+    """vLLM's name for how experts compute: packs only while it has no kernel."""
+
+    def __init__(self) -> None:
+        self.moe_kernel: str | None = "kernel"
 
 
 class Runner:
     """The part of vLLM's model runner the extension uses."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, kind: type[VocabParallelEmbedding] = ParallelLMHead):
         self.model_config = SimpleNamespace(model=str(directory), dtype=torch.bfloat16)
         self.engine = {name: t.clone() for name, t in Anchor.open(directory).tensors()}
-        self.head = Head(self.engine)
-        self.head.process_weights_after_loading(self.head)
+        self.head = kind(self.engine)
+        self.head.quant_method.process_weights_after_loading(self.head)
+        self.experts = torch.nn.Linear(2, 2)
+        self.experts.quant_method = UnquantizedFusedMoEMethod()
 
-    def get_model(self) -> SimpleNamespace:
+    def get_model(self) -> torch.nn.Module:
         """The model with its head."""
-        return SimpleNamespace(lm_head=self.head)
+        embedding = VocabParallelEmbedding(self.engine)  # with a head beside it: packed for nobody
+        own = isinstance(self.head, ParallelLMHead)
+        return torch.nn.ModuleList([*([embedding] if own else []), self.head, self.experts])
 
     def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take tensors by full name; the head's packed copy stays old."""
+        assert self.experts.quant_method.moe_kernel is None  # else they would not be packed
         for name, tensor in weights_iterator:
             self.engine[name] = tensor.clone()
+        self.experts.quant_method.moe_kernel = "kernel"
 
 
-def worker(directory: Path) -> WeightsExtension:
+def worker(
+    directory: Path, kind: type[VocabParallelEmbedding] = ParallelLMHead
+) -> WeightsExtension:
     """A worker whose engine was started on a directory."""
     extension = WeightsExtension()
-    extension.model_runner = Runner(directory)
+    extension.model_runner = Runner(directory, kind)
     return extension
 
 
@@ -132,9 +155,13 @@ def test_restore_is_the_snapshot_and_the_steps(tmp_path: Path) -> None:
     assert extension.anchorage_restore(None, rows[1:]) != theta.delta_hash()
 
 
-def test_a_directory_is_loaded_with_its_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [ParallelLMHead, VocabParallelEmbedding])
+def test_a_directory_is_loaded_with_its_head(
+    tmp_path: Path, kind: type[VocabParallelEmbedding]
+) -> None:
+    """Also where the embedding itself is the head, as in Gemma 2."""
     one, other = model(tmp_path / "a", 0), model(tmp_path / "b", 1)
-    extension, wanted = worker(one), Anchor.open(other)
+    extension, wanted = worker(one, kind), Anchor.open(other)
     assert extension.anchorage_load(str(other)) == {"digest": wanted.digest}
     assert holds(extension, wanted.tensors())
     assert extension.anchorage_state()["served"] == wanted.digest
@@ -151,6 +178,15 @@ def test_other_tensors_are_refused_and_the_engine_keeps_its_own(tmp_path: Path) 
     with pytest.raises(UserError, match="float32"):
         extension.anchorage_open(str(wide))
     assert holds(extension, Anchor.open(one).tensors())
+
+
+def test_experts_on_an_accelerator_keep_the_kernel_that_reads_their_storage() -> None:
+    """There vLLM copies into it, and captured graphs hold its address."""
+    layers = [torch.nn.Linear(2, 2, device=device) for device in ("cpu", "meta")]
+    for layer in layers:
+        layer.quant_method = UnquantizedFusedMoEMethod()
+    forget_packed_experts(torch.nn.ModuleList(layers))
+    assert [layer.quant_method.moe_kernel for layer in layers] == [None, "kernel"]
 
 
 def test_without_an_anchor_there_is_nothing_to_move(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def same_tensors(one: Theta, other: Theta, scale: float) -> bool:
     return all(a == b and bytes(raw(x)) == bytes(raw(y)) for (a, x), (b, y) in pairs)
 
 
-def compare(anchor: Anchor, folder: Path, keep_anchor: bool) -> dict[str, bool]:
+def compare(anchor: Anchor, folder: Path) -> dict[str, bool]:
     weights = {
         name: torch.linspace(0, 2, torch.Size(shape).numel()).view(shape)
         for name, (shape, _) in anchor.specs.items()
@@ -59,7 +59,7 @@ def compare(anchor: Anchor, folder: Path, keep_anchor: bool) -> dict[str, bool]:
     kept = folder / "importance"
     digest, _ = keep_importance(anchor, folder / "weights.safetensors", kept)
     host = Parameters.zeros(anchor, kept)
-    device = DeviceParameters(anchor, DEVICE, None, kept, keep_anchor=keep_anchor)
+    device = DeviceParameters(anchor, DEVICE, None, kept)
     found = {"zeros": device.digest() == anchor.digest}
     for step in steps(digest):
         one, other = host.apply(step), device.apply(step)
@@ -81,6 +81,6 @@ if __name__ == "__main__":
     folder, *anchors = map(Path, sys.argv[1:])
     found = {}
     for number, directory in enumerate(anchors):
-        compared = compare(Anchor.open(directory), folder / str(number), bool(number % 2))
+        compared = compare(Anchor.open(directory), folder / str(number))
         found |= {f"{directory.name} {what}": same for what, same in compared.items()}
     sys.stdout.write(json.dumps(found))

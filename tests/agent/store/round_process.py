@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from replaying import leave_snapshots
 
 from agent.learner import es
 from agent.learner.drift import Drift
@@ -157,7 +158,7 @@ def replays(anchor_dir: str, database: str, folder: str) -> list[dict[str, Any]]
         snapshots = Path(folder) / f"on{count}"
         digests = [
             replay(journal, anchor, "long").digest(),
-            replay(journal, anchor, "long", snapshots, every_k=7).digest(),
+            leave_snapshots(journal, anchor, "long", snapshots, every=7),
             replay(journal, anchor, "long", snapshots).digest(),
         ]
         found.append({"digests": digests, "left": len(list(snapshots.iterdir()))})

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from agent.errors import UserError
-from agent.store.anchor import Anchor
+from agent.store.anchor import Anchor, tie_of
 from agent.store.tensorfile import raw
 
 MakeModel = Callable[..., Path]
@@ -92,6 +93,28 @@ def test_tied_is_what_the_config_says_else_what_is_stored(make_model: MakeModel)
     assert untied.tied == {}
 
 
+@pytest.mark.parametrize(
+    ("config", "names", "tied"),
+    [
+        ({"tie_word_embeddings": True}, ["transformer.wte.weight"], "transformer.wte.weight"),
+        ({}, ["transformer.word_embeddings.weight"], "transformer.word_embeddings.weight"),
+        ({}, ["gpt_neox.embed_in.weight", "embed_out.weight"], None),
+        ({"tie_word_embeddings": True}, ["model.decoder.embed_tokens.weight"],
+         "model.decoder.embed_tokens.weight"),
+        ({"text_config": {"tie_word_embeddings": True}},
+         ["language_model.model.embed_tokens.weight", "vision_tower.embeddings.weight"],
+         "language_model.model.embed_tokens.weight"),
+        ({"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False},
+         ["model.language_model.embed_tokens.weight", "lm_head.weight"], None),
+        ({"tie_word_embeddings": True}, ["an.unknown.name"], None),
+    ],
+)  # fmt: skip
+def test_embeddings_go_by_many_names(
+    config: dict[str, Any], names: list[str], tied: str | None
+) -> None:
+    assert list(tie_of(config, names, Path("model")).values()) == ([tied] if tied else [])
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     held = {name: tensor.clone() for name, tensor in stored(folder).items()}
     change(held)
@@ -157,10 +180,10 @@ SINGLE_FILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "are tied but differ"),
     "tied without an embedding": (
         lambda f: edit(f, lambda t: t.update({HEAD: t.pop(EMBEDDING)})),
-        r"model\.embed_tokens\.weight is missing, tie_word_embeddings is true"),
+        r"no embedding is stored, but lm_head\.weight: tie_word_embeddings is true"),
     "untied without a head": (
         lambda f: (f / "config.json").write_text('{"tie_word_embeddings": false}'),
-        r"lm_head\.weight is missing, tie_word_embeddings is false"),
+        "no head is stored, tie_word_embeddings is false"),
 }  # fmt: skip
 
 SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {

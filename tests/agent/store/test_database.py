@@ -6,12 +6,18 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agent.errors import UserError
-from agent.store.database import STATE, Database
+from agent.store.database import Database
+from agent.store.journal import Journal
+from agent.store.ledger import Ledger
+from agent.store.migrations import newest
+
+OLD = Path(__file__).with_name("state_v3.sql")
 
 TABLES = ("runs", "generations", "outcomes", "epochs", "ledger")
 
@@ -24,43 +30,72 @@ def schema(path: Path) -> set[tuple[str, str]]:
         connection.close()
 
 
-def test_every_old_version_becomes_the_blank_one(tmp_path: Path) -> None:
+def old(path: Path) -> Path:
+    """The file as the last program without Alembic left it, with rows in every table."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(OLD.read_text("utf-8"))
+    return path
+
+
+def test_the_old_version_becomes_the_blank_one(tmp_path: Path) -> None:
     Database(tmp_path / "blank.db").close()
-    for version in range(len(STATE)):
-        path = tmp_path / f"from{version}.db"
-        Database(path, STATE[:version]).close()
-        Database(path).close()
-        assert schema(path) == schema(tmp_path / "blank.db")
+    Database(old(tmp_path / "old.db")).close()
+    assert schema(tmp_path / "old.db") == schema(tmp_path / "blank.db")
 
 
-def test_rows_of_an_old_version_survive(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    row = {
-        "run_id": "r", "anchor_digest": "a", "parent_digest": "a", "parent_run": None,
-        "target": "t", "run_seed": 3, "plan": "{}", "created": 1.5, "prev_hash": "",
-        "digests": "{}", "hash": "h",
-    }  # fmt: skip
-    with Database(path, STATE[:1]) as old:
-        old.insert("runs", row)
-    with Database(path) as new:
-        assert [dict(found) for found in new.rows("SELECT * FROM runs")] == [row]
+def test_rows_of_an_old_version_survive_and_go_on(tmp_path: Path) -> None:
+    path = old(tmp_path / "state.db")
+    with closing(sqlite3.connect(path)) as connection:
+        before = {name: list(connection.execute(f"SELECT * FROM {name}")) for name in TABLES}
+    journal, ledger = Journal(path), Ledger(path)
+    assert (journal.verify("first"), journal.verify("second"), ledger.verify()) == (2, 1, 2)
+    assert list(journal.members_done("second", 1)) == [0]
+    ledger.append("d" * 64, "EVALUATED", epoch=ledger.epoch(), actor="loop", why="", now=30.0)
+    assert ledger.verify() == 3
+    with Database(path) as database:
+        for name in TABLES:
+            found = [tuple(row) for row in database.rows(f"SELECT * FROM {name}")]
+            assert found[: len(before[name])] == before[name]
+    ledger.close()
+    journal.close()
 
 
-def test_a_migration_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "state.db"
-    Database(path, STATE[:1]).close()
+def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    path = old(tmp_path / "state.db")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE leases")  # so that the step after the first one fails
     before = schema(path)
-    broken = (STATE[0], ("CREATE TABLE fine (x)", "CREATE TABLE runs (twice)"))
-    with pytest.raises(UserError, match="runs already exists"):
-        Database(path, broken)
+    with pytest.raises(UserError, match=r"state\.db: cannot be brought up .*no such table: leases"):
+        Database(path)
     assert schema(path) == before
+
+
+def test_the_header_and_alembic_agree_on_the_newest_step(tmp_path: Path) -> None:
+    with Database(tmp_path / "state.db") as database:
+        assert database.rows("PRAGMA user_version")[0][0] == newest("state")
+        assert int(database.rows("SELECT * FROM alembic_version")[0][0]) == newest("state")
 
 
 def test_a_newer_database_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
-    Database(path).close()
-    with pytest.raises(UserError, match=f"version {len(STATE)}, allowed: up to 1"):
-        Database(path, STATE[:1])
+    with Database(path) as database:
+        database.rows(f"PRAGMA user_version = {newest('state') + 1}")
+    before = schema(path)
+    with pytest.raises(UserError, match=f"version {newest('state') + 1}, allowed: up to"):
+        Database(path)
+    assert schema(path) == before
+
+
+@pytest.mark.proof
+def test_opening_a_current_database_does_not_load_alembic(tmp_path: Path) -> None:
+    Database(tmp_path / "state.db").close()
+    code = (
+        "import sys; from pathlib import Path; from agent.store.database import Database;"
+        "Database(Path(sys.argv[1])).close(); print('alembic' in sys.modules)"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "state.db")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_what_is_not_a_database_is_named(tmp_path: Path) -> None:

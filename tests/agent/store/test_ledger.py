@@ -57,7 +57,6 @@ def test_a_promotion_is_a_row_a_state_and_changes_what_is_served_once(desk: Desk
     assert [entry.state for entry in desk.ledger.of(B)] == list(PROMOTION)
     assert desk.ledger.champion() == B
     assert desk.ledger.previous() == A
-    assert desk.ledger.anchor() == A
     assert desk.ledger.states() == {A: "ANCHOR", B: "CHAMPION"}
 
 
@@ -210,7 +209,7 @@ def test_only_the_champion_becomes_the_new_anchor(desk: Desk) -> None:
     with pytest.raises(UserError, match="is not the champion"):
         desk(B, "ANCHOR")
     assert desk(C, "ANCHOR").after == C
-    assert desk.ledger.anchor() == C
+    assert desk.ledger.state(C) == "ANCHOR"
 
 
 STEPS = st.lists(
@@ -296,21 +295,6 @@ def test_a_missing_row_is_named(desk: Desk, tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(UserError, match="ledger row 3: seq is damaged"):
         desk.ledger.verify()
-
-
-def test_leases_pass_on_when_they_run_out(desk: Desk) -> None:
-    ledger = desk.ledger
-    assert ledger.lease("controller", "one", now=0.0, seconds=10.0)
-    assert ledger.lease("controller", "one", now=5.0, seconds=10.0)
-    assert not ledger.lease("controller", "two", now=14.9, seconds=10.0)
-    assert ledger.lease("watchdog", "two", now=5.0, seconds=10.0)
-    assert ledger.holder("controller", now=14.9) == "one"
-    assert ledger.holder("controller", now=15.0) is None
-    assert ledger.lease("controller", "two", now=15.0, seconds=10.0)
-    ledger.release("controller", "one")
-    assert ledger.holder("controller", now=16.0) == "two"
-    ledger.release("controller", "two")
-    assert ledger.holder("controller", now=16.0) is None
 
 
 RACER = """

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from replaying import leave_snapshots, replay_without
 
 from agent.errors import UserError
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.journal import DamagedError, Journal
-from agent.store.replay import replay, replay_without, route, snapshot_path
+from agent.store.replay import replay, route, snapshot_path
 from agent.store.weights import Anchor, Parameters
 
 pytestmark = pytest.mark.proof
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.proof
 MakeModel = Callable[..., Path]
 Process = Callable[..., Any]
 PROCESS = Path(__file__).with_name("round_process.py")
+SHARED = Path(__file__).parents[2] / "shared"
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def started(**environment: str) -> Iterator[Process]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(SHARED), *sys.path])},
     ) as fresh:
         assert fresh.stdin is not None
         assert fresh.stdout is not None
@@ -159,7 +161,7 @@ def test_an_open_run_is_replayed_as_far_as_it_is(anchor: Anchor, journal: Journa
 def test_a_damaged_snapshot_is_not_used(anchor: Anchor, journal: Journal, tmp_path: Path) -> None:
     digest = record(journal, Parameters.zeros(anchor), "one", 6, parent=anchor.digest)
     folder = tmp_path / "snapshots"
-    replay(journal, anchor, digest, folder, every_k=2)
+    assert leave_snapshots(journal, anchor, "one", folder, every=2) == digest
     rows = journal.generations("one")
     kept = [snapshot_path(folder, row.delta_hash) for row in rows[1::2]]
     assert sorted(folder.iterdir()) == sorted(kept)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from replaying import replay_without
 
 from agent.config import load
 from agent.home import Home
@@ -13,7 +14,7 @@ from agent.learner import es
 from agent.learner.drift import Prediction, measure
 from agent.learner.penalty import Penalty
 from agent.store.experience import Answer, Interaction, Judgement
-from agent.store.replay import replay, replay_without
+from agent.store.replay import replay
 from agent.store.weights import Parameters, export
 from flows.commands.forget import forget_now
 from flows.learn.snapshots import given_up, sweep

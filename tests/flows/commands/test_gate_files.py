@@ -9,6 +9,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from agent.errors import UserError
+from agent.sections import GateSettings
 from evaluators.gate import GateRules
 from flows.cli import app
 from flows.commands.gate_files import gate_files, read_samples
@@ -71,7 +72,7 @@ def test_harm_is_rejected_naming_the_task(files):
 def test_settings_reach_the_gate(files):
     given = files(rows(countdown=0.65, gsm8k=0.99))
     assert gate_files(**given, target="countdown")["verdict"] == "promote"
-    strict = GateRules(zero_tolerance=frozenset({"gsm8k"}))
+    strict = GateRules.of(GateSettings(), zero_tolerance=frozenset({"gsm8k"}))
     assert gate_files(**given, target="countdown", settings=strict)["verdict"] == "hold"
 
 

@@ -279,6 +279,10 @@ def test_other_rows_than_it_was_opened_with_are_refused(bench: Bench) -> None:
         bench.learn()
 
 
+def steps_of(service: Service, run_id: str) -> list[Step]:
+    return [generation.step for generation in service.journal.generations(run_id)]
+
+
 CHAT = [
     {"role": "system", "content": "One word,  please."},
     {"role": "user", "content": "2 pens?"},
@@ -392,14 +396,14 @@ def test_importance_and_shapes_of_a_penalty_reach_every_step(bench: Bench, tmp_p
     service = bench.service
     file = weights(service.anchor, tmp_path / "weights.safetensors", 2.0)
     made = bench.learn(penalty="huber", huber_threshold=0.25, importance=str(file))
-    steps = service.journal.steps(made.run_id)
+    steps = steps_of(service, made.run_id)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert {(s.penalty.threshold, s.penalty.importance) for s in steps} == {(0.25, digest)}
     file.unlink()
     again = replay(service.journal, service.anchor, made.digest, importance=service.home.importance)
     assert again.digest() == made.digest
     net = bench.learn(penalty="elastic_net", l1_share=0.125)
-    assert {s.penalty.l1_share for s in service.journal.steps(net.run_id)} == {0.125}
+    assert {s.penalty.l1_share for s in steps_of(service, net.run_id)} == {0.125}
     strong = weights(service.anchor, file, 50.0)
     with pytest.raises(UserError, match=r"alpha \* lambda \* weight 50.0"):
         bench.learn(importance=str(strong))
@@ -417,7 +421,7 @@ def test_a_tuned_lambda_falls_until_the_target_does_not_suffer(bench: Bench) -> 
     service, short = bench.service, {"generations": 1, "tune_lambda": True, "lam": 8.0}
 
     def told(made: Round) -> float:
-        lams = {step.penalty.lam for step in service.journal.steps(made.run_id)}
+        lams = {step.penalty.lam for step in steps_of(service, made.run_id)}
         assert lams == {service.journal.run(made.run_id).plan["lambda"]}
         return lams.pop()
 
