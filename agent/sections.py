@@ -1,6 +1,7 @@
-"""The groups of settings: every field with its default, its bounds and what it is for.
+"""The sections of the settings: every field with its default, its bounds and what it is for.
 
-The defaults are for real models; `agent.config` reads them.
+Defaults are written here and nowhere else. They are for real models; `agent.config` reads them and
+puts the profile of a small model over them.
 """
 
 import ipaddress
@@ -15,7 +16,7 @@ LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are refused."""
+    """A section of the settings; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +35,7 @@ class ModelSettings(Section):
 
 
 class LearnerSettings(Section):
-    """One round of ES with anchored weight decay (DESIGN: the learner)."""
+    """One round of Evolution Strategies with anchored weight decay."""
 
     sigma: float = Field(0.001, gt=0, description="Standard deviation of a member's perturbation.")
     alpha: float = Field(0.0005, gt=0, description="Step size of the update.")
@@ -51,38 +52,42 @@ class LearnerSettings(Section):
     tune_lambda: bool = Field(
         False, description="Start at lam; halve it from round to round while the target suffers."
     )
-    huber_threshold: float = Field(0.01, gt=0, description="Where huber turns from L2 into L1.")
-    l1_share: float = Field(0.5, ge=0, le=1, description="Share of L1 in elastic_net; L2's rest.")
+    huber_threshold: float = Field(0.01, gt=0, description="|delta| where L2 turns to L1.")
+    l1_share: float = Field(0.5, ge=0, le=1, description="Share of L1 in elastic_net; rest: L2.")
     importance: Path | None = Field(
-        None, description="Safetensors with a weight of the penalty, 0 or more, per parameter."
+        None,
+        description="A .safetensors file: a weight of the penalty (0 or more) a parameter.",
     )
     target_norm_ratio: float | None = Field(
-        None, gt=0, lt=1, description="Set lambda so that ||delta|| is this share of no decay's."
+        None,
+        gt=0,
+        lt=1,
+        description="Choose lambda for this share of the ||delta|| expected without decay.",
     )
     early_stop: bool = Field(True, description="End a round when norm grows and reward is flat.")
     snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")
 
 
 class PromptSettings(Section):
-    """How a task is asked; what is left out stays as the task has it."""
+    """How a task is asked; a key that is left out keeps the task's own value."""
 
     template: str | None = Field(None, description="The question, with the task's {fields}.")
     system: str | None = Field(None, description="A system message before it.")
-    prefill: str | None = Field(None, description="The assistant's first words, given.")
+    prefill: str | None = Field(None, description="First words of the assistant, given.")
     shots: int | None = Field(None, ge=0, description="Worked examples, for tasks that have any.")
 
 
 class TaskSettings(Section):
-    """What is learnt, what must not be forgotten, and on which rows both are measured."""
+    """The target task, the prior tasks, and the rows on which they are measured."""
 
     target: str = Field("gsm8k", description="The task a round trains on.")
     priors: tuple[str, ...] | None = Field(
-        None, description="Prior tasks; None means every known task that is not the target."
+        None, description="Prior tasks; not set: every known task that is not the target."
     )
     files: tuple[str, ...] = Field((), description="Own tasks, each 'path/to/file.py:TASK'.")
     data_dir: Path | None = Field(None, description="Local rows: <data_dir>/<task>/<split>.jsonl.")
     rows: int = Field(500, ge=1, description="Evaluation rows of each task.")
-    max_tokens: int | None = Field(None, gt=0, description="Longest answer; None: the task's own.")
+    max_tokens: int | None = Field(None, gt=0, description="Longest answer; not set: the task's.")
     curve_every: int = Field(
         0, ge=0, description="Measure all tasks every so many generations of a round; 0: never."
     )
@@ -93,7 +98,7 @@ class TaskSettings(Section):
         description="Continuations a task on which KL(anchor || candidate) is taken; 0: off.",
     )
     prompts: dict[str, str | PromptSettings] = Field(
-        {}, description="Own prompts by task: a template, or a table of what is to be different."
+        {}, description="Own prompts by task: a template, or a table of the keys below."
     )
     revisions: dict[str, str] = Field({}, description="Commit of a task's data set, to pin it.")
 
@@ -110,22 +115,24 @@ class TaskSettings(Section):
 
 
 class GateSettings(Section):
-    """How sure a promotion has to be (evaluators/gate.py states the tests)."""
+    """Levels and margins of the gate (evaluators/gate.py states the tests)."""
 
     alpha: float = Field(0.025, gt=0, lt=0.5, description="Level of non-inferiority on priors.")
     target_alpha: float = Field(0.01, gt=0, lt=0.5, description="Level of McNemar on the target.")
     min_gain: float = Field(0.005, gt=0, lt=1, description="Least gain on the target, as a share.")
     confirm: bool = Field(True, description="Confirm on sealed rows before a promotion.")
     margins: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
-        {}, description="Own margin of a prior task, a share, instead of the one its rows carry."
+        {},
+        description="Margin of a prior task, a share; else its number of rows gives one.",
     )
     sequential: bool = Field(
-        False, description="Judge by betting, which allows more rows after an undecided look."
+        False,
+        description="Judge by betting, which stays valid when rows are added later.",
     )
     extend: int = Field(
         0,
         ge=0,
-        description="Times that rows are added while a prior is undecided; sequential only.",
+        description="Times that rows are added while a prior task is undecided; needs sequential.",
     )
 
     @model_validator(mode="after")
@@ -137,7 +144,7 @@ class GateSettings(Section):
 
 
 class ReviewSettings(Section):
-    """Who has the last word."""
+    """Whether a person approves what is served."""
 
     mode: Literal["auto", "manual"] = Field(
         "auto", description="'manual': a passed candidate waits for a person."
@@ -148,19 +155,21 @@ class ReviewSettings(Section):
 
 
 class BakingSettings(Section):
-    """The watch over a freshly promoted version (evaluators/baking.py states the tests)."""
+    """The watch over a newly promoted version (evaluators/live.py states the tests)."""
 
-    rows: int = Field(40, ge=1, description="Live rewards of the new version that settle it.")
-    minutes: float = Field(60.0, ge=0, description="Longest watch; then what was seen settles it.")
+    rows: int = Field(40, ge=1, description="Live rewards after which the watch ends.")
+    minutes: float = Field(60.0, ge=0, description="Longest watch; then the data so far decides.")
     alpha: float = Field(
         0.01, gt=0, lt=0.5, description="Largest chance to roll back a version that is not worse."
     )
     window: int = Field(200, ge=1, description="Newest answers of the old version to compare with.")
     error_margin: float = Field(
-        0.05, gt=0, lt=0.5, description="Failed answers more than before that are borne, a share."
+        0.05, gt=0, lt=0.5, description="Tolerated rise of the failure rate (0.05 is 5 points)."
     )
     latency_factor: float = Field(
-        3.0, gt=1, description="An answer slower than this many old medians is slow."
+        3.0,
+        gt=1,
+        description="Slow: more than this many median latencies of the old version.",
     )
 
 
@@ -173,7 +182,7 @@ class GatewaySettings(Section):
         0.01, ge=0, le=1, description="Largest share of a round's rows from one principal; 0: off."
     )
     retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
-    experience_url: str | None = Field(None, description="SQLAlchemy URL; None: SQLite in home.")
+    experience_url: str | None = Field(None, description="SQLAlchemy URL; not set: SQLite in home.")
     rate: str = Field(
         "", description="Requests of one principal, such as '600/minute'; empty: no limit."
     )
@@ -185,8 +194,8 @@ class GatewaySettings(Section):
         8, gt=0, description="Most choices of a request, prompts of a batch counted."
     )
     max_in_flight: int = Field(64, gt=0, description="Requests inside the engine at once.")
-    max_queued: int = Field(256, gt=0, description="Requests that may wait for such a place.")
-    queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for such a place.")
+    max_queued: int = Field(256, gt=0, description="Requests that may wait to enter the engine.")
+    queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for the engine.")
     answer_timeout_s: float = Field(600.0, gt=0, description="Longest time for a whole answer.")
     silence_timeout_s: float = Field(
         120.0, gt=0, description="Longest silence of the engine, or of a client that reads."
@@ -214,21 +223,22 @@ class EngineSettings(Section):
 
     population: int = Field(1, ge=1, description="Engines that evaluate members.")
     placement: Literal["local", "ray"] = Field("local", description="Where those engines run.")
-    ray_address: str | None = Field(None, description="Ray cluster; None: one of this machine.")
+    ray_address: str | None = Field(None, description="Ray cluster; not set: one of this machine.")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of the GPU each.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
-    max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch; fixed for pairing.")
+    max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch, in paired runs alike.")
     master_device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="Where delta lies: on the host, or 4 bytes a parameter on the GPU."
+        "cpu", description="Where delta lies: host memory, or 4 bytes a parameter of GPU memory."
     )
     swap: Literal["in_place", "blue_green"] = Field(
-        "in_place", description="Reload the one engine, or start a second one and flip to it."
+        "in_place",
+        description="Load weights into the engine, or start a second one and switch to it.",
     )
-    swap_deadline_s: float = Field(60.0, gt=0, description="Longest a swap may take.")
+    swap_deadline_s: float = Field(60.0, gt=0, description="Longest time for a swap.")
 
 
 class ProjectionSettings(Section):
-    """MLflow and Prefect, which show what happens and own nothing of it."""
+    """The servers of MLflow and Prefect, and the schedules of the flows."""
 
     mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")

@@ -1,4 +1,4 @@
-"""What a home remembers: ledger, journal, keys, and what is to be forgotten."""
+"""What a home holds: settings, ledger, journal, keys, and deletion by principal."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import AsJson, Home, KnownHome
+from flows.cli.options import AsJson, Config, Home, KnownHome
 from flows.show.terminal import pairs, reporter, show
 
 app = typer.Typer()
@@ -25,6 +25,28 @@ def history(
 
     entries = Service.at(home).ledger.history(limit)
     show([asdict(entry) for entry in entries], as_json, history_table(entries))
+
+
+@app.command()
+def settings(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference of all settings instead.")
+    ] = False,
+    config: Config = None,
+    home: KnownHome = None,
+    as_json: AsJson = False,
+) -> None:
+    """The settings that hold in a home, as TOML."""
+    from flows.commands.settings import effective, reference, to_toml
+
+    if markdown:
+        print(reference(), end="")  # noqa: T201
+        return
+    values = effective(home, config)
+    if as_json:
+        show(values, as_json)
+    else:
+        print(to_toml(values))  # noqa: T201  to be read by people and by `--config`
 
 
 @app.command()
