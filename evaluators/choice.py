@@ -1,14 +1,14 @@
-"""Choices: how options are shown, and how a letter or a digit is read back.
+"""Marks and choices: a marked block, and options that are answered by a letter or a digit.
 
-Extraction of a letter from L = A..E or A..J, after uppercasing (DESIGN section 4):
+Extraction of a letter from L = A..E or A..J, after uppercasing:
 
     1. the first ``ANSWER IS (x)`` with x in L
-    2. else the first ``ANSWER IS x``, where no boundary after x is asked for
+    2. else the first ``ANSWER IS x``
     3. else the first x in L that is a word of its own
 
-Only ASCII letters and digits are answers; a word boundary is Unicode's.
-
-The marks an answer may stand between; every search is linear in the text.
+A letter that rule 2 or 3 finds at an end of a longer word (``ANSWER IS DON'T KNOW``, ``I'D SAY``)
+is no choice, and nothing is read after it. Only ASCII letters and digits are answers; a word
+boundary is Unicode's. Every search is linear in the text.
 """
 
 import re
@@ -45,6 +45,10 @@ _PATTERNS: Mapping[int, tuple[re.Pattern[str], ...]] = {
 }
 
 
+_WORD_BEFORE = re.compile(r"\w['’]?$")
+_WORD_AFTER = re.compile(r"['’]?\w")
+
+
 def lettered(options: Sequence[str]) -> str:
     """Options as lines ``A: first``, ``B: second``; at most ten."""
     if len(options) > len(LETTERS):
@@ -70,10 +74,16 @@ def next_letter(letter: str, count: int) -> str:
 def letter_verdict(completion: str, gold: str, count: int) -> Verdict:
     """Read a letter among the first ``count`` (5 or 10); format is 1 where rule 1 found it."""
     text = completion.upper()
-    found = [pattern.search(text) for pattern in _PATTERNS[count]]
-    match = next((match for match in found if match), None)
-    letter = match.group(1) if match else None
-    return Verdict(float(letter == gold), float(found[0] is not None), letter)
+    matches = [pattern.search(text) for pattern in _PATTERNS[count]]
+    match = next((match for match in matches if match), None)
+    letter = match.group(1) if match and not in_word(text, match.start(1)) else None
+    return Verdict(float(letter == gold), float(matches[0] is not None), letter)
+
+
+def in_word(text: str, place: int) -> bool:
+    """Whether the letter at ``place`` belongs to a longer word; an apostrophe joins letters."""
+    before, after = text[:place], text[place + 1 :]
+    return bool(_WORD_BEFORE.search(before[-2:]) or _WORD_AFTER.match(after[:2]))
 
 
 def digit_verdict(completion: str, gold: str, pattern: re.Pattern[str]) -> Verdict:

@@ -18,7 +18,7 @@ from agent.errors import UserError
 Row = Mapping[str, Any]
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
-EXTRACTION_VERSION = "1"  # of the tasks here: raise it when any extraction changes
+EXTRACTION_VERSION = "2"  # of the tasks here: raise it when any extraction changes
 MAX_COMPLETION_CHARS = 1_000_000  # what a verifier is shown at most: the end of the completion
 MAX_SHOWN_CHARS = 1000  # of an extracted answer and of an error
 MAX_SHOWN_ROW = 120  # of what is wrong with a row

@@ -1,8 +1,8 @@
 """Countdown: combine every given number once with + - * / and brackets into the target.
 
-Reward: the last ``<answer>`` block holds only ``0-9 + - * / ( )`` and spaces, its integers are
-exactly the given multiset, and |value - target| < 1e-5 in exact fractions. Format: the block is a
-well-formed expression, whatever its value.
+Reward: the last ``<answer>`` block, without white space around it, holds only ``0-9 + - * / ( )``
+and spaces, its integers are exactly the given multiset, and |value - target| < 1e-5 in exact
+fractions. Format: the block is a well-formed expression, whatever its value.
 
 The language is bounded and our own (no ``eval``):
 
@@ -101,6 +101,14 @@ def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
     return left * right if operator == "*" else left / right
 
 
+def numbers_of(row: Row) -> list[int]:
+    """The given numbers; some exports hold them as text."""
+    numbers = row["nums"]
+    if isinstance(numbers, str):
+        raise TypeError(f"nums {numbers[:80]!r}: a list is wanted")
+    return [int(number) if isinstance(number, str) else number for number in numbers]
+
+
 def target_of(row: Row) -> Fraction:
     """The target as a number: published rows hold integers, floats, and strings of numbers.
 
@@ -115,13 +123,14 @@ def target_of(row: Row) -> Fraction:
 def verify(completion: str, row: Row) -> Verdict:
     """Reward 1 when the last answer block uses exactly the numbers and reaches the target."""
     block = last_block(completion)
+    block = block and block.strip()
     if not block:
         return Verdict(0.0, 0.0, block)
     value = evaluate(block)
     if value is None:
         return Verdict(0.0, 0.0, block[:MAX_CHARS])
     used = sorted(int(number) for number in re.findall(r"[0-9]+", block))
-    right = used == sorted(row["nums"]) and abs(value - target_of(row)) < TOLERANCE
+    right = used == sorted(numbers_of(row)) and abs(value - target_of(row)) < TOLERANCE
     return Verdict(float(right), 1.0, block)
 
 
@@ -155,11 +164,12 @@ def gold(row: Row) -> str:
 
     Rows come from clients, too: what would search for minutes is refused before the search.
     """
-    _check_size(row["nums"])
-    found = solve(row["nums"], target_of(row))
+    numbers = numbers_of(row)
+    _check_size(numbers)
+    found = solve(numbers, target_of(row))
     if found is None:
         raise ValueError(f"countdown {key(row)}: no solution")
-    expression = found[1:-1] if len(row["nums"]) > 1 else found
+    expression = found[1:-1] if len(numbers) > 1 else found
     return f"<answer>{expression}</answer>"
 
 
@@ -173,19 +183,19 @@ def _check_size(numbers: Sequence[object]) -> None:
 
 def wrong(row: Row) -> str:
     """Every number used once, and another value."""
-    tries = (sign.join(map(str, row["nums"])) for sign in (" + ", " * ", " - "))
+    tries = (sign.join(map(str, numbers_of(row))) for sign in (" + ", " * ", " - "))
     miss = next(text for text in tries if evaluate(text) != target_of(row))
     return f"<answer>{miss}</answer>"
 
 
 def key(row: Row) -> str:
     """The problem itself, whatever the order of its numbers: ``19,35,44=98``."""
-    return f"{','.join(map(str, sorted(row['nums'])))}={row['target']}"
+    return f"{','.join(map(str, sorted(numbers_of(row))))}={row['target']}"
 
 
 def fields(row: Row) -> dict[str, str]:
     """The numbers, separated by spaces, and the target."""
-    return {"nums": " ".join(map(str, row["nums"])), "target": str(row["target"])}
+    return {"nums": " ".join(map(str, numbers_of(row))), "target": str(row["target"])}
 
 
 TASK = Task(

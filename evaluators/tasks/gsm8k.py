@@ -1,9 +1,11 @@
 """GSM8K: word problems whose answer is one number after ``####``.
 
 Region: the last 4096 characters, of them what follows the last ``</think>`` if there is one. Text
-read: the last ``#### ...``, else the last ``\\boxed{...}``, else the last ``<answer>`` block, else
-the whole region. Number: without ``, $ %`` an exact fraction a/b, else the first number; a reward
-wants |number - gold| < 1e-6. Format: the last ``####`` is followed by a number and nothing else.
+read, the first of these that states a number: the last ``#### ...`` line with a number, the last
+``\\boxed{...}``, the last ``<answer>`` block, the whole region. A box that is opened after a
+finished one and never closed takes the answer back: nothing is read. Number: without ``, $ %`` an
+exact fraction a/b, else the first number; a reward wants |number - gold| < 1e-6. Format: the last
+``####`` is followed by a number and nothing else.
 """
 
 import re
@@ -19,7 +21,10 @@ TEMPLATE = """\
 {question}
 Think step by step, then end with "#### number"."""
 
-_STRIPPED = str.maketrans("", "", ",$%")
+_MINUS_SIGNS = "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"  # minus, hyphens, dashes, wide minus
+_PLAIN = str.maketrans(dict.fromkeys(",$%", "") | dict.fromkeys(_MINUS_SIGNS, "-"))
+RETRACTED = "(an open box)"
+_BOX = "\\boxed{"
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _FRACTION = re.compile(r"\s*([-+]?[0-9]+)\s*/\s*([-+]?[0-9]+)\s*")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
@@ -31,41 +36,54 @@ def region_of(completion: str) -> str:
 
 
 def after_hashes(region: str) -> str | None:
-    """The line after the last ``####`` that has one (the line may begin below the mark)."""
+    """The line after the last ``####`` that states a number (it may begin below the mark)."""
     before, mark, after = region.rpartition("####")
     while mark:
-        if after.strip():
-            return after.lstrip().split("\n", 1)[0]
+        line = after.lstrip().split("\n", 1)[0]
+        if states_number(line):
+            return line
         before, mark, after = before.rpartition("####")
     return None
 
 
 def last_boxed(region: str) -> str | None:
-    """The inside of the last ``\\boxed{...}`` that is closed, braces balanced; one pass."""
+    """The inside of the last ``\\boxed{...}`` that is closed, braces balanced; one pass.
+
+    None without one, and RETRACTED where a box is opened after it and never closed.
+    """
     opened: list[tuple[int, bool]] = []  # where an inside begins, whether a box's
     last = (-1, -1)
     for brace in _BRACE.finditer(region):
         if brace.group() != "}":
-            opened.append((brace.end(), brace.group() != "{"))
+            opened.append((brace.end(), brace.group() == _BOX))
         elif opened:
             start, boxed = opened.pop()
             last = max(last, (start, brace.start())) if boxed else last
-    return region[last[0] : last[1]] if last[0] >= 0 else None
+    if last[0] < 0:
+        return None
+    retracted = any(boxed and start > last[1] for start, boxed in opened)
+    return RETRACTED if retracted else region[last[0] : last[1]]
 
 
 def answer_text(region: str) -> str:
-    """The most explicit answer: after ####, else boxed, else in a block, else everything."""
+    """The most explicit text that states a number; RETRACTED where an open box took it back."""
     if (line := after_hashes(region)) is not None:
         return line
-    if (boxed := last_boxed(region)) is not None:
-        return boxed
-    block = last_block(region)
-    return region if block is None else block
+    boxed = last_boxed(region)
+    for text in (boxed, last_block(region)):
+        if text is not None and (states_number(text) or text == RETRACTED):
+            return text
+    return region
+
+
+def states_number(text: str) -> bool:
+    """Whether there is a number in a text, be it one with a zero denominator."""
+    return _NUMBER.search(text.translate(_PLAIN)) is not None
 
 
 def number_in(text: str) -> Fraction | None:
     """The number a text states, exactly; None without one and for a zero denominator."""
-    text = text.translate(_STRIPPED)
+    text = text.translate(_PLAIN)
     if fraction := _FRACTION.fullmatch(text):
         above, below = int(fraction[1]), int(fraction[2])
         return Fraction(above, below) if below else None
@@ -87,7 +105,7 @@ def verify(completion: str, row: Row) -> Verdict:
     number = number_in(answer_text(region))
     if number is None:
         return Verdict(0.0, 0.0, None)
-    line = (after_hashes(region) or "").translate(_STRIPPED).strip()
+    line = (after_hashes(region) or "").translate(_PLAIN).strip()
     right = abs(number - gold_number(row)) < TOLERANCE
     return Verdict(float(right), float(bool(_NUMBER.fullmatch(line))), str(number))
 

@@ -13,10 +13,15 @@ TEMPLATE = """\
 Think step by step, then end with "The answer is (X)"."""
 
 
+def answer(row: Row) -> str:
+    """The gold letter, whatever its case."""
+    return str(row["answer"]).strip().upper()
+
+
 def demonstrate(row: Row) -> str:
     """An example's reasoning without its leading ``A:``, or the bare answer where it has none."""
     reasoning = str(row.get("cot_content") or "").strip().removeprefix("A:").strip()
-    return reasoning or letter_sentence(row["answer"])
+    return reasoning or letter_sentence(answer(row))
 
 
 TASK = Task(
@@ -30,9 +35,9 @@ TASK = Task(
     key=lambda row: str(row["question_id"]),
     fields=lambda row: {"question": row["question"], "options": lettered(row["options"])},
     template=TEMPLATE,
-    verify=lambda completion, row: letter_verdict(completion, row["answer"], 10),
-    gold=lambda row: letter_sentence(row["answer"]),
-    wrong=lambda row: letter_sentence(next_letter(row["answer"], len(row["options"]))),
+    verify=lambda completion, row: letter_verdict(completion, answer(row), 10),
+    gold=lambda row: letter_sentence(answer(row)),
+    wrong=lambda row: letter_sentence(next_letter(answer(row), len(row["options"]))),
     shots=5,
     shot_group=lambda row: str(row["category"]),
     demonstrate=demonstrate,

