@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from agent.errors import UserError
 from agent.learner.drift import Drift
 from agent.learner.es import Step
-from agent.store.chain import Value, canonical, fault, seal
-from agent.store.database import Database
+from agent.store.database import Database, Value, canonical, fault, seal
 
 Rewards = NDArray[np.float64]
 

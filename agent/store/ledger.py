@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.store.chain import Value, canonical, fault, seal
-from agent.store.database import Database
+from agent.store.database import Database, Value, canonical, fault, seal
 
 ALLOWED: dict[str | None, frozenset[str]] = {
     None: frozenset({"PROPOSED"}),

@@ -14,7 +14,7 @@ from agent.errors import UserError
 from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
 from agent.store.journal import DamagedError, Generation, Journal, Rewards
-from agent.store.parameters import Parameters
+from agent.store.theta import Parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,30 +1,38 @@
-"""Models on disk: ``weights/<digest>/``, a Hugging Face directory and a manifest; the room's face.
+"""Weights directories: ``weights/<digest>/``, written whole and checked before an engine loads one.
 
-A directory is a cache of a journal: it is written beside its place, flushed and renamed, so that
-one that carries a digest is whole. transformers loads it and vLLM serves it.
+A directory is a plain folder: model.safetensors, the anchor's own config and tokenizer files, and
+manifest.json {"format", "digest", "anchor", "files": {name: {"sha256", "bytes"}}}. transformers
+loads it and vLLM serves it. It is a cache of a journal: written beside its place, flushed and
+renamed, so that one that carries a digest is whole. Nothing else may lie in it, because an engine
+reads whatever it finds.
 """
 
 import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
 
 from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.es import Applied
 from agent.learner.noise import Address
-from agent.store.anchor import SINGLE, Anchor
-from agent.store.parameters import Parameters
-from agent.store.preflight import FORMAT, MANIFEST, companions, preflight, verify
+from agent.store.anchor import INDEX, SINGLE, Anchor, open_tensors, read_json
 from agent.store.tensorfile import (
+    CODES,
     beside,
     combined,
     file_order,
     sha256_of,
+    tensor_hash,
     write_bytes,
     write_tensors,
 )
-from agent.store.theta import Theta, layer_of
+from agent.store.theta import Parameters, Theta, layer_of
 
 __all__ = [
     "Anchor",
@@ -38,6 +46,11 @@ __all__ = [
     "short",
     "verify",
 ]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+NOTICES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def short(digest: str) -> str:
@@ -117,3 +130,145 @@ def _is_whole(target: Path, anchor: Anchor) -> bool:
     except UserError:
         return False
     return True
+
+
+# -- checking ---------------------------------------------------------------------------------
+
+
+def companions(directory: Path) -> dict[str, Path]:
+    """The files beside the weights that every model made from this anchor carries, by name."""
+    return {
+        file.name: file
+        for file in sorted(directory.iterdir())
+        if file.is_file()
+        and file.name not in (INDEX, MANIFEST)
+        and not file.name.startswith(".")
+        and (file.suffix in COPIED or file.name.upper().startswith(NOTICES))
+    }
+
+
+def preflight(directory: Path, anchor: Anchor) -> None:
+    """Raise one UserError that lists every mismatch; return when the directory may be loaded."""
+    if directory.is_symlink() or not directory.is_dir():
+        raise UserError(f"{directory}: is not a weights directory")
+    problems = list(_problems(directory, anchor))
+    if problems:
+        raise UserError(f"{directory}: refused: " + "; ".join(problems))
+
+
+def _problems(directory: Path, anchor: Anchor) -> Iterator[str]:
+    """Every reason to refuse a directory, in the order of files, manifest, configs, tensors."""
+    names = {entry.name for entry in directory.iterdir()}
+    plain = {name for name in names if _is_plain(directory / name)}
+    yield from (f"{name} is not a regular file" for name in sorted(names - plain))
+    same = companions(anchor.directory)
+    allowed = {SINGLE, MANIFEST, *same}
+    yield from (f"{name} may not be there" for name in sorted(names - allowed))
+    yield from (f"{name} is missing" for name in sorted(allowed - names))
+    manifest: dict[str, Any] = {}
+    if MANIFEST in plain:
+        try:
+            manifest = read_json(directory / MANIFEST)
+        except UserError as error:
+            yield str(error)
+        else:
+            yield from _manifest_problems(directory, manifest, anchor, plain & allowed)
+    for name in sorted(plain & set(same)):
+        yield from _companion_problems(directory / name, same[name])
+    if SINGLE in plain:
+        yield from _tensor_problems(directory / SINGLE, anchor, manifest.get("digest"))
+
+
+def _is_plain(path: Path) -> bool:
+    """A regular file of its own, not a link, folder, pipe or device."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _manifest_problems(
+    directory: Path, manifest: dict[str, Any], anchor: Anchor, present: set[str]
+) -> Iterator[str]:
+    """What the manifest says against the anchor, the folder's name and the files' bytes."""
+    if manifest.get("format") != FORMAT:
+        yield f"{MANIFEST} has format {manifest.get('format')!r}, allowed: {FORMAT}"
+    if manifest.get("anchor") != anchor.digest:
+        yield f"{MANIFEST} names anchor {manifest.get('anchor')!r}, allowed: {anchor.digest}"
+    digest = manifest.get("digest")
+    if len(directory.name) == len(anchor.digest) and directory.name != digest:
+        yield f"{MANIFEST} names digest {digest!r}, the folder is {directory.name}"
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        yield f"{MANIFEST} has no list of files"
+        return
+    listed = present - {MANIFEST}
+    yield from (f"{name} is not in {MANIFEST}" for name in sorted(listed - set(files)))
+    yield from (f"{MANIFEST} lists {name}" for name in sorted(set(files) - listed))
+    for name in sorted(listed & set(files)):
+        path = directory / name
+        if files[name] != {"sha256": sha256_of(path), "bytes": path.stat().st_size}:
+            yield f"{name} differs from {MANIFEST}"
+
+
+def _companion_problems(file: Path, original: Path) -> Iterator[str]:
+    """A config or tokenizer file must have the anchor's bytes and name no code."""
+    content = file.read_bytes()
+    if content != original.read_bytes():
+        yield f"{file.name} differs from the anchor's"
+    if file.suffix != ".json":
+        return
+    try:
+        value = json.loads(content)
+    except ValueError:
+        yield f"{file.name} is not JSON"
+        return
+    if isinstance(value, dict) and "auto_map" in value:
+        yield f"{file.name} has auto_map, which names code"
+
+
+def _tensor_problems(path: Path, anchor: Anchor, digest: object) -> Iterator[str]:
+    """Names, shapes, dtypes, finite values, and the digest of the bytes."""
+    try:
+        handle = open_tensors(path)
+        names = set(handle.keys())
+        expected = set(anchor.names)
+        yield from (f"tensor {name} is missing" for name in sorted(expected - names))
+        yield from (f"tensor {name} is not the anchor's" for name in sorted(names - expected))
+        hashes: dict[str, bytes] = {}
+        for name in sorted(names & expected):
+            wrong = list(_spec_problems(name, handle.get_slice(name), anchor))
+            yield from wrong
+            if not wrong:
+                tensor = handle.get_tensor(name)
+                yield from _value_problems(name, tensor)
+                hashes[name] = tensor_hash(tensor)
+    except (UserError, SafetensorError) as error:
+        yield f"{path.name}: {error}"
+        return
+    if set(hashes) == names == expected:
+        found = combined(anchor.specs, hashes)
+        if found != digest:
+            yield f"the weights are {found}, {MANIFEST} says {digest!r}"
+
+
+def _spec_problems(name: str, stored: Any, anchor: Anchor) -> Iterator[str]:
+    """One tensor's shape and dtype against the anchor's."""
+    shape, dtype = anchor.specs[name]
+    if stored.get_shape() != list(shape):
+        yield f"tensor {name} has shape {stored.get_shape()}, allowed: {list(shape)}"
+    if stored.get_dtype() != CODES[dtype]:
+        yield f"tensor {name} is {stored.get_dtype()}, allowed: {CODES[dtype]}"
+
+
+def _value_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    """Values no weight may have."""
+    bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+    if bad:
+        yield f"tensor {name} holds {bad} values that are not finite"
+
+
+def verify(directory: Path) -> str:
+    """Recompute the digest of a weights directory; UserError when its manifest says another."""
+    said = read_json(directory / MANIFEST).get("digest")
+    found = Anchor.open(directory).digest
+    if said != found:
+        raise UserError(f"{directory}: the weights are {found}, {MANIFEST} says {said!r}")
+    return found

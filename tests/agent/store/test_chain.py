@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.store.chain import Value, canonical, fault, seal
+from agent.store.database import Value, canonical, fault, seal
 
 FIELDS: dict[str, Value] = {"text": "abc", "count": 3, "time": 1.5, "blob": b"xyz", "none": None}
 TIP = "0" * 64

@@ -14,8 +14,8 @@ from agent.learner.penalty import Penalty
 from agent.store.anchor import Anchor
 from agent.store.importance import importance_path, keep_importance
 from agent.store.journal import Journal
-from agent.store.parameters import Parameters
 from agent.store.replay import replay
+from agent.store.theta import Parameters
 
 Tensors = dict[str, torch.Tensor]
 NORM = "model.norm.weight"

@@ -15,9 +15,8 @@ from agent.learner.penalty import Penalty, prox
 from agent.store import parameters as module
 from agent.store.anchor import Anchor
 from agent.store.importance import keep_importance
-from agent.store.parameters import Parameters
 from agent.store.tensorfile import raw
-from agent.store.theta import layer_of
+from agent.store.theta import Parameters, layer_of
 
 MakeModel = Callable[..., Path]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

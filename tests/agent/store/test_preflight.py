@@ -8,8 +8,7 @@ import pytest
 from spoilt import KINDS, NORM, manifest
 
 from agent.errors import UserError
-from agent.store.preflight import preflight
-from agent.store.weights import Anchor, Parameters, export
+from agent.store.weights import Anchor, Parameters, export, preflight
 
 
 @pytest.fixture

@@ -13,9 +13,17 @@ from safetensors.torch import load_file
 from agent.errors import UserError
 from agent.learner import es
 from agent.learner.penalty import Penalty
-from agent.store.preflight import companions
 from agent.store.tensorfile import beside
-from agent.store.weights import Anchor, Parameters, digest_of, export, preflight, short, verify
+from agent.store.weights import (
+    Anchor,
+    Parameters,
+    companions,
+    digest_of,
+    export,
+    preflight,
+    short,
+    verify,
+)
 
 MakeModel = Callable[..., Path]
 
