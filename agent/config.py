@@ -1,8 +1,8 @@
-"""Settings of one service and the places it owns, read once per process.
+"""Settings of one service, read once per process.
 
 Order of authority: arguments, environment (``ANCHORAGE_LEARNER__SIGMA=0.002``), the TOML file,
-the profile of the model (the embedded one has its own), the defaults below, which are for real
-models. An unknown key is refused, so that a misspelt one cannot be believed.
+the profile of the model (``PROFILES``), the defaults of `agent.sections`. An unknown key is
+refused: a misspelt one would otherwise be ignored in silence.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ S = TypeVar("S", bound=Section)
 
 
 class ProfileSource(InitSettingsSource):
-    """Defaults of the chosen model, below everything a person wrote."""
+    """Defaults of the chosen model: the source of lowest authority."""
 
     def __init__(self, settings_cls: type[BaseSettings]) -> None:
         super().__init__(settings_cls, {})
@@ -89,7 +89,7 @@ class ProfileSource(InitSettingsSource):
 
 
 class Settings(BaseSettings):
-    """Everything a service can be told. Every field says what it is for."""
+    """All settings of a service, by section; `agent.sections` describes each field."""
 
     model_config = SettingsConfigDict(
         env_prefix="ANCHORAGE_", env_nested_delimiter="__", extra="forbid", frozen=True
@@ -152,15 +152,15 @@ def replaced(section: S, name: str, changes: Mapping[str, Any]) -> S:
 
 def _one_line(error: ValidationError, *within: str) -> str:
     """All mismatches of a validation, each with its key, its value and what was allowed."""
-    told = []
+    mismatches = []
     for item in error.errors():
         place = (*within, *item["loc"])
         key = ".".join(str(part) for part in place)
         if item["type"] == "extra_forbidden":
-            told.append(f"unknown key {key!r} (value {item['input']!r}); {_known(place)}")
+            mismatches.append(f"unknown key {key!r} (value {item['input']!r}); {_known(place)}")
         else:
-            told.append(f"{key} = {item['input']!r}: {item['msg']}")
-    return "settings: " + "; ".join(told)
+            mismatches.append(f"{key} = {item['input']!r}: {item['msg']}")
+    return "settings: " + "; ".join(mismatches)
 
 
 def _known(location: tuple[int | str, ...]) -> str:

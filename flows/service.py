@@ -1,4 +1,4 @@
-"""The parts of one home, each opened when first asked for and the same for every flow."""
+"""The parts of one home: databases, weights, tasks; each is opened at its first use."""
 
 import os
 import secrets
@@ -25,7 +25,7 @@ from evaluators.plugins import all_tasks, pinned, tuned
 from evaluators.task import Row, Task
 from evaluators.tasks import TASKS
 
-if TYPE_CHECKING:  # who only rolls back does not wait for the libraries behind these
+if TYPE_CHECKING:  # loading these at a rollback would cost it their libraries' imports
     from agent.store.experience import ExperienceStore
     from evaluators.runner import Shots
 
@@ -62,7 +62,7 @@ class Service:
 
     @property
     def anchor(self) -> Anchor:
-        """What the champion is tied to: the original model, or the one a person moved it to."""
+        """The model the champion is tied to: the original one, or the one a person moved it to."""
         return self.open_anchor(self.anchor_of(self.champion()))
 
     def anchor_of(self, digest: str) -> str:
@@ -87,7 +87,7 @@ class Service:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Every decision; its first row is the anchor, whichever process came first."""
+        """Every decision; the first process that opens it writes the anchor as its first row."""
         ledger = Ledger(self.home.state_db)
         while ledger.champion() is None:
             with suppress(StaleEpoch):
@@ -102,12 +102,12 @@ class Service:
         return ledger
 
     def take_over(self) -> int:
-        """Become the controller: a new epoch, which fences off whoever was it before."""
+        """Become the controller: a new epoch; the previous controller's writes are refused."""
         return self.ledger.acquire(self.actor, time.time())
 
     @cached_property
     def experience(self) -> "ExperienceStore":
-        """What the endpoint saw."""
+        """Captured requests, their rewards, feedback and keys."""
         from agent.store.experience import ExperienceStore
 
         return ExperienceStore.open(self.settings.gateway.experience_url or self.home.experience_db)
@@ -146,7 +146,7 @@ class Service:
     # -- weights ------------------------------------------------------------------------------
 
     def champion(self) -> str:
-        """Digest of what has to be served."""
+        """Digest of the version to serve."""
         return self.ledger.champion() or self.origin.digest
 
     def directory(self, digest: str) -> Path:

@@ -23,7 +23,7 @@ _OPEN: dict[Path, "Session"] = {}
 
 
 class Session:
-    """The parts of a home, its engines (given, or started as set), and who is told."""
+    """The parts of a home, its engines (given, or started as the settings say), and a reporter."""
 
     def __init__(
         self, service: Service, progress: Reporter, population: Population | None = None
@@ -42,7 +42,7 @@ class Session:
         return self._population
 
     def engine(self, options: EngineOptions) -> Engine:
-        """One more engine, as the settings place it; whoever asks for it closes it."""
+        """One more engine, placed as the settings say; the caller closes it."""
         chosen = self.service.settings.engines
         if chosen.placement == "ray":
             from agent.population.ray import Placement, RayEngine, attach

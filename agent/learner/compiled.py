@@ -147,7 +147,7 @@ def render_bf16(
     group_size = 8 * LANES if table.size else 128 * LANES
     eps, index = np.zeros(group_size, np.float32), np.empty(8 * LANES, np.uint16)
     bits, sums = np.empty((4, LANES), np.uint32), np.empty(group_size, np.float32)
-    raw = sums.view(np.uint32)
+    raw = sums.view(np.uint32)  # the same memory: bfloat16 is the upper half of a float32
     for group in range(start // group_size, (start + out.size + group_size - 1) // group_size):
         at = group * group_size - start
         low, high = max(0, -at), min(group_size, out.size - at)
@@ -198,6 +198,8 @@ def update(
     eps, index = np.empty(group_size, np.float32), np.empty(8 * LANES, np.uint16)
     bits = np.empty((4, LANES), np.uint32)
     acc = np.empty(group_size, np.float32)
+    # One partial sum a lane: the innermost loop stays free of a dependency and vectorises, and the
+    # order of additions is fixed by the element's index.
     squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
     for group in range(start // group_size, (start + delta.size + group_size - 1) // group_size):
         for i in range(group_size):
@@ -232,10 +234,11 @@ def _finish(
     tau: Any,
     weights: Any,
 ) -> None:
-    """delta = prox(delta + acc) in place; acc becomes delta before. A loop a penalty: each fast.
+    """delta = prox(delta + acc) in place; acc becomes delta before.
 
     Element i of acc, low <= i < high, belongs to element at + i of delta and weights.
     """
+    # A loop for each penalty: a branch inside one loop would keep it from vectorising.
     rest = np.float32(1) - share
     weighted = weights.size > 0
     for i in range(low, high):

@@ -145,6 +145,7 @@ def update(
 ):
     """delta = penalised(delta + ((0 + c_0 eps_0) + c_1 eps_1) + ...); words (P, 4)."""
     block, at, mask = _tile(first_block, start, count, BLOCKS, COLUMNS)
+    # Pairs are added in order, as on the CPU: another order would round to other bits.
     acc = tl.zeros([BLOCKS, COLUMNS], tl.float32)
     for p in range(pairs):
         acc = acc + tl.load(coefficients + p) * _eps(block, words + 4 * p, table, NORMAL)

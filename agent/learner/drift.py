@@ -6,8 +6,8 @@ mirrored pairs; 0 for a no-op) and rho = 1 - alpha lambda,
     random walk   q <- q + v_t             Eq. 2 of arXiv 2605.30148, from the coefficients used
     l2            q <- rho^2 (q + v_t)
 
-are E ||delta||^2 if every step points in a random direction. A norm at the prediction is drift;
-a norm above it is a direction that rewards agree on.
+are E ||delta||^2 if every step points in a random direction. A norm at the prediction is a random
+walk; a norm above it means that steps have a direction in common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,9 @@ def agreement(rewards: NDArray[np.float64]) -> float | None:
     if rewards.ndim != 2 or min(rewards.shape) < 2 or not np.isfinite(rewards).all():
         return None
     halves = np.stack([rewards[:, 0::2].mean(axis=1), rewards[:, 1::2].mean(axis=1)])
-    merit = np.round(halves - halves.mean(axis=1, keepdims=True), 12)  # 12 digits: no sum's noise
+    merit = np.round(
+        halves - halves.mean(axis=1, keepdims=True), 12
+    )  # 12 digits: rounding errors of sums are no merit
     return float(np.mean((np.sign(merit[0] * merit[1]) + 1) / 2))
 
 

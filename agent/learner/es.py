@@ -5,7 +5,7 @@ Member n saw theta + s_n sigma eps_p(n) and earned r_n. With z the shaped reward
     theta <- theta + (alpha / N) sum_n z_n s_n eps_p(n)  =  theta + sum_p c_p eps_p
     c_p = (alpha / N) sum_{n in pair p} s_n z_n
 
-so a generation is fully told by its pairs and one number each. Shaping, always with mean 0 and
+so a generation is determined by its pairs and one number for each. Shaping, always with mean 0 and
 population variance 1 (so that alpha means the same and E ||step||^2 = alpha^2 d / N holds):
 
     zscore   z_n = (r_n - mean r) / std r                 ddof 0
@@ -25,7 +25,7 @@ from agent.learner.penalty import Penalty, check
 
 Shaping: TypeAlias = Literal["zscore", "ranks"]
 
-_SAME_REWARD: Final = 1e-9  # closer than this, relative to their size: summation order, not merit
+_SAME_REWARD: Final = 1e-9  # relative; a smaller spread is the rounding of sums, not merit
 _LARGEST_REWARD: Final = 1e100  # beyond it a square overflows
 
 

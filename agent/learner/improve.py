@@ -1,4 +1,4 @@
-"""A round's generations as decisions: what to evaluate, what to apply, what to record, when to end.
+"""A round's generations as decisions: what to evaluate, to apply and to record, and when to end.
 
 The generator holds no engine, file or clock. Whoever drives it answers each `Evaluate` with the
 rewards and each `Apply` with what came of it:
@@ -23,7 +23,7 @@ __all__ = ["Applied", "Apply", "Evaluate", "Plan", "Record", "RoundOutcome", "im
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a round sets out to do."""
+    """The fixed quantities of a round."""
 
     run_seed: int
     generations: int
@@ -67,7 +67,7 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """To be written down before anything else happens: the step and its drift reading."""
+    """Wanted: step and drift reading stored, before anything else happens."""
 
     step: Step
     drift: Drift
@@ -91,14 +91,15 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
     if past and len(past) != plan.start_generation:
         raise ValueError(f"{len(past)} past readings, start_generation {plan.start_generation}")
     history, predicted = list(past), _prediction(plan, past)
-    crew = members(plan.population, plan.mirrored)
+    round_members = members(plan.population, plan.mirrored)
     for generation in range(plan.start_generation, plan.generations):
-        # Looked at before, not after, a generation: a resumed round then ends where it would have.
+        # The alarm is checked before a generation, not after it: a resumed round then ends at the
+        # same generation as one that was never interrupted.
         if plan.early_stop and (reason := alarm(history)):
             return RoundOutcome(generation, reason)
-        rewards = yield Evaluate(generation, crew)
+        rewards = yield Evaluate(generation, round_members)
         assert isinstance(rewards, np.ndarray)
-        taken = _step(plan, generation, crew, rewards)
+        taken = _step(plan, generation, round_members, rewards)
         applied = yield Apply(taken)
         assert isinstance(applied, Applied)
         predicted = predicted.after(taken, plan.parameters)
@@ -108,12 +109,12 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
 
 
 def _step(
-    plan: Plan, generation: int, crew: tuple[Member, ...], rewards: NDArray[np.float64]
+    plan: Plan, generation: int, round_members: tuple[Member, ...], rewards: NDArray[np.float64]
 ) -> Step:
     """The step this plan takes on these rewards."""
     return step(
         rewards,
-        crew,
+        round_members,
         run_seed=plan.run_seed,
         generation=generation,
         sigma=plan.sigma,

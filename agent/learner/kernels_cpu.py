@@ -32,11 +32,11 @@ Span: TypeAlias = tuple[int, int]
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-CORES: Final[int] = config.NUMBA_NUM_THREADS  # threads unless told: the cores of this process
+CORES: Final[int] = config.NUMBA_NUM_THREADS  # default number of threads: the cores of this process
 _UPDATE_TASK: Final = 1 << 16  # elements; part of the definition of the norms' partial sums
 _RENDER_TASK: Final = 1 << 19  # elements
 _WORTH_THREADS: Final = 1 << 19  # numbers to draw below which starting threads costs more
-_HANDFULS: Final = 16  # of tasks, per thread
+_BATCHES: Final = 16  # of tasks, per thread
 _NO_TABLE: Final = np.empty(0, np.float32)
 _NO_WEIGHTS: Final = np.empty(0, np.float32)
 _RENDERERS: Final = {"<f4": compiled.render, "<u2": compiled.render_bf16}
@@ -117,6 +117,8 @@ def render_many(
     table, factor = _table(kind), np.float32(scale)
     noisy = [address] if address is not None and factor != 0 else []
     words = streams(noisy, [part.name for part in parts]).reshape(len(parts), 4 * len(noisy))
+    # All parts are cut into one list of tasks, so that many small tensors fill the threads as well
+    # as one large tensor does.
     tasks = []
     for n, part in enumerate(parts):
         _check_arrays(part.name, part.delta, part.out, part.anchor)
@@ -162,10 +164,10 @@ def update_many(parts: Sequence[Update], step: Step, threads: int | None = None)
     work = _measured(parts) if step.no_op is not None else _updated(parts, step)
     drawn = sum(part.delta.size for part in parts) * (1 + len(step.pairs))
     sums = _spread(work, tasks, drawn, threads)
-    found: list[list[Squares]] = [[] for _ in parts]
+    squares: list[list[Squares]] = [[] for _ in parts]
     for (n, _), partial in zip(tasks, sums, strict=True):
-        found[n].append(partial)
-    return [Squares(fsum(s.delta for s in f), fsum(s.step for s in f)) for f in found]
+        squares[n].append(partial)
+    return [Squares(fsum(s.delta for s in f), fsum(s.step for s in f)) for f in squares]
 
 
 def _updated(parts: Sequence[Update], step: Step) -> Callable[[tuple[int, Span]], Squares]:
@@ -223,11 +225,13 @@ def _spread(
     many = min(len(tasks), threads or CORES)
     if many < 2 or drawn < _WORTH_THREADS:
         return [work(task) for task in tasks]
-    hands = min(len(tasks), _HANDFULS * many)  # few enough to be cheap, many enough to balance
+    # Several batches a thread: fewer would leave threads idle at the end, one per task would spend
+    # its time in the pool.
+    batches = min(len(tasks), _BATCHES * many)
     with ThreadPoolExecutor(many) as pool:
-        done = pool.map(lambda n: [work(task) for task in tasks[n::hands]], range(hands))
+        done = pool.map(lambda n: [work(task) for task in tasks[n::batches]], range(batches))
         results = dict(enumerate(done))
-    return [results[n % hands][n // hands] for n in range(len(tasks))]
+    return [results[n % batches][n // batches] for n in range(len(tasks))]
 
 
 def _check_arrays(name: str, delta: Floats, *stored: Stored) -> None:

@@ -72,11 +72,12 @@ def locate(directory: Path) -> dict[str, Any]:
         handle = open_tensors(directory / SINGLE)
         return dict.fromkeys(handle.keys(), handle)
     handles = {str(file): open_tensors(directory / str(file)) for file in set(mapping.values())}
-    held = {(name, file) for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+    # A handle of safetensors has keys() and cannot be iterated.
+    stored = {(name, file) for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
     wanted = {(name, str(file)) for name, file in mapping.items()}
-    if held != wanted:
-        missing = [f"{name} not in {file}" for name, file in sorted(wanted - held)]
-        extra = [f"{name} of {file} not in the index" for name, file in sorted(held - wanted)]
+    if stored != wanted:
+        missing = [f"{name} not in {file}" for name, file in sorted(wanted - stored)]
+        extra = [f"{name} of {file} not in the index" for name, file in sorted(stored - wanted)]
         raise UserError(f"{directory / INDEX}: {listed(missing + extra)}")
     return {name: handles[file] for name, file in wanted}
 
@@ -106,16 +107,16 @@ def tie_of(config: Mapping[str, Any], names: Iterable[str], where: Path) -> dict
     """
     embedding, head = _weight_of(names, EMBEDDINGS), _weight_of(names, HEADS)
     text = config.get("text_config") or {}
-    said = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    if said is None:
-        said = head is None
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    if tied is None:
+        tied = head is None
     if embedding is None and head is None:
         return {}
-    if embedding is None and said:
+    if embedding is None and tied:
         raise UserError(f"{where}: no embedding is stored, but {head}: tie_word_embeddings is true")
-    if head is None and not said:
+    if head is None and not tied:
         raise UserError(f"{where}: no head is stored, tie_word_embeddings is false")
-    return {head or f"{HEADS[0]}.weight": str(embedding)} if said else {}
+    return {head or f"{HEADS[0]}.weight": str(embedding)} if tied else {}
 
 
 class Anchor:

@@ -56,7 +56,7 @@ class Database:
 
     def __init__(self, path: Path, busy_seconds: float = BUSY_SECONDS):
         self.path = path
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # one connection: threads may not interleave statements
         path.parent.mkdir(parents=True, exist_ok=True)
         private_file(path)
         self._connection = sqlite3.connect(
@@ -99,7 +99,10 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Everything inside is written together, or not at all; only one writer is inside."""
+        """Everything inside is written together, or not at all; one writer at a time.
+
+        BEGIN IMMEDIATE takes SQLite's write lock at once: a transaction that began by reading would
+        fail instead of waiting when it starts to write beside another writer."""
         with self._lock:
             self.rows("BEGIN IMMEDIATE")
             try:
@@ -121,12 +124,12 @@ class Database:
             raise UserError(f"{self.path}: {error}") from error
 
     def insert(self, table: str, fields: dict[str, Any]) -> None:
-        """Add one row; ``table`` and the field names are the program's own words."""
+        """Add one row. ``table`` and the field names are literals of this program, never input."""
         names, marks = ", ".join(fields), ", ".join("?" * len(fields))
         self.rows(f"INSERT INTO {table} ({names}) VALUES ({marks})", *fields.values())  # noqa: S608
 
     def close(self) -> None:
-        """Give the file back; closing twice is allowed."""
+        """Close the connection; closing twice is allowed."""
         self._connection.close()
 
     def __enter__(self) -> "Database":
@@ -185,7 +188,7 @@ def digest_field(value: Value) -> str:
 
 
 def seal(prev_hash: str, fields: Mapping[str, Value]) -> dict[str, Value]:
-    """The row to write: the fields, then prev_hash, digests and hash."""
+    """The row to insert: the fields, then prev_hash, digests and hash."""
     digests = canonical({name: digest_field(value) for name, value in fields.items()})
     return {**fields, "prev_hash": prev_hash, "digests": digests, "hash": _link(prev_hash, digests)}
 
@@ -215,9 +218,9 @@ def fault(prev_hash: str, row: Mapping[str, Value]) -> str | None:
 def _differing(stored: str, true: Mapping[str, str]) -> str:
     """First field whose stored digest is not the digest of its value."""
     try:
-        said = json.loads(stored)
+        recorded = json.loads(stored)
     except ValueError:
         return "hash chain"
-    if not isinstance(said, dict) or set(said) != set(true):
+    if not isinstance(recorded, dict) or set(recorded) != set(true):
         return "hash chain"
-    return next((name for name, digest in true.items() if said[name] != digest), "hash chain")
+    return next((name for name, digest in true.items() if recorded[name] != digest), "hash chain")

@@ -75,8 +75,8 @@ class DeviceParameters(Theta):
     def _move(self, name: str, step: Step) -> tuple[float, float]:
         """One tensor's step."""
         delta, before = self.delta[name], self.delta[name].clone()
-        held = self.weights(step.penalty).get(name)
-        weights = None if held is None else self._there(torch.from_numpy(held))
+        importance = self.weights(step.penalty).get(name)
+        weights = None if importance is None else self._there(torch.from_numpy(importance))
         update_inplace(delta, name, 0, step, weights)
         before.sub_(delta)
         return _square(delta), _square(before)

@@ -1,8 +1,7 @@
-"""The experience store's database: SQLite or, by URL, PostgreSQL; migrated on opening.
+"""The experience store's database: its tables, and how it is opened and migrated.
 
-The tables of the experience store, as the newest migration leaves them.
-
-``migrations/experience`` builds them step by step; a test compares the two.
+It is an SQLite file or, by URL, PostgreSQL. The tables are declared here as the newest step leaves
+them; ``migrations/experience`` builds them step by step, and a test compares the two.
 """
 
 from pathlib import Path
@@ -68,7 +67,7 @@ interactions = Table(  # one row a request that reached the engine; text only wh
     Index("ix_interactions_created", "created"),
 )
 
-answers = Table(  # one row a choice; reward is NULL until a verifier has spoken
+answers = Table(  # one row a choice; reward is NULL until it is verified
     "answers",
     METADATA,
     Column("id", ROW_ID, primary_key=True, autoincrement=True),
@@ -82,7 +81,7 @@ answers = Table(  # one row a choice; reward is NULL until a verifier has spoken
     Column("reward", Float(53)),
     Column("format", Float(53)),
     Column("extracted", Text),
-    Column("error", String(256)),  # the verifier's failure: never a zero reward
+    Column("error", String(256)),  # why verification failed; the reward stays NULL, not 0
     Column("judged", Float(53)),  # unix seconds
     UniqueConstraint("interaction_id", "choice", name="uq_answers_interaction_choice"),
 )
@@ -104,7 +103,7 @@ feedback = Table(
     Column("created", Float(53), nullable=False),
     UniqueConstraint("principal", "feedback_id", name="uq_feedback_principal_id"),
     UniqueConstraint("principal", "supersedes", name="uq_feedback_principal_supersedes"),
-    CheckConstraint("weight = 0", name="ck_feedback_weight"),  # the public never rewards
+    CheckConstraint("weight = 0", name="ck_feedback_weight"),  # feedback is not trained on
     Index("ix_feedback_inference_id", "inference_id"),
 )
 
@@ -134,7 +133,7 @@ rounds_used = Table(  # which traffic went into which round, at which place
     Index("ix_rounds_used_principal", "principal"),
 )
 
-forgotten = Table(  # that a deletion happened and what it touched, without whom
+forgotten = Table(  # record of a deletion and of the rounds it affects; the principal as a hash
     "forgotten",
     METADATA,
     Column("id", ROW_ID, primary_key=True, autoincrement=True),
@@ -191,7 +190,9 @@ def _version(engine: Engine) -> int:
 
 
 def writing(engine: Engine) -> Any:
-    """A transaction that takes SQLite's write lock at its start, so it never has to upgrade."""
+    """A transaction that takes SQLite's write lock at its start.
+
+    One that began by reading could not wait for another writer: SQLite refuses to upgrade it."""
     return engine.execution_options(write=True).begin()
 
 

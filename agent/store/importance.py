@@ -1,8 +1,8 @@
-"""Importance of each parameter in a penalty: a file of weights, kept by the sha256 of its bytes.
+"""Files with one float32 number per parameter: snapshots of delta, and importance weights.
 
-A step names the sha256, so a journal replays with the weights its rounds had and with no other.
-
-One float32 number a parameter, in a safetensors file: a snapshot of delta, or importance.
+Importance weights scale a penalty parameter by parameter. A file of them is kept under the sha256
+of its bytes and a step names that sha256, so that a journal replays with the weights its rounds
+had.
 """
 
 import shutil
@@ -78,12 +78,12 @@ def read_importance(anchor: Anchor, folder: Path | None, digest: str) -> Mapping
 
 def _largest(weights: Mapping[str, Floats], source: Path) -> float:
     """The largest weight; one line with every tensor that holds a bad one."""
-    bad, found = [], [0.0]
-    for name, held in weights.items():
+    bad, largest = [], [0.0]
+    for name, values in weights.items():
         try:
-            found.append(check_weights(held.reshape(-1), held.size))
+            largest.append(check_weights(values.reshape(-1), values.size))
         except ValueError as error:
             bad.append(f"{name}: {error}")
     if bad:
         raise UserError(f"{source}: {listed(bad)}")
-    return max(found)
+    return max(largest)

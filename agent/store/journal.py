@@ -1,10 +1,8 @@
-"""The journal: every run and every generation of it, kilobytes a round, enough to rebuild weights.
+"""The journal: every run and its generations, kilobytes a round, enough to rebuild the weights.
 
-A run row, a row per generation and an outcome row form one hash chain (``chain``). Members of the
-generation in progress are kept one by one, so that a killed round evaluates none of them twice;
-they go when their generation is committed, in the same transaction.
-
-What the journal hands out: runs, generations, rewards as blobs, and the error for a bad row.
+A run row, a row per generation and an outcome row form one hash chain (``store.database``). Members
+of the generation in progress are stored one by one, so that a killed round evaluates none of them
+twice; they are deleted when their generation is committed, in the same transaction.
 """
 
 import dataclasses
@@ -81,7 +79,7 @@ def pack(rewards: Rewards) -> bytes:
 
 
 def unpack(blob: bytes) -> Rewards:
-    """Inverse of ``pack``."""
+    """Inverse of ``pack``: the float64 array, bit for bit."""
     array: Rewards = np.load(io.BytesIO(zlib.decompress(blob)), allow_pickle=False)
     return array
 
@@ -111,24 +109,26 @@ class Journal:
 
         ``parent_digest`` is the champion it starts from: the anchor, or a finished run's digest.
         """
-        said: dict[str, Any] = {
+        values: dict[str, Any] = {
             "anchor_digest": anchor_digest,
             "parent_digest": parent_digest,
             "target": target,
             "run_seed": run_seed,
             "plan": canonical(plan),
         }
+        # Looked up and inserted in one transaction: of two processes that open the same run, the
+        # second finds the first one's row.
         with self._database.transaction():
             rows = self._database.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
             if rows:
-                other = [name for name, value in said.items() if rows[0][name] != value]
+                other = [name for name, value in values.items() if rows[0][name] != value]
                 if other:
                     raise UserError(f"run {run_id}: was opened with another {', '.join(other)}")
                 return self.run(run_id)
             parent = self._parent(anchor_digest, parent_digest)
             fields: dict[str, Value] = {
                 "run_id": run_id,
-                **said,
+                **values,
                 "parent_run": parent,
                 "created": float(now),
             }
@@ -146,10 +146,10 @@ class Journal:
 
     def run(self, run_id: str) -> Run:
         """The run of this id."""
-        found = self._select("WHERE r.run_id = ?", run_id)
-        if not found:
+        runs = self._select("WHERE r.run_id = ?", run_id)
+        if not runs:
             raise UserError(f"run {run_id!r}: not in the journal {self._database.path}")
-        return found[0]
+        return runs[0]
 
     def runs(self) -> list[Run]:
         """All runs, oldest first; an open one has no digest."""
@@ -203,7 +203,7 @@ class Journal:
         delta_hash: str,
         drift: Drift | Mapping[str, Any],
     ) -> str:
-        """Close a generation: its row in, its members out, one transaction. Returns the hash.
+        """Close a generation: insert its row, delete its members. Returns the row's hash.
 
         rewards (N, P); numbers in drift that are not finite become null.
         """
@@ -218,6 +218,8 @@ class Journal:
             "delta_hash": delta_hash,
             "drift": canonical(record),
         }
+        # Its members leave in the same transaction: a crash leaves either them or the generation,
+        # never both and never neither.
         with self._database.transaction():
             self._expect(run_id, step.generation)
             row = seal(self._tip(run_id), fields)
@@ -234,7 +236,7 @@ class Journal:
             raise UserError(f"run {run_id}: generation {generation}, allowed: {expected}")
 
     def _tip(self, run_id: str) -> str:
-        """Hash of the newest row of a run."""
+        """Hash of the newest row of a run; its opening row counts as generation -1."""
         rows = self._database.rows(
             "SELECT hash, -1 FROM runs WHERE run_id = ?1 UNION ALL"
             " SELECT hash, generation FROM generations WHERE run_id = ?1 ORDER BY 2 DESC LIMIT 1",
@@ -279,7 +281,7 @@ class Journal:
     def verify(self, run_id: str) -> int:
         """Check every row of a run; DamagedError names the first bad one. Returns their count.
 
-        An open run shows nothing of rows cut off its end; a finished one counts them.
+        Rows missing at the end are noticed only in a finished run, whose outcome has their count.
         """
         start = self._rows("runs", run_id)
         if not start:
@@ -304,12 +306,12 @@ class Journal:
 
     def candidate(self, digest: str) -> Run:
         """The first finished run that made a digest; a prefix of 8 or more characters will do."""
-        found = self._select("WHERE substr(o.digest, 1, length(?1)) = ?1 ORDER BY o.rowid", digest)
-        if len(digest) < 8 or not found:
+        runs = self._select("WHERE substr(o.digest, 1, length(?1)) = ?1 ORDER BY o.rowid", digest)
+        if len(digest) < 8 or not runs:
             raise UserError(f"candidate {digest!r}: no finished run made it")
-        if len({run.digest for run in found}) > 1:
+        if len({run.digest for run in runs}) > 1:
             raise UserError(f"candidate {digest!r}: several begin so, allowed: more characters")
-        return found[0]
+        return runs[0]
 
     def lineage(self, digest: str) -> list[str]:
         """Ids of the runs from the anchor to a digest; none for a digest that is an anchor."""
@@ -323,7 +325,7 @@ class Journal:
         return [*(self.ancestry(parent) if parent else []), run_id]
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the connection."""
         self._database.close()
 
 

@@ -1,10 +1,11 @@
-"""The ledger: every decision about every digest, by whom, why, and what is served since.
+"""The ledger: every decision about every digest, who made it, why, and what is served after it.
 
-Rows are only appended and form a hash chain. Whoever writes holds an epoch; a newer epoch fences
-the older ones off, checked in the transaction that writes. The champion is ``after`` of the last
-row: what an engine has to serve, whatever became of the writer.
+Rows are only appended and form a hash chain (``store.database``). A writer holds an epoch; a newer
+epoch fences off the older ones, checked in the transaction that writes. The champion is ``after``
+of the last row: what an engine has to serve, whatever became of the writer.
 
-The states of a digest, as values: which step may follow which, and what is served after it.
+The first part decides over rows as values: which state may follow which, and what is served then.
+The class ``Ledger`` stores them.
 
     PROPOSED -> EVALUATED -> PROMOTE | HOLD | REJECT      PROMOTE | HOLD -> AWAIT_REVIEW -> APPROVED
     PROMOTE | APPROVED -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
@@ -148,7 +149,7 @@ class Ledger:
         self._database = Database(path)
 
     def acquire(self, owner: str, now: float) -> int:
-        """Become the controller: a new epoch, one above all before it, which are fenced off."""
+        """Become the controller: returns a new epoch; writers with an older one are refused."""
         with self._database.transaction():
             epoch = self.epoch() + 1
             self._database.insert("epochs", {"epoch": epoch, "owner": owner, "time": float(now)})
@@ -170,11 +171,13 @@ class Ledger:
         statistics: Mapping[str, Any] | None = None,
         after: str | None = None,
     ) -> Entry:
-        """Write one decision and return its row; a state the digest is in already is not repeated.
+        """Write one decision and return its row; the present state of a digest is not repeated.
 
         ``after`` names what a ROLLED_BACK returns to; by default the previous champion. Raises
         StaleEpoch for a writer that was taken over, UserError for a step that is not allowed.
         """
+        # Epoch, order of states and insertion in one transaction: whoever was taken over between
+        # a look and a write would otherwise write after its successor.
         with self._database.transaction():
             if epoch != self.epoch():
                 raise StaleEpoch(f"epoch {epoch}: was taken over, allowed: {self.epoch()}")
@@ -203,8 +206,8 @@ class Ledger:
     def _row(self, entry: Entry | None) -> Entry:
         """The same row with its statistics."""
         assert entry is not None
-        found = self._database.rows("SELECT * FROM ledger WHERE seq = ?", entry.seq)
-        return _entry(dict(found[0]))
+        rows = self._database.rows("SELECT * FROM ledger WHERE seq = ?", entry.seq)
+        return _entry(dict(rows[0]))
 
     def _entries(self, statistics: str = "statistics") -> list[Entry]:
         """All rows, oldest first; decisions read them without their statistics."""
@@ -263,7 +266,7 @@ class Ledger:
         return len(rows)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the connection."""
         self._database.close()
 
 

@@ -1,7 +1,7 @@
-"""Weights from a journal: anchor + every step of the lineage, delta's hash checked on the way.
+"""Weights from a journal: the anchor and every step of the lineage, delta's hash checked at each.
 
-A snapshot is a file ``<delta hash>.safetensors``; one whose content has another hash is ignored,
-so that it only ever saves time.
+A snapshot of delta is a file ``<delta hash>.safetensors``. One whose content has another hash is
+ignored, so a snapshot can save time and never change a result.
 """
 
 from collections.abc import Collection, Iterator
@@ -31,7 +31,7 @@ def snapshot_path(folder: Path, delta_hash: str) -> Path:
 
 
 def prune(folder: Path, keep: Collection[str]) -> None:
-    """Remove the snapshots of every delta but these; nothing but time is lost by it."""
+    """Remove the snapshots of every delta but these."""
     wanted = {snapshot_path(folder, delta_hash) for delta_hash in keep}
     for path in set(folder.glob("*.safetensors")) - wanted:
         path.unlink(missing_ok=True)
@@ -123,13 +123,14 @@ def steps_without(
 ) -> Iterator[tuple[Step, Rewards]]:
     """A run's steps taken anew from the recorded rewards less these columns, and those rewards.
 
-    ``mirrored`` and ``shaping`` are the run's. Members stay those that were evaluated: it is what
-    the other examples asked for, not another search. No example left: every step is a no-op.
+    ``mirrored`` and ``shaping`` are the run's. The members stay those that were evaluated. Where no
+    example is left every step is a no-op.
     """
     journal.verify(run_id)
     for generation in journal.generations(run_id):
         kept = np.delete(generation.rewards, sorted(positions), axis=1)
         taken = generation.step
+        # Equal rewards are a no-op by the learner's own rule, an empty array is an error.
         rewards = kept if kept.size else np.zeros((len(kept), 1))
         again = step(
             rewards,

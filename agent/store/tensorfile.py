@@ -21,8 +21,8 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-BATCH = 1 << 26
-WORTH_THREADS = 1 << 20
+BATCH = 1 << 26  # bytes hashed together
+WORTH_THREADS = 1 << 20  # bytes below which starting threads costs more than hashing
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,7 +55,7 @@ def combined(specs: Mapping[str, Spec], hashes: Mapping[str, bytes]) -> str:
 
 
 def hashed(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, bytes]:
-    """name -> sha256 of the bytes, on all cores; a batch of tensors of BATCH bytes waits."""
+    """name -> sha256 of the bytes, on all cores; up to BATCH bytes of tensors are held."""
     done: dict[str, bytes] = {}
     waiting: list[tuple[str, torch.Tensor]] = []
     size = 0
@@ -69,7 +69,7 @@ def hashed(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, bytes]:
 
 
 def _hash_batch(batch: Sequence[tuple[str, torch.Tensor]], size: int) -> dict[str, bytes]:
-    """One task a core, each with its share of small and large tensors."""
+    """One task a core; tensors are dealt out by size, so that all end together."""
     cores = len(os.sched_getaffinity(0)) if size >= WORTH_THREADS else 1
     ordered = sorted(batch, key=lambda pair: -pair[1].nbytes)
     shares = [ordered[core::cores] for core in range(cores)]
@@ -140,37 +140,39 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A fresh folder in the folder of ``target``, gone at the end with what is left in it.
+    """A new folder in the folder of ``target``, removed at the end with what is left in it.
 
-    Finish things there and rename them to ``target``: both lie on one file system. What a killed
-    process left is swept by the next one; a lock tells it from what is still being written.
+    Write files there and rename them to ``target``: both lie on one file system, so the rename is
+    atomic. What a killed process left is removed by the next caller; a lock on the folder itself
+    (flock, because ``home.locked`` locks files) tells it from what is still being written.
     """
     parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
-    door = _lock(parent, fcntl.LOCK_EX)
+    # The parent stays locked until the new folder is: no sweep can see it unlocked in between.
+    parent_lock = _lock(parent, fcntl.LOCK_EX)
     try:
         _sweep(parent)
         folder = parent / f".{secrets.token_hex(8)}.partial"
         folder.mkdir()
-        held = _lock(folder, fcntl.LOCK_EX)
+        folder_lock = _lock(folder, fcntl.LOCK_EX)
     finally:
-        os.close(door)
+        os.close(parent_lock)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+        os.close(folder_lock)
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the unfinished folders nobody holds any more."""
+    """Remove the unfinished folders whose lock is free."""
     for left in parent.glob(".*.partial"):
         try:
-            held = _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, FileNotFoundError):
             continue
         shutil.rmtree(left, ignore_errors=True)
-        os.close(held)
+        os.close(lock)
 
 
 def _lock(folder: Path, mode: int) -> int:

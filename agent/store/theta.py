@@ -118,7 +118,7 @@ class Theta(ABC):
         return combined(self.anchor.specs, hashed(self.rendered()))
 
     def save(self, path: Path) -> None:
-        """Keep delta as a safetensors file: temporary, flushed, then renamed."""
+        """Keep delta as a safetensors file: written beside its place, flushed, renamed."""
         metadata = {"anchor": self.anchor.digest}
         with beside(path) as folder:
             tensors = self.deltas(file_order(self.specs()))
@@ -202,17 +202,17 @@ class Parameters(Theta):
 
 def groups(specs: Mapping[str, Spec], names: Iterable[str]) -> Iterator[list[str]]:
     """The names in order, in lists whose tensors have GROUP elements together, or one tensor."""
-    held: list[str] = []
+    group: list[str] = []
     total = 0
     for name in names:
         count = torch.Size(specs[name][0]).numel()
-        if held and total + count > GROUP:
-            yield held
-            held, total = [], 0
-        held.append(name)
+        if group and total + count > GROUP:
+            yield group
+            group, total = [], 0
+        group.append(name)
         total += count
-    if held:
-        yield held
+    if group:
+        yield group
 
 
 def stored(tensor: torch.Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:

@@ -124,7 +124,7 @@ def _write_model(
 
 
 def _is_whole(target: Path, anchor: Anchor) -> bool:
-    """Whether a directory of this digest is there and passes its preflight."""
+    """Whether a directory of this digest passes its preflight."""
     try:
         preflight(target, anchor)
     except UserError:
@@ -244,9 +244,9 @@ def _tensor_problems(path: Path, anchor: Anchor, digest: object) -> Iterator[str
         yield f"{path.name}: {error}"
         return
     if set(hashes) == names == expected:
-        found = combined(anchor.specs, hashes)
-        if found != digest:
-            yield f"the weights are {found}, {MANIFEST} says {digest!r}"
+        actual = combined(anchor.specs, hashes)
+        if actual != digest:
+            yield f"the weights are {actual}, {MANIFEST} says {digest!r}"
 
 
 def _spec_problems(name: str, stored: Any, anchor: Anchor) -> Iterator[str]:
@@ -267,8 +267,8 @@ def _value_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
 
 def verify(directory: Path) -> str:
     """Recompute the digest of a weights directory; UserError when its manifest says another."""
-    said = read_json(directory / MANIFEST).get("digest")
-    found = Anchor.open(directory).digest
-    if said != found:
-        raise UserError(f"{directory}: the weights are {found}, {MANIFEST} says {said!r}")
-    return found
+    recorded = read_json(directory / MANIFEST).get("digest")
+    actual = Anchor.open(directory).digest
+    if recorded != actual:
+        raise UserError(f"{directory}: the weights are {actual}, {MANIFEST} says {recorded!r}")
+    return actual

@@ -1,8 +1,8 @@
-"""swap.json: who is changing the weights, how far they are, and until when they may.
+"""swap.json: the lease of the process that changes the weights, its phase and its deadline.
 
 A controller takes the lease before it touches anything and writes each phase before it acts. Once
-the deadline has passed only the watchdog may take it; the controller learns so at its next phase.
-Every change is made under one file lock, so that the two never both believe they hold it.
+the deadline has passed only the watchdog may take it; the controller is refused at its next phase.
+Every change is made under one file lock, so that the two never hold it at the same time.
 """
 
 import json
@@ -23,7 +23,7 @@ Phase = Literal["held", "loading", "stamped", "cold"]
 
 
 class LeaseLostError(Exception):
-    """The lease ran out or was taken: whoever held it must not touch the engine any more."""
+    """The lease ran out or was taken: its holder must not touch the engine any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ class Leases:
     ) -> Lease:
         """Take the lease; UserError while another has not ended."""
         with self._locked():
-            held = self.current()
-            if held is not None:
+            current = self.current()
+            if current is not None:
                 raise UserError(
-                    f"swap to {held.target.digest[:12]}: is under way until it ends or the "
-                    f"watchdog settles it, {held.deadline - now:.0f} s from now"
+                    f"swap to {current.target.digest[:12]}: is under way until it ends or the "
+                    f"watchdog settles it, {current.deadline - now:.0f} s from now"
                 )
             name, until = secrets.token_hex(8), now + lease_s
             return self._write(Lease(name, "held", until, lease_s, previous, target, engine_pid))
@@ -83,7 +83,7 @@ class Leases:
     ) -> Lease:
         """Enter a phase before acting on it; LeaseLostError when there is no right to.
 
-        ``write`` is done under the same lock, so that nobody who lost the lease does it.
+        ``write`` runs under the same lock: a process that has lost the lease never runs it.
         """
         with self._locked():
             self._check(lease, now)
@@ -91,26 +91,26 @@ class Leases:
             return self._write(replace(lease, phase=phase))
 
     def renew(self, lease: Lease, now: float) -> Lease:
-        """The whole time again, while an engine starts; LeaseLostError when it is too late."""
+        """Start its time anew, while an engine starts; LeaseLostError when it has run out."""
         with self._locked():
             self._check(lease, now)
             return self._write(replace(lease, deadline=now + lease.lease_s))
 
     def end(self, lease: Lease) -> None:
-        """Give the lease back; LeaseLostError when it was taken."""
+        """Remove the lease; LeaseLostError when it was taken."""
         with self._locked():
-            held = self.current()
-            if held is None or held.id != lease.id:
+            current = self.current()
+            if current is None or current.id != lease.id:
                 raise LeaseLostError(f"swap to {lease.target.digest[:12]}: the lease was taken")
             self._path.unlink()
 
     def take(self, now: float) -> Lease | None:
-        """The expired lease, now the caller's for as long again; None when there is nothing due."""
+        """Take over the expired lease for its whole time; None when no lease has expired."""
         with self._locked():
-            held = self.current()
-            if held is None or not held.expired(now):
+            current = self.current()
+            if current is None or not current.expired(now):
                 return None
-            taken = replace(held, id=secrets.token_hex(8), deadline=now + held.lease_s)
+            taken = replace(current, id=secrets.token_hex(8), deadline=now + current.lease_s)
             return self._write(taken)
 
     def current(self) -> Lease | None:
@@ -121,15 +121,15 @@ class Leases:
             return None
         if not text.strip("\0"):
             return None
-        found = json.loads(text)
-        served = {name: Served(**found[name]) for name in ("previous", "target")}
-        return Lease(**(found | served))
+        record = json.loads(text)
+        served = {name: Served(**record[name]) for name in ("previous", "target")}
+        return Lease(**(record | served))
 
     def _check(self, lease: Lease, now: float) -> None:
-        held = self.current()
-        if held is None or held.id != lease.id:
+        current = self.current()
+        if current is None or current.id != lease.id:
             raise LeaseLostError(f"swap to {lease.target.digest[:12]}: the lease was taken")
-        if held.expired(now):
+        if current.expired(now):
             raise LeaseLostError(
                 f"swap to {lease.target.digest[:12]}: {lease.lease_s:.0f} s are over"
             )

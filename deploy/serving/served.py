@@ -1,7 +1,8 @@
 """serving.json: which weights an engine has to serve, whatever happened to the one before.
 
-An engine that starts, for whatever reason, loads what this file names; so a crash at any moment
-ends in the version that was stamped last. It is replaced by a rename, never written in place.
+An engine that starts, for whatever reason, loads what this file names, so that a crash at any
+moment ends in the version that was written last. The file is replaced by a rename, never written
+in place.
 """
 
 import json

@@ -8,9 +8,7 @@ from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.vllm import on_cpu
-from agent.store.anchor import Anchor
 from agent.store.device import DeviceParameters
-from deploy.model import resolve
 from flows.service import Service
 from flows.session import engine_options
 
@@ -35,6 +33,6 @@ def test_a_device_that_is_not_there_is_one_line(
     opened = service(tmp_path, monkeypatch, "cuda")
     with pytest.raises(UserError, match="master_device: 'cuda', allowed here: cpu"):
         engine_options(opened)
-    anchor = Anchor.open(resolve(opened.settings.model))
+    anchor = opened.anchor
     with pytest.raises(UserError, match="master_device: 'cuda', allowed here: cpu"):
         DeviceParameters(anchor, "cuda")

@@ -12,7 +12,7 @@ from agent.errors import UserError
 from agent.learner import es
 from agent.learner.noise import Address, NoiseKind, normal, rademacher
 from agent.learner.penalty import Penalty, prox
-from agent.store import parameters as module
+from agent.store import theta as module
 from agent.store.anchor import Anchor
 from agent.store.importance import keep_importance
 from agent.store.tensorfile import raw
