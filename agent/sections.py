@@ -200,6 +200,15 @@ class GatewaySettings(Section):
     silence_timeout_s: float = Field(
         120.0, gt=0, description="Longest silence of the engine, or of a client that reads."
     )
+    max_connections: int = Field(2048, gt=0, description="Open client connections in all.")
+    max_connections_per_address: int = Field(
+        512, gt=0, description="Open connections of one address (IPv6: of one /64)."
+    )
+    max_header_bytes: int = Field(16_384, gt=0, description="Largest head of a request.")
+    header_timeout_s: float = Field(10.0, gt=0, description="Longest time for such a head.")
+    idle_timeout_s: float = Field(
+        75.0, gt=0, description="Time a client's connection is kept between two requests."
+    )
     retry_after_s: int = Field(2, ge=0, description="Retry-After of a 503, in seconds.")
     verify_workers: int = Field(2, gt=0, description="Verifications at once.")
     verify_timeout_s: float = Field(5.0, gt=0, description="Longest verification.")

@@ -10,16 +10,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import orjson
 import uvicorn
 from starlette.applications import Starlette
 
 from agent.errors import UserError
+from agent.gateway.connections import (
+    ConnectionTable,
+    PublicConnection,
+    backlog_for,
+    raise_descriptor_limit,
+)
+from agent.sections import GatewaySettings
 
 GRACE_S = 30  # for running answers to end after the signal to stop
-BACKLOG = 2048
 GC_THRESHOLD = 50_000  # new objects before the collector looks for cycles; default 700
 SWITCH_INTERVAL_S = 0.0005  # a writing thread delays an answer by this; Python's is 0.005
 
@@ -39,9 +47,16 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line | getattr(record, "fields", {})).decode()
 
 
-def serve(public: Starlette, admin: Starlette, *, host: str, port: int, admin_socket: Path) -> None:
+def serve(
+    public: Starlette,
+    admin: Starlette,
+    settings: GatewaySettings,
+    *,
+    port: int,
+    admin_socket: Path,
+) -> None:
     """Run until a signal; UserError, with nothing started, when an address cannot be bound."""
-    listening = public_socket(host, port)
+    listening = public_socket(settings.host, port)
     try:
         private = private_socket(admin_socket)
     except BaseException:
@@ -50,9 +65,9 @@ def serve(public: Starlette, admin: Starlette, *, host: str, port: int, admin_so
     _log_as_json()
     _prefer_answers()
     try:
-        server = _server(public)
+        server = public_server(public, settings)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(_both(server, listening, _server(admin), private, public))
+            runner.run(_both(server, listening, server_of(admin), private, public))
     finally:
         admin_socket.unlink(missing_ok=True)
 
@@ -113,14 +128,26 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: Starlette) -> uvicorn.Server:
+def public_server(app: Starlette, settings: GatewaySettings) -> uvicorn.Server:
+    """The server of the public application, with as many descriptors as this process may have."""
+    descriptors = raise_descriptor_limit()
+    table = ConnectionTable(settings, descriptors)
+    protocol = cast(type[asyncio.Protocol], partial(PublicConnection, table))
+    return server_of(app, protocol, backlog_for(descriptors))
+
+
+def server_of(
+    app: Starlette, protocol: type[asyncio.Protocol] | None = None, backlog: int = 128
+) -> uvicorn.Server:
+    """A uvicorn server without access log, signal handlers and websockets."""
     config = uvicorn.Config(
         app,
+        http=protocol or "httptools",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=BACKLOG,
+        backlog=backlog,
         timeout_graceful_shutdown=GRACE_S,
         ws="none",
     )

@@ -31,9 +31,13 @@ def run(service: Service, port: int) -> None:
         kept=lambda: tuple(service.kept()),
     )
     threading.Thread(target=warm, args=[service], name="warm", daemon=True).start()
-    admin_socket = service.home.admin_socket
-    host = service.settings.gateway.host
-    serve(public, create_admin(public), host=host, port=port, admin_socket=admin_socket)
+    serve(
+        public,
+        create_admin(public),
+        service.settings.gateway,
+        port=port,
+        admin_socket=service.home.admin_socket,
+    )
 
 
 def served_model(service: Service) -> ServedModel:

@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.requests import ServedModel
-from agent.gateway.serve import private_socket, public_socket
+from agent.gateway.serve import private_socket, public_server, public_socket, server_of
 from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore
 
@@ -197,8 +197,9 @@ class Running:
 
     def openai(self, **options: Any) -> openai.OpenAI:
         options = {"api_key": "none", "max_retries": 0, "timeout": 20} | options
-        http = httpx.Client(verify=NO_TLS, timeout=20)
-        return openai.OpenAI(base_url=self.url + "/v1", http_client=http, **options)
+        if "http_client" not in options:
+            options["http_client"] = httpx.Client(verify=NO_TLS, timeout=20)
+        return openai.OpenAI(base_url=self.url + "/v1", **options)
 
     def call(self, function: Callable[[], object]) -> None:
         """Run a function on the gateway's event loop, and wait for it."""
@@ -263,34 +264,27 @@ def start(engine: FakeEngine, store: ExperienceStore, tmp_path: Path) -> Iterato
             sock = public_socket("127.0.0.1", 0)
             path = tmp_path / "admin.sock"
             private = private_socket(path)
-            stack.enter_context(_serving((app, sock), (create_admin(app), private)))
+            servers = (public_server(app, settings), sock), (server_of(create_admin(app)), private)
+            stack.enter_context(_serving(*servers))
             return Running(app, engine, store, sock.getsockname()[1], path, settings)
 
         yield begin
 
 
 @contextlib.contextmanager
-def _serving(*apps: tuple[Starlette, socket.socket]) -> Iterator[None]:
-    """Both applications on one event loop in a thread, as in the service's process."""
-    servers = [
-        uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-        )
-        for app, _ in apps
-    ]
-
+def _serving(*listening: tuple[uvicorn.Server, socket.socket]) -> Iterator[None]:
+    """Both servers on one event loop in a thread, as in the service's process."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     stop = asyncio.Event()
 
     async def run() -> None:
-        for server, (_, sock) in zip(servers, apps, strict=True):
+        for server, sock in listening:
             server.config.load()
             server.lifespan = server.config.lifespan_class(server.config)
             await server.startup(sockets=[sock])
         ready.set()
         await stop.wait()
-        ends = zip(servers, apps, strict=True)
-        await asyncio.gather(*(server.shutdown(sockets=[sock]) for server, (_, sock) in ends))
+        await asyncio.gather(*(server.shutdown(sockets=[sock]) for server, sock in listening))
 
     def drive() -> None:
         loop.run_until_complete(run())

@@ -1,5 +1,6 @@
 """Both sockets in a process of its own: who may open them, what it writes, how it ends."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,15 +42,16 @@ def verify(task, row, completion):
     raise RuntimeError(str(row) + completion)
 
 home, port = Path(sys.argv[1]), int(sys.argv[2])
+SETTINGS = GatewaySettings(**json.loads(sys.argv[3]))
 app = create_app(
-    GatewaySettings(),
+    SETTINGS,
     ServedModel("tiny", 4096, frozenset({"gsm8k"})),
     upstream=httpx.MockTransport(engine),
     verify=verify,
     experience=ExperienceStore.open(home / "experience.db"),
     version="a" * 64,
 )
-serve(app, create_admin(app), host="127.0.0.1", port=port, admin_socket=home / "admin.sock")
+serve(app, create_admin(app), SETTINGS, port=port, admin_socket=home / "admin.sock")
 """
 
 
@@ -58,31 +61,65 @@ def port() -> int:
         return int(free.getsockname()[1])
 
 
-@pytest.fixture
-def service(tmp_path: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVICE, str(tmp_path), str(port)], stderr=log, stdout=log
-    )
-    until = time.monotonic() + 60
-    while True:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < until
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=5)
-            break
-        except httpx.TransportError:
+@contextlib.contextmanager
+def running_service(
+    folder: Path, port: int, descriptors: int | None = None, **settings: Any
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A gateway's process once it answers; descriptors: its hard limit of open files."""
+    limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors // 2}:{descriptors}"]
+    command = [*limit, sys.executable, "-c", SERVICE, str(folder), str(port), json.dumps(settings)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        until = time.monotonic() + 60
+        while not answers(port):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < until
             time.sleep(0.05)
-    yield process
-    process.kill()
-    process.wait()
-    log.close()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def service(tmp_path: Path, port: int) -> "Iterator[subprocess.Popen[bytes]]":
+    with running_service(tmp_path, port, 300) as process:
+        yield process
+
+
+def crowd_out(port: int, clients: int) -> None:
+    """Half-open requests, more than the process may have files: others are answered throughout."""
+    with contextlib.ExitStack() as stack:
+        for number in range(clients):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            sock.sendall(b"GET /h")
+            if number % (clients // 20) == 0:
+                assert answers(port)
+        assert all(answers(port) for _ in range(20))
+
+
+@pytest.mark.proof
+def test_1100_half_open_connections_at_1024_descriptors_keep_no_one_out(
+    tmp_path: Path, port: int
+) -> None:
+    with running_service(tmp_path, port, 1024):
+        crowd_out(port, 1100)
+    assert "Too many open files" not in (tmp_path / "log").read_text()
 
 
 def test_a_service_from_its_first_request_to_its_last(
     service: "subprocess.Popen[bytes]", tmp_path: Path, port: int
 ) -> None:
     url, admin = f"http://127.0.0.1:{port}", tmp_path / "admin.sock"
+    crowd_out(port, 330)
     assert stat.S_IMODE(admin.stat().st_mode) == 0o600
     with pytest.raises(UserError, match="is in use"):
         private_socket(admin)
