@@ -166,7 +166,8 @@ def test_at_the_cap_the_oldest_connection_that_is_not_answered_makes_room(start:
         waiting = [stack.enter_context(connected(running.port, b"GET /h")) for _ in range(8)]
         with running.http() as client:
             assert client.get("/healthz").status_code == 200
-        assert rest(waiting[0]) == b""
+        with contextlib.suppress(ConnectionResetError):  # where it had sent more than was read
+            assert rest(waiting[0]) == b""
         waiting[7].settimeout(0.1)
         with pytest.raises(TimeoutError):
             waiting[7].recv(1)
