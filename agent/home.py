@@ -226,8 +226,13 @@ class Home:
         return self.root / "aliases.lock"
 
     @property
+    def shown_json(self) -> Path:
+        """How much of the ledger MLflow has been given."""
+        return self.root / "shown.json"
+
+    @property
     def shown_lock(self) -> Path:
-        """Held by the process that writes rounds to MLflow."""
+        """Held by the process that writes to MLflow."""
         return self.root / "shown.lock"
 
     # -- the demo and the study ---------------------------------------------------------------

@@ -1,11 +1,12 @@
 """MLflow: where people look at rounds and name versions. It shows the ledger and never decides.
 
 One run a round with its generations nested inside, one registered-model version a candidate. The
-only module of this package that imports mlflow. Nothing here is exactly-once in MLflow itself:
-versions and runs are searched by tag before they are made, so that every call can be repeated.
+only module of this package that imports mlflow. MLflow has no exactly-once writes: versions and
+runs are searched by tag before they are made, so that every call can be repeated.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ NOTE = "anchorage.note"
 STATE = "anchorage.state"  # what the ledger says of a digest now
 GENERATION = "anchorage.generation"
 ROUND = "anchorage.round"
+# A server that accepts connections and never answers costs a call 2 * 10 s; MLflow's defaults
+# (120 s, 7 retries with back-off) would keep it waiting for a quarter of an hour and more.
+_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Named, since inferring them imports and runs the model for ten seconds.
 _REQUIREMENTS = ["transformers", "torch", "safetensors"]
 
@@ -57,6 +61,8 @@ class Registry:
     """
 
     def __init__(self, uri: str, name: str, artifacts: Path | None) -> None:
+        for key, value in _LIMITS.items():
+            os.environ.setdefault(key, value)
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)

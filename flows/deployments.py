@@ -18,11 +18,13 @@ from prefect.schedules import Interval
 
 from flows.learn import loop
 from flows.learn.collect import collect_rows
+from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
 from flows.serve.reconcile import poll, repair
 from flows.service import Service
 from flows.session import Session, session
+from flows.show.catch_up import Display
 from flows.show.progress import Silent
 
 LOG = logging.getLogger("anchorage.flows")
@@ -52,7 +54,7 @@ def improve_flow(
 def evaluate_flow(home: str, run_id: str, serve: bool = False) -> dict[str, Any]:
     """Anchor, champion and candidate on every task, and the gate's verdict."""
     with session(Path(home)) as opened:
-        return loop.weigh(opened, run_id, serve=serve).report.to_json()
+        return weigh(opened, run_id, serve=serve).report.to_json()
 
 
 @flow(name="promote")
@@ -160,9 +162,13 @@ def serve_flows(service: Service) -> None:
 
 
 def watch(service: Service) -> None:
-    """Poll; a flow is run only where something disagrees, so that a quiet service stays quiet."""
-    own = Service(service.home, service.settings)  # SQLite connections belong to their thread
-    opened = Session(own, Silent())
+    """Reconcile and bake for as long as the process lives, and show the home in MLflow.
+
+    The display has a thread of its own: an MLflow that hangs delays no repair and no rollback. A
+    flow is run only where something disagrees, so that Prefect's list of runs stays short.
+    """
+    opened = Session(Service(service.home, service.settings), Silent())
+    Display(opened.service, service.settings.projection.reconcile_seconds)
     while True:
         time.sleep(service.settings.projection.reconcile_seconds)
         poll(opened, lambda: _settle(str(service.home.root)))

@@ -17,7 +17,7 @@ from agent.store.journal import Run
 from agent.store.replay import replay, steps_without
 from agent.store.weights import export
 from flows.learn.loop import alone
-from flows.learn.snapshots import blank, sweep
+from flows.learn.snapshots import delete_rows, sweep
 from flows.service import Service
 from flows.show.progress import Reporter
 
@@ -37,7 +37,7 @@ def forget_now(
         used = rounds_of(service.experience, principal)
         places = {use.round_id: use.positions for use in used if use.pool == "train"}
         for round_id, columns in places.items():
-            blank(service, round_id, columns)
+            delete_rows(service, round_id, columns)
         sweep(service)
         gone = forget(service.experience, principal, time.time())
         touched = _touched(service.journal.runs(), places)

@@ -1,77 +1,83 @@
 """Commands that act on the loop: as Prefect flows where the stack is up, else directly.
 
-Each imports what it needs: a rollback does not wait for what a round is learnt and shown with.
+Each imports what it needs: a rollback does not import what a round is learnt with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from agent.home import Home
 from flows.serve.stack import connected
-from flows.session import session
+from flows.session import Session, session
+from flows.show.catch_up import showing
 from flows.show.progress import Reporter
+
+
+@contextmanager
+def _opened(home: Path | None, progress: Reporter) -> Iterator[tuple[Session, bool]]:
+    """The home's session and whether its stack is up; what is written is shown in MLflow."""
+    place = Home.at(home)
+    with (
+        connected(place) as is_up,
+        session(place.root, progress) as opened,
+        showing(opened.service, progress, is_up),
+    ):
+        yield opened, is_up
 
 
 def improve_now(
     home: Path | None, target: str | None, changes: Mapping[str, Any], progress: Reporter
 ) -> dict[str, Any]:
-    """Learn one round, or go on with an interrupted one, and weigh its candidate; serve nothing."""
-    from flows.learn import loop
-    from flows.serve import promote
-    from flows.show import mlflow
+    """Learn one round, or resume an interrupted one, and weigh its candidate; serve nothing."""
+    from flows.learn.loop import learn
+    from flows.learn.weigh import weigh
+    from flows.serve.promote import act
 
-    place = Home.at(home)
-    with connected(place) as is_up, session(place.root, progress) as opened:
-        name = opened.service.target(target).name
+    with _opened(home, progress) as (opened, is_up):
+        name, root = opened.service.target(target).name, str(opened.service.home.root)
         if is_up:
             from flows.deployments import run_flow
 
-            made = run_flow("improve", str(place.root), name, dict(changes))
-            told: dict[str, Any] = run_flow("evaluate", str(place.root), made["round"])
+            made = run_flow("improve", root, name, dict(changes))
+            report: dict[str, Any] = run_flow("evaluate", root, made["round"])
         else:
-            service = opened.service
-            mlflow.attempt("anchor", lambda: mlflow.show_anchor(service))
-            learnt = loop.learn(opened, name, changes)
-            told = loop.weigh(opened, learnt.run_id).report.to_json()
-        promote.act(opened, told["digest"])
-        return told | {"state": opened.service.ledger.state(told["digest"])}
+            report = weigh(opened, learn(opened, name, changes).run_id).report.to_json()
+        act(opened, report["digest"])
+        return report | {"state": opened.service.ledger.state(report["digest"])}
 
 
 def weigh_now(home: Path | None, digests: Sequence[str], progress: Reporter) -> dict[str, str]:
-    """Have the gate judge candidates that were proposed without a round: digest -> its state."""
-    from flows.learn import loop
-    from flows.serve import promote
+    """Weigh candidates that are proposed and not judged, such as replays: digest -> its state."""
+    from flows.learn.weigh import weigh
+    from flows.serve.promote import act
 
-    place = Home.at(home)
-    told: dict[str, str] = {}
-    with connected(place), session(place.root, progress) as opened:
+    states: dict[str, str] = {}
+    with _opened(home, progress) as (opened, _):
         ledger = opened.service.ledger
         for digest in digests:
             if ledger.state(digest) == "PROPOSED":
-                loop.weigh(opened, opened.service.journal.candidate(digest).run_id)
-                promote.act(opened, digest)
-            told[digest] = str(ledger.state(digest))
-    return told
+                weigh(opened, opened.service.journal.candidate(digest).run_id)
+                act(opened, digest)
+            states[digest] = str(ledger.state(digest))
+    return states
 
 
 def promote_now(home: Path | None, digest: str, progress: Reporter) -> dict[str, Any]:
     """Serve a digest."""
     from flows.serve import promote
 
-    place = Home.at(home)
-    with connected(place), session(place.root, progress) as opened:
+    with _opened(home, progress) as (opened, _):
         return promote.promote(opened, opened.service.find(digest), "by hand").to_json()
 
 
 def rollback_now(home: Path | None, digest: str, reason: str, progress: Reporter) -> dict[str, Any]:
-    """Serve an earlier digest again; a stack that is up shows it in MLflow at its next look."""
+    """Serve an earlier digest again."""
     from flows.serve import swaps
 
-    place = Home.at(home)
-    with connected(place) as is_up, session(place.root, progress) as opened:
-        chosen = opened.service.find(digest)
-        return swaps.rollback(opened, chosen, reason, show=not is_up).to_json()
+    with _opened(home, progress) as (opened, _):
+        return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
 
 
 def move_anchor_now(
@@ -80,8 +86,7 @@ def move_anchor_now(
     """Tie later rounds to the champion."""
     from flows.serve import promote
 
-    place = Home.at(home)
-    with connected(place), session(place.root, progress) as opened:
+    with _opened(home, progress) as (opened, _):
         return promote.move_anchor(opened, opened.service.find(digest), reason).to_json()
 
 
@@ -91,6 +96,5 @@ def review_now(
     """Approve or reject a waiting digest."""
     from flows.serve import promote
 
-    place = Home.at(home)
-    with connected(place), session(place.root, progress) as opened:
+    with _opened(home, progress) as (opened, _):
         return promote.review(opened, opened.service.find(digest), word, reason).to_json()

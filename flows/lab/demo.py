@@ -22,11 +22,12 @@ from agent.home import Home
 from agent.store.weights import short
 from deploy import stack
 from evaluators.task import Message, Row, Task, judge
-from flows.learn.curve import points_of
+from flows.round_files import RoundFiles
 from flows.serve.stack import connected, start, stop
 from flows.service import Service
 from flows.session import Session, session
 from flows.show import plots
+from flows.show.catch_up import shown_within
 from flows.show.progress import Reporter
 
 AT_ONCE = 16
@@ -88,6 +89,7 @@ def served_version(endpoint: str) -> str:
 
 
 LIVE_ROWS = 96
+MLFLOW_S = 60.0  # longest wait, at the end, for the flows' process to show the last round
 PREFECT_S = 60.0  # its server starts in the background; flows wait this long to be seen
 HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "early_stop": False}
 
@@ -105,6 +107,8 @@ def run_demo(home: Path | None, progress: Reporter) -> dict[str, Any]:
         status = start(place.root, None, None, None, progress)
         with connected(place), session(place.root, progress) as opened:
             told = _story(opened, status, progress)
+            if not shown_within(opened.service, MLFLOW_S):
+                progress.say("MLflow is behind; `up` in this home brings it level")
     told["seconds"] = round(time.monotonic() - began, 1)
     told["left_running"] = len(stack.status(place)["services"])
     return told
@@ -181,7 +185,7 @@ def live(service: Service, endpoint: str, progress: Reporter) -> Live:
 
 def picture(service: Service, report: dict[str, Any]) -> Path:
     """Target and prior tasks over the generations of a round, as a PNG in the home."""
-    points = points_of(service, report["round"])
+    points = RoundFiles(service.home, report["round"]).curve()
     title = f"Round {report['round']}: candidate {short(report['digest'])}"
     path = service.home.picture(report["round"])
     plots.curve(points, report["target"], title).savefig(path)

@@ -6,7 +6,6 @@ has come: a study that was killed goes on when it is asked for again, and one th
 more rounds adds them. Without traffic nothing can bake: a promoted version is champion at once.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,16 @@ from evaluators.samples import Sample
 from flows.commands.gate_files import read_samples
 from flows.learn import loop
 from flows.learn.evaluate import first_stage, table
-from flows.learn.weigh import STATES
+from flows.learn.improve import UNJUDGED
+from flows.learn.weigh import STATES, weigh
+from flows.round_files import RoundFiles
 from flows.serve import promote, swaps
 from flows.service import Service
 from flows.session import Session, session
-from flows.show import mlflow, plots
+from flows.show import plots
+from flows.show.catch_up import showing
 from flows.show.progress import Reporter
+from flows.show.report import RoundReport
 
 # Twenty rounds of the embedded model in half an hour on two cores. ProofWriter is asked in words
 # it was not taught, which leaves something to learn; Countdown it does no better in so few steps.
@@ -73,7 +76,7 @@ def study_now(
     if stack.status(place)["services"]:
         raise UserError(f"home {str(place.root)!r}: is up; take it down first (anchorage down)")
     _settle_settings(place, config)
-    with session(place.root, progress) as opened:
+    with session(place.root, progress) as opened, showing(opened.service, progress, is_up=False):
         return study(opened, plan, picture)
 
 
@@ -162,7 +165,6 @@ def _rounds(opened: Session, plan: StudyPlan) -> Iterator[int]:
     if not (service.home.serving_json).is_file():
         champion = service.champion()
         write_served(service.home, Served(champion, str(service.directory(champion))))
-    mlflow.attempt("anchor", lambda: mlflow.show_anchor(service))
     finished = _finished(opened)
     if finished:
         _settle(opened, finished[-1])
@@ -186,25 +188,27 @@ def _finished(opened: Session) -> list[Run]:
 def _settle(opened: Session, run: Run) -> dict[str, Any]:
     """Weigh a finished round and act on its verdict, wherever a kill left it."""
     service, digest = opened.service, str(run.digest)
-    if not loop.report_path(service, run.run_id).is_file():
-        loop.weigh(opened, run.run_id)
+    judged = RoundFiles(service.home, run.run_id).judged()
+    if judged is None or service.ledger.state(digest) in UNJUDGED:
+        weigh(opened, run.run_id)
     interrupted = service.ledger.open_intent()
     if interrupted is not None:
         swaps.finish(opened)
-    judged = service.ledger.state(digest) in STATES.values()
-    if (judged or interrupted is not None) and promote.act(opened, digest):
+    has_verdict = service.ledger.state(digest) in STATES.values()
+    if (has_verdict or interrupted is not None) and promote.act(opened, digest):
         promote.promote(opened, digest)
     fresh = service.ledger.unsettled()
     if fresh is not None:
         service.record(fresh.digest, "CHAMPION", "a study has no traffic: nothing bakes")
-    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
     return _row(opened, run)
 
 
 def _row(opened: Session, run: Run) -> dict[str, Any]:
     """One round as its report says, and how far it has gone from the anchor."""
     service = opened.service
-    report = json.loads(loop.report_path(service, run.run_id).read_text(encoding="utf-8"))
+    judged = RoundFiles(service.home, run.run_id).judged()
+    assert judged is not None  # every finished round was weighed (_settle)
+    report = RoundReport(**judged["report"]).to_json()
     tasks = report["tasks"]
     figures = tasks[run.target]
     last = service.journal.generations(run.run_id)[-1]

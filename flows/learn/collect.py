@@ -314,15 +314,17 @@ def _as_sent(request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
     return Asked(row, chat(request.prompt), sent=True)
 
 
-def opened_prompts(service: Service, task: Task, text: str) -> tuple[list[Asked], dict[int, str]]:
-    """The prompts in a round's file, and by their place those that cannot be asked, with reasons.
+def opened_prompts(
+    service: Service, task: Task, entries: Sequence[Any]
+) -> tuple[list[Asked], dict[int, str]]:
+    """The prompts in the file of a round, and by place why some cannot be asked.
 
     A file of an older home holds rows alone, which nobody checked; the template asks them.
     """
     shots = service.shots(task.name)
     prompts: list[Asked] = []
     left_out: dict[int, str] = {}
-    for place, entry in enumerate(json.loads(text)):
+    for place, entry in enumerate(entries):
         if isinstance(entry, Mapping) and entry.keys() == FIELDS:
             asked = Asked(entry["row"], entry["messages"], entry["sent"])
             problem = form_problem(task, asked.row)

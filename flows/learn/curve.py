@@ -1,117 +1,80 @@
-"""Accuracy of every task on a few rows, now and then during a round, for the picture.
+"""What is measured while a round runs: accuracy by generation, and where the time goes.
 
-Where the time of a generation goes, and how much of it the learner takes.
+The curve is the accuracy of theta on a few evaluation rows of the target and its prior tasks, every
+``tasks.curve_every`` generations. The pace is a generation's wall time by part, with
 
     share = (render + update) / generation
 
-render and update are seconds an engine spends on putting members into itself and on moving delta
-(mean over the engines), generation the wall time from the first member asked to the step applied.
-There is no third part: the next render replaces a member, so that nothing has to be restored.
+render and update are the seconds that an engine spends on writing members into itself and on
+moving delta (mean over the engines); generation is the wall time from the first member asked to the
+step applied. Restoring takes no time of its own: the next render overwrites a member.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
-from agent.home import write_atomically
 from agent.population.pool import Population
-from evaluators.runner import Shots
-from evaluators.task import Message, Row, Task, judge
+from evaluators.task import judge
+from flows.round_files import RoundFiles
 from flows.service import Service
-
-PaceRow = Mapping[str, float]
-
-
-class Pace:
-    """The clock of one round; its rows lie beside the round, one a generation."""
-
-    def __init__(self, service: Service, run_id: str, population: Population) -> None:
-        self._path, self._population = _path(service, run_id), population
-        self._begun, self._before = 0.0, dict[str, float]()
-
-    def begin(self) -> None:
-        """A generation begins."""
-        self._before, self._begun = self._population.spent(), perf_counter()
-
-    def end(self, generation: int) -> dict[str, float]:
-        """A generation's step is applied: its seconds by part and the learner's share, kept."""
-        wall, engines = perf_counter() - self._begun, self._population.engines()
-        after = self._population.spent()
-        parts = {
-            part: max(0.0, seconds - self._before.get(part, 0.0)) / engines
-            for part, seconds in after.items()  # an engine started again counts from zero
-        }
-        share = (parts.get("render", 0.0) + parts.get("update", 0.0)) / wall
-        row = {f"seconds.{part}": seconds for part, seconds in parts.items()}
-        row |= {"seconds.generation": wall, "share.learner": share}
-        known = [each for each in _read(self._path) if each["generation"] != generation]
-        write_atomically(self._path, json.dumps([*known, {"generation": generation, **row}]))
-        return row
-
-
-def learner_share(service: Service, run_id: str) -> float | None:
-    """The median share of a round; None where nothing was timed."""
-    shares = [row["share.learner"] for row in _read(_path(service, run_id))]
-    return median(shares) if shares else None
-
-
-def _path(service: Service, run_id: str) -> Path:
-    return service.home.run(run_id) / "pace.json"
-
-
-def _read(path: Path) -> list[PaceRow]:
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
-
-
-Point = Mapping[str, Any]  # generation, task, accuracy (a share), n
-
-
-def points_of(service: Service, run_id: str) -> tuple[Point, ...]:
-    """Everything measured in a round so far."""
-    path = service.home.run(run_id) / "curve.json"
-    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
-
-
-def chats(task: Task, rows: Sequence[Row], shots: Shots) -> list[list[Message]]:
-    """The prompts of these rows."""
-    return [task.messages(row, shots(row)) for row in rows]
 
 
 class Curve:
-    """The measurements of one round, each taken once however often the round is resumed."""
+    """The accuracies of one round, each measured once however often the round is resumed."""
 
     def __init__(self, service: Service, target: str, run_id: str) -> None:
-        self._service, self._run_id = service, run_id
+        self._files = RoundFiles(service.home, run_id)
         self._every = service.settings.tasks.curve_every
         count = service.settings.tasks.curve_rows
         names = [target, *service.priors(target)] if self._every else []
-        self._asked = [
-            (task, rows, chats(task, rows, service.shots(task.name)))
+        self._questions = [
+            (task, rows, [task.messages(row, shots(row)) for row in rows])
             for task in map(service.task, names)
             for rows in [service.rows(task.name, "eval", count)]
+            for shots in [service.shots(task.name)]
         ]
 
     def measure(self, population: Population, generation: int, last: bool = False) -> None:
-        """Ask theta, as it is before this generation, when the generation is due."""
-        known = points_of(self._service, self._run_id)
+        """Evaluate theta as it is before this generation, when a measurement is due."""
         due = self._every and (generation % self._every == 0 or last)
-        if not due or any(point["generation"] == generation for point in known):
+        if not due or any(point["generation"] == generation for point in self._files.curve()):
             return
-        prompts = [chat for _, _, asked in self._asked for chat in asked]
-        longest = [task.max_tokens for task, rows, _ in self._asked for _ in rows]
-        told = iter(population.generate(prompts, longest))
-        fresh = [
-            {
-                "generation": generation,
-                "task": task.name,
-                "accuracy": sum(judge(task, next(told).text, row).reward for row in rows)
-                / len(rows),
-                "n": len(rows),
-            }
-            for task, rows, _ in self._asked
-        ]
-        path = self._service.home.runs / self._run_id / "curve.json"
-        write_atomically(path, json.dumps([*known, *fresh]))
+        prompts = [prompt for _, _, own in self._questions for prompt in own]
+        max_tokens = [task.max_tokens for task, rows, _ in self._questions for _ in rows]
+        answers = iter(population.generate(prompts, max_tokens))
+        points = []
+        for task, rows, _ in self._questions:
+            right = sum(judge(task, next(answers).text, row).reward for row in rows)
+            point = {"generation": generation, "task": task.name}
+            points.append(point | {"accuracy": right / len(rows), "n": len(rows)})
+        self._files.add_to_curve(points)
+
+
+class Pace:
+    """The clock of one round: a row a generation."""
+
+    def __init__(self, service: Service, run_id: str, population: Population) -> None:
+        self._files, self._population = RoundFiles(service.home, run_id), population
+        self._begun_s, self._spent_s = 0.0, dict[str, float]()
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self._spent_s, self._begun_s = self._population.spent(), perf_counter()
+
+    def end(self, generation: int) -> None:
+        """A generation's step is applied: keep its seconds by part and the learner's share."""
+        wall, engines = perf_counter() - self._begun_s, self._population.engines()
+        parts = {
+            part: max(0.0, seconds - self._spent_s.get(part, 0.0)) / engines
+            for part, seconds in self._population.spent().items()
+        }  # max: an engine that was started again counts from zero
+        share = (parts.get("render", 0.0) + parts.get("update", 0.0)) / wall
+        row = {"generation": generation, "seconds.generation": wall, "share.learner": share}
+        row |= {f"seconds.{part}": seconds for part, seconds in parts.items()}
+        self._files.add_to_pace(row)
+
+
+def learner_share(service: Service, run_id: str) -> float | None:
+    """The median share of a round's generations; None where no generation was timed."""
+    shares = [row["share.learner"] for row in RoundFiles(service.home, run_id).pace()]
+    return median(shares) if shares else None

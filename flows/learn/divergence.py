@@ -2,9 +2,9 @@
 
     KL(anchor || version) per token ~ sum_t (log p(x_t | x_<t) - log q(x_t | x_<t)) / T,   x ~ p
 
-p is the anchor, q the version. The continuations x are drawn from the anchor once, on open
-evaluation rows, and kept with their log p under the anchor's digest; every version is asked once
-for log q of the same tokens. The interval is a bootstrap over continuations.
+p is the anchor, q the version, nats a token. The continuations x are drawn from the anchor once, on
+open evaluation rows, and kept with their log p under the anchor's digest; log q of the same tokens
+is computed once for every version. The interval is a bootstrap over continuations.
 """
 
 import json
@@ -31,7 +31,7 @@ Shift = Mapping[str, Mapping[str, float]]  # task -> kl, low, high (nats a token
 
 @dataclass(frozen=True)
 class Continuations:
-    """What the anchor said to every question, as token ids, and how likely it found each."""
+    """The anchor's continuations as token ids, and its log-probability of each token."""
 
     ids: Sequence[Sequence[int]]
     logprobs: Logprobs
@@ -44,22 +44,22 @@ def shift(
     digest: str,
     progress: Reporter,
 ) -> Shift:
-    """KL(anchor || digest) on each of these tasks; measured once, then read.
+    """KL(anchor || digest) on each of these tasks; measured once, then read from its file.
 
-    A task with fewer than two continuations is left out: nothing can be said about it.
+    A task with fewer than two continuations is left out: it has no interval.
     """
-    asked = _questions(service, tasks)
-    name = f"{_harness(service, asked)}.json"
+    questions = _questions(service, tasks)
+    name = f"{_harness(service, questions)}.json"
     path = service.home.evaluations / digest / f"shift-{name}"
     if not path.exists():
-        progress.say(f"KL of {short(digest)} to the anchor, on {len(asked)} continuations")
-        drawn = _drawn(service, population, asked, f"continuations-{name}")
+        progress.say(f"KL of {short(digest)} to the anchor, on {len(questions)} continuations")
+        drawn = _drawn(service, population, questions, f"continuations-{name}")
         population.load(service.directory(digest))
-        on_version = _logprobs(population, asked, drawn.ids)
-        told = estimates([each.task.name for each in asked], drawn.logprobs, on_version)
-        _keep(path, told)
-    found: Shift = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        on_version = _logprobs(population, questions, drawn.ids)
+        tasks_of = [each.task.name for each in questions]
+        _keep(path, estimates(tasks_of, drawn.logprobs, on_version))
+    measured: Shift = json.loads(path.read_text(encoding="utf-8"))
+    return measured
 
 
 def estimates(tasks: Sequence[str], on_anchor: Logprobs, on_version: Logprobs) -> Shift:
@@ -71,15 +71,15 @@ def estimates(tasks: Sequence[str], on_anchor: Logprobs, on_version: Logprobs) -
         on_version: log q of the same tokens.
     """
     sums, lengths = kl_sums(on_anchor, on_version), [len(row) for row in on_anchor]
-    told = {}
+    by_task = {}
     for task in dict.fromkeys(tasks):
         own = [row for row, name in enumerate(tasks) if name == task and lengths[row]]
         if len(own) < 2:
             continue
         totals, weights = [sums[row] for row in own], [lengths[row] for row in own]
         kl, low, high = weighted_mean_interval(totals, weights, seed=SEED)
-        told[task] = {"kl": kl, "low": low, "high": high, "n": len(own), "tokens": sum(weights)}
-    return told
+        by_task[task] = {"kl": kl, "low": low, "high": high, "n": len(own), "tokens": sum(weights)}
+    return by_task
 
 
 def _questions(service: Service, tasks: Sequence[str]) -> list[Question]:
@@ -89,30 +89,30 @@ def _questions(service: Service, tasks: Sequence[str]) -> list[Question]:
     return questions_of(rows, shots_of(service, rows))
 
 
-def _harness(service: Service, asked: Sequence[Question]) -> str:
-    """Names all that two estimates must share to be compared."""
-    questions = [(each.task.name, each.example_id, each.prompt_hash) for each in asked]
-    return short_hash([questions, TOKENS, SEED, engine_settings(service)])
+def _harness(service: Service, questions: Sequence[Question]) -> str:
+    """The hash of all that two estimates must share to be compared."""
+    rows = [(each.task.name, each.example_id, each.prompt_hash) for each in questions]
+    return short_hash([rows, TOKENS, SEED, engine_settings(service)])
 
 
 def _drawn(
-    service: Service, population: Population, asked: Sequence[Question], name: str
+    service: Service, population: Population, questions: Sequence[Question], name: str
 ) -> Continuations:
     """The anchor's continuations, drawn on first use."""
     path = service.home.evaluations / service.anchor.digest / name
     if not path.exists():
         population.load(service.anchor.directory)
-        prompts = [each.messages for each in asked]
+        prompts = [each.messages for each in questions]
         ids = population.ask(lambda engine: engine.sample(prompts, TOKENS, SEED))
-        _keep(path, {"ids": ids, "logprobs": _logprobs(population, asked, ids)})
+        _keep(path, {"ids": ids, "logprobs": _logprobs(population, questions, ids)})
     return Continuations(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _logprobs(
-    population: Population, asked: Sequence[Question], ids: Sequence[Sequence[int]]
+    population: Population, questions: Sequence[Question], ids: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """log-probabilities of the continuations under what the engines hold."""
-    prompts = [each.messages for each in asked]
+    """(continuation, token) log-probabilities under the weights that the engines have loaded."""
+    prompts = [each.messages for each in questions]
     return population.ask(lambda engine: engine.prompt_logprobs(prompts, ids))
 
 

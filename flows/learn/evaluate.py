@@ -1,10 +1,10 @@
 """One model on every task: same rows, order and settings for anchor, champion and candidate.
 
-A finished table is kept under its digest and harness, and never asked again.
+A finished table is kept under its digest and harness hash; its rows are not evaluated again.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,12 @@ Rows = Sequence[tuple[Task, Sequence[Row]]]
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked, in order, and the hash of all that makes answers comparable."""
+    """Evaluation rows in order, and the hash of all that makes answers to them comparable."""
 
     name: str  # "first", "more-<look>", or "sealed-<round>"
     rows: Rows
     harness: str
-    uses: int = 1  # which use of its most used row this is: a sealed row wears off
+    uses: int = 1  # how often its most used row is drawn, this time included
 
 
 def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
@@ -36,9 +36,9 @@ def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
     Up to three times as many rows as the settings ask for, at most half of all open.
     """
     count = service.settings.tasks.rows
-    found = service.rows(name, "eval", 3 * count)
-    opened = min(count, -(-len(found) // 2))
-    return found[:opened], found[opened:]
+    rows = service.rows(name, "eval", 3 * count)
+    opened = min(count, -(-len(rows) // 2))  # half, rounded up
+    return rows[:opened], rows[opened:]
 
 
 def first_stage(service: Service, names: Sequence[str]) -> Questions:
@@ -100,7 +100,7 @@ def table(
     questions: Questions,
     progress: Reporter,
 ) -> Path:
-    """The per-sample parquet of a digest on these questions; asks only what no table holds yet."""
+    """The per-sample parquet of a digest on these questions, evaluated on first use."""
     folder = service.home.evaluations / digest
     out = folder / f"{questions.name}-{questions.harness[:12]}.parquet"
     total = sum(len(rows) for _, rows in questions.rows)
@@ -131,7 +131,7 @@ def shots_of(service: Service, rows: Rows) -> dict[str, Shots]:
 
 
 def engine_settings(service: Service) -> dict[str, Any]:
-    """What an engine is started with that can change a greedy answer."""
+    """The engine options that can change a greedy answer; part of the harness hash."""
     return {
         "dtype": service.settings.model.dtype,
         "max_model_len": service.settings.model.max_model_len,
@@ -158,7 +158,7 @@ Who = Literal["anchor", "champion", "candidate"]
 def tables(
     service: Service,
     population: Population,
-    digests: dict[Who, str],
+    digests: Mapping[Who, str],
     questions: Questions,
     progress: Reporter,
 ) -> dict[Who, Path]:

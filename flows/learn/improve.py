@@ -1,11 +1,10 @@
-"""One round of learning: the learner decides, engines evaluate, the journal remembers.
+"""One round of learning: the learner decides, engines evaluate, the journal records.
 
-A round killed at any point goes on where it was: its rows lie beside it, finished generations and
-members in the journal; nothing finished is evaluated again.
+A round that was killed is resumed where it was: its rows lie beside it, finished generations and
+members in the journal. Nothing that is recorded is evaluated again.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,25 +26,24 @@ from agent.store.replay import replay, route
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
 from flows.learn.collect import Asked, collect_rows, judging, mark_used, opened_prompts
-from flows.learn.curve import Curve, Pace, Point, points_of
+from flows.learn.curve import Curve, Pace
 from flows.learn.plan import chosen, plan_of, settled
-from flows.learn.snapshots import NEWEST, given_up, keep_snapshots, sweep
+from flows.learn.snapshots import NEWEST, keep_snapshots, sweep
+from flows.round_files import RoundFiles
 from flows.service import Service
-from flows.show import catch_up, mlflow
 from flows.show.progress import Reporter
 
 Rewards = NDArray[np.float64]
-UNJUDGED = (None, "PROPOSED", "EVALUATED")  # states of a candidate without a verdict
+UNJUDGED = (None, "PROPOSED", "EVALUATED")  # ledger states of a candidate without a verdict
 
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round: its run in the journal, its candidate and the measured curve."""
+    """A finished round: its run in the journal, its candidate, and how learning ended."""
 
     run_id: str
     digest: str
     outcome: RoundOutcome
-    curve: tuple[Point, ...]
 
 
 def run_round(
@@ -55,13 +53,13 @@ def run_round(
     progress: Reporter,
     changes: Mapping[str, Any] | None = None,
 ) -> Round:
-    """Open a round from the champion, or take up one that was interrupted, and finish it.
+    """Open a round that begins from the champion, or resume an interrupted one, and finish it.
 
     Args:
         service: The parts of the home.
         population: Engines that evaluate members.
         target: The task to train on.
-        progress: Who is told.
+        progress: Receives messages and the number of finished generations.
         changes: Learner settings of this round alone, such as {"generations": 6}.
     """
     task = service.target(target)
@@ -86,15 +84,15 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
     """The interrupted round of this target and these settings, or a new one."""
     plan = learner.model_dump(mode="json")
     for run in _begun(service, task, plan):
-        if run.digest is None and not given_up(service, run):
-            done = service.journal.next_generation(run.run_id)
-            progress.say(f"round {run.run_id}: goes on at generation {done}")
+        if run.digest is None and not RoundFiles(service.home, run.run_id).given_up():
+            generation = service.journal.next_generation(run.run_id)
+            progress.say(f"round {run.run_id}: resumed at generation {generation}")
             return run
     return _new(service, task, learner, plan, progress)
 
 
 def _begun(service: Service, task: Task, plan: Mapping[str, Any]) -> list[Run]:
-    """Rounds of this target and plan that began from what is champion and anchor now."""
+    """Rounds of this target and plan that began from today's champion and anchor."""
     now = (task.name, service.champion(), service.anchor.digest)
     return [
         run
@@ -106,10 +104,10 @@ def _begun(service: Service, task: Task, plan: Mapping[str, Any]) -> list[Run]:
 
 
 def _proposed(service: Service, run_id: str, digest: str, outcome: RoundOutcome) -> Round:
-    """A round with its candidate, which the ledger knows from here on."""
+    """The finished round; its candidate is PROPOSED in the ledger if it is not there yet."""
     if service.ledger.state(digest) is None:
         service.record(digest, "PROPOSED", f"round {run_id} ended: {outcome.reason}")
-    return Round(run_id, digest, outcome, points_of(service, run_id))
+    return Round(run_id, digest, outcome)
 
 
 def _new(
@@ -119,32 +117,27 @@ def _new(
     plan: Mapping[str, Any],
     progress: Reporter,
 ) -> Run:
-    """Check what was asked, collect rows, keep them beside the round, then open it."""
+    """Check the plan, collect the rows and keep them, then open the run.
+
+    The rows come before the journal's row: a run that is in the journal has its rows.
+    """
     made = settled(service, task.name, learner)
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
     sweep(service)
     collected = collect_rows(service, task.name, learner.prompts)
     for line in collected.lines():
         progress.say(line)
-    text = json.dumps([asked.to_json() for asked in collected.asked], default=str)
-    folder = service.home.run(run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.json").write_text(text, encoding="utf-8")
-    seed = hashlib.sha256(
-        f"{service.anchor.digest} {run_id} {service.champion()}".encode()
-    ).digest()
+    rows = [asked.to_json() for asked in collected.asked]
+    rows_sha256 = RoundFiles(service.home, run_id).write_rows(rows)
+    champion = service.champion()
+    seed = hashlib.sha256(f"{service.anchor.digest} {run_id} {champion}".encode()).digest()
     run = service.journal.open_run(
         run_id,
         anchor_digest=service.anchor.digest,
-        parent_digest=service.champion(),
+        parent_digest=champion,
         target=task.name,
-        run_seed=int.from_bytes(seed[:8], "big") >> 1,
-        plan={
-            **plan,
-            **made,
-            "rows": collected.to_json(),
-            "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        },
+        run_seed=int.from_bytes(seed[:8], "big") >> 1,  # 63 bits: SQLite integers are signed
+        plan={**plan, **made, "rows": collected.to_json(), "rows_sha256": rows_sha256},
         now=time.time(),
     )
     mark_used(service, run_id, collected)
@@ -156,17 +149,14 @@ def _prompts(
 ) -> tuple[list[Asked], list[int]]:
     """The prompts that a round was opened with, and the places of those that can be asked.
 
-    The others earn nothing from any member: a column of zeros keeps every row in its place in the
-    journal, and moves no step, as members differ only in the other columns.
+    The others earn 0 from every member: a column of zeros keeps each row at its place in the
+    journal and moves no step, since members differ only in the other columns.
 
     Raises:
-        UserError: They are gone, not those the journal tells of, or none can be asked.
+        UserError: They are gone, are not those of the journal, or none can be asked.
     """
-    path = service.home.run(run.run_id) / "rows.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if hashlib.sha256(text.encode()).hexdigest() != run.plan["rows_sha256"]:
-        raise UserError(f"{path}: not the rows that round {run.run_id} was opened with")
-    prompts, left_out = opened_prompts(service, task, text)
+    rows = RoundFiles(service.home, run.run_id).original_rows(run.plan["rows_sha256"])
+    prompts, left_out = opened_prompts(service, task, rows)
     owners = service.experience.principals(run.run_id) if left_out else {}
     for place, reason in left_out.items():
         owner = owners.get(place, "the data set")
@@ -178,7 +168,7 @@ def _prompts(
 
 
 class Driver:
-    """Answers the learner's decisions for one round."""
+    """Carries out the learner's decisions for one round: evaluate, apply, record."""
 
     def __init__(
         self,
@@ -191,7 +181,7 @@ class Driver:
     ) -> None:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
-        self._anchor = service.open_anchor(run.anchor_digest)  # whatever is served meanwhile
+        self._anchor = service.open_anchor(run.anchor_digest)  # another may be in force by now
         self._prompts, self._places = _prompts(service, task, run, progress)
         self._curve = Curve(service, task.name, run.run_id)
         self._pace = Pace(service, run.run_id, population)
@@ -215,6 +205,10 @@ class Driver:
         return _proposed(service, run_id, digest, outcome)
 
     def _drive(self) -> RoundOutcome:
+        """Answer the learner's decisions until it ends the round.
+
+        The curve is measured before a generation, and once more after the last.
+        """
         plan, past = plan_of(self._service, self._run, self._learner), self._past()
         self._prepare()
         advance = self._progress.track(f"round {self._run.run_id}", plan.generations)
@@ -238,42 +232,47 @@ class Driver:
         return outcome
 
     def _past(self) -> list[Drift]:
+        """The drift of the generations that are in the journal, which the learner goes on from."""
         done = self._service.journal.generations(self._run.run_id)
         return [Drift.from_json(generation.drift) for generation in done]
 
     def _prepare(self) -> None:
-        """Bring every engine to where the journal is."""
+        """Bring every engine to the delta after the journal's last generation.
+
+        Raises:
+            DamagedError: The engines' delta is not the one that the journal names.
+        """
         service = self._service
         self._population.open(self._anchor.directory)
         way = route(service.journal, self._anchor, self._run.run_id, service.home.snapshots)
         steps = [each.step for each in way.generations]
-        found = self._population.restore(way.snapshot, steps)
-        if way.generations and found != way.generations[-1].delta_hash:
+        delta_hash = self._population.restore(way.snapshot, steps)
+        if way.generations and delta_hash != way.generations[-1].delta_hash:
             raise DamagedError(self._run.run_id, way.generations[-1].generation, "delta_hash")
 
-    def _evaluate(self, asked: Evaluate) -> Rewards:
-        """(N, P) rewards of the members, those already in the journal not asked again."""
+    def _evaluate(self, decision: Evaluate) -> Rewards:
+        """(N, P) rewards of the members; only those that the journal lacks are evaluated."""
         self._pace.begin()
-        journal, run_id = self._service.journal, self._run.run_id
-        found = journal.members_done(run_id, asked.generation)
+        journal, run_id, generation = self._service.journal, self._run.run_id, decision.generation
+        rewards = journal.members_done(run_id, generation)
         jobs = [
             (
                 member.index,
-                Address(self._run.run_seed, asked.generation, member.pair),
+                Address(self._run.run_seed, generation, member.pair),
                 member.sign * self._learner.sigma,
             )
-            for member in asked.members
-            if member.index not in found
+            for member in decision.members
+            if member.index not in rewards
         ]
-        longest, noise = self._task.max_tokens, self._learner.noise
         chats = [list(self._prompts[place].messages) for place in self._places]
-        for result in self._population.members(jobs, chats, longest, noise):
-            found[result.job] = self._rewards(result.job, result.completions)
-            journal.record_member(run_id, asked.generation, result.job, found[result.job])
-        return np.stack([found[member.index] for member in asked.members])
+        max_tokens, noise = self._task.max_tokens, self._learner.noise
+        for result in self._population.members(jobs, chats, max_tokens, noise):
+            rewards[result.job] = self._rewards(result.job, result.completions)
+            journal.record_member(run_id, generation, result.job, rewards[result.job])
+        return np.stack([rewards[member.index] for member in decision.members])
 
     def _rewards(self, member: int, completions: Sequence[Completion]) -> Rewards:
-        """(P,) training rewards; a verifier that failed on a row rewarded nobody for it."""
+        """(P,) training rewards of one member; a row whose verifier failed earns 0."""
         if len(completions) != len(self._places):
             raise UserError(
                 f"member {member}: {len(completions)} answers, allowed: {len(self._places)}"
@@ -286,18 +285,18 @@ class Driver:
         return rewards
 
     def _apply(self, step: Step) -> Applied:
-        """The same step on every engine."""
+        """Apply the step on every engine; the hash of delta that they agree on is kept."""
         applied = self._population.apply(step)
         self._delta_hash = applied.delta_hash
         return applied
 
     def _record(self, record: Record) -> None:
+        """Commit one generation.
+
+        Its pace comes before its journal row: whoever reads the row finds the pace beside it.
+        """
         service, run_id, generation = self._service, self._run.run_id, record.step.generation
+        self._pace.end(generation)
         service.journal.commit(run_id, record.step, record.rewards, self._delta_hash, record.drift)
-        pace = self._pace.end(generation)
         if (generation + 1) % self._learner.snapshot_every == 0:
             keep_snapshots(service, self._population, self._run, NEWEST)
-        mlflow.attempt(
-            f"generation {generation} of {run_id}",
-            lambda: catch_up.show_run(service, run_id, pace),
-        )

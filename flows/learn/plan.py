@@ -1,8 +1,8 @@
-"""What a round sets out to do: settings that go together, and what is settled as it opens.
+"""The plan of a round: its settings, checked together, and what is decided as it opens.
 
 Lambda is given, or follows from ``target_norm_ratio`` by the closed form, or is tuned from round to
-round by the paper's rule. What was settled stands in the plan beside the settings, so that a round
-that is taken up again, or replayed, is the same round.
+round by the paper's rule. It stands in the plan beside the settings, with the digest of the
+importance weights, so that a round that is resumed or replayed is the same round.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,16 @@ def chosen(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> Learn
         UserError: A value out of range, an impossible population, a step that would not shrink, or
             settings that contradict each other.
     """
-    asked = replaced(learner, "learner", changes or {})
-    if asked.target_norm_ratio is not None and (asked.penalty != "l2" or asked.tune_lambda):
+    settings = replaced(learner, "learner", changes or {})
+    ratio, tuned = settings.target_norm_ratio, settings.tune_lambda
+    if ratio is not None and (settings.penalty != "l2" or tuned):
         raise UserError(
-            f"learner.target_norm_ratio = {asked.target_norm_ratio} with penalty "
-            f"{asked.penalty!r}, tune_lambda {asked.tune_lambda}: allowed: l2, not tuned"
+            f"learner.target_norm_ratio = {ratio} with penalty {settings.penalty!r}, "
+            f"tune_lambda {tuned}: allowed: l2, not tuned"
         )
-    given = asked.lam if asked.target_norm_ratio is None else 0.0
-    _check(asked, {"lambda": given, "importance_sha256": None})
-    return asked
+    lam = settings.lam if ratio is None else 0.0  # from a ratio it is known only as it opens
+    _check(settings, {"lambda": lam, "importance_sha256": None})
+    return settings
 
 
 def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str
 
 
 def _check(learner: LearnerSettings, made: Mapping[str, Any], largest: float = 1.0) -> None:
-    """Refuse what no generation could do; ``largest`` is the largest importance weight."""
+    """Refuse a plan that no generation could follow; ``largest``: largest importance weight."""
     try:
         members(learner.population, learner.mirrored)
         check(_penalty(learner, made), learner.alpha, largest)
@@ -63,7 +64,7 @@ def _check(learner: LearnerSettings, made: Mapping[str, Any], largest: float = 1
 
 
 def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
-    """The plan of an open round, from where its journal is."""
+    """The plan of an open round, which goes on after the generations in its journal."""
     anchor = service.open_anchor(run.anchor_digest)
     generations = lineage(service.journal, anchor, run.run_id)
     before = [generation for generation in generations if generation.run_id != run.run_id]
@@ -85,7 +86,7 @@ def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
 
 
 def _penalty(learner: LearnerSettings, made: Mapping[str, Any]) -> Penalty:
-    """The penalty of a round, from its settings and what was settled."""
+    """The penalty of a round, from its settings and its plan."""
     return Penalty(
         learner.penalty,
         float(made["lambda"]),
@@ -109,10 +110,10 @@ def _lambda(service: Service, target: str, learner: LearnerSettings) -> float:
 def tuned_lambda(service: Service, target: str, learner: LearnerSettings) -> float:
     """``lam`` at first; then the last tuned round's, halved if the target suffered in it.
 
-    A round's score is what its evaluation found: accuracy on the target, candidate less champion.
-    It suffered when that is less than the newest round without a penalty gained (by more than
-    ``gate.min_gain``) or, where there was none such, less than ``gate.min_gain`` itself. Rounds
-    count that had this target, this alpha and, tuned ones, this penalty.
+    A round's gain is accuracy on the target, candidate minus champion, as its evaluation measured
+    it. The target suffered when the gain is more than ``gate.min_gain`` below that of the newest
+    round without a penalty or, without such a round, below ``gate.min_gain`` itself. Only rounds
+    with this target and this alpha count and, among tuned ones, those with this penalty.
     """
     tried, free = [], []
     for run in service.journal.runs():
@@ -132,11 +133,11 @@ def tuned_lambda(service: Service, target: str, learner: LearnerSettings) -> flo
 
 
 def _gain(service: Service, run: Run) -> float | None:
-    """Accuracy on the target that a finished round won; None before it was evaluated."""
+    """Gain in accuracy on the target of a finished round; None before it was evaluated."""
     for entry in reversed(service.ledger.of(run.digest) if run.digest else []):
-        told = entry.statistics
-        if entry.state == "EVALUATED" and told.get("round") == run.run_id:
-            figures = told["tasks"][run.target]
+        statistics = entry.statistics
+        if entry.state == "EVALUATED" and statistics.get("round") == run.run_id:
+            figures = statistics["tasks"][run.target]
             before, after = figures["champion"], figures["candidate"]
             return None if before is None or after is None else float(after) - float(before)
     return None

@@ -1,7 +1,7 @@
-"""A candidate before the gate: evaluated beside anchor and champion, judged, written down."""
+"""A candidate's evaluation and verdict: asked beside champion and anchor, judged by the gate."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,113 +11,175 @@ from evaluators.gate import Decision, GateRules, Sample, Tables, decide
 from evaluators.runner import read_samples
 from evaluators.summary import summaries
 from flows.commands.gate_files import read_samples as gate_samples
-from flows.learn.curve import Point, learner_share
+from flows.learn.curve import learner_share
 from flows.learn.divergence import Shift, shift
 from flows.learn.evaluate import Questions, Who, first_stage, more_rows, sealed_stage, tables
+from flows.round_files import RoundFiles
 from flows.service import Service
+from flows.session import Session
 from flows.show.progress import Reporter
 from flows.show.report import RoundReport
 
-STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}
+STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}  # verdict -> ledger state
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on one round, and the per-sample tables of the open rows it rests on."""
+    """The report of one round, and the per-sample tables of the open rows behind it."""
 
     report: RoundReport
     tables: Mapping[Who, Sequence[Path]]
 
 
 @dataclass(frozen=True)
-class Open:
-    """What was asked in the open so far, look by look, and the tables of the answers."""
+class Looks:
+    """Open evaluation rows, look by look, with one table of answers a model and look."""
 
-    asked: tuple[Questions, ...]
+    questions: tuple[Questions, ...]
     paths: tuple[Mapping[Who, Path], ...]
+    undecided: tuple[Mapping[str, Any], ...] = ()  # what each look but the last one found
 
     def by_model(self) -> dict[Who, tuple[Path, ...]]:
         """Every model's tables, the first look first."""
         return {who: tuple(paths[who] for paths in self.paths) for who in self.paths[0]}
 
-    def more(self, asked: Questions, paths: Mapping[Who, Path]) -> "Open":
-        """One look more."""
-        return Open((*self.asked, asked), (*self.paths, paths))
 
+def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
+    """Evaluate the candidate of a finished round, pass it through the gate, record the verdict.
 
-def judge(
-    service: Service,
-    population: Population,
-    run_id: str,
-    progress: Reporter,
-    curve: tuple[Point, ...] = (),
-    *,
-    serve: bool = False,
-) -> Judged:
-    """Evaluate a finished round's candidate, pass the gate, write EVALUATED and the verdict.
+    Open rows come first; while a prior task is undecided, up to ``gate.extend`` further looks add
+    rows. The sealed draw is asked only of a candidate that passed the open rows.
 
-    The sealed draw is asked only of a candidate that passed the first stage. ``serve``: the caller
-    is about to serve one that passes; the verdict says so, for whoever finds it left behind.
+    Args:
+        session: The parts of the home, and its engines.
+        run_id: The round.
+        serve: The caller serves a candidate that passes. The verdict says so, and reconcile
+            carries it out if the caller ends first.
     """
-    run = service.journal.run(run_id)
-    digest = str(run.digest)
-    champion = run.parent_digest
-    priors = service.priors(run.target)
+    service, run = session.service, session.service.journal.run(run_id)
     digests: dict[Who, str] = {
-        "candidate": digest,
-        "champion": champion,
+        "candidate": str(run.digest),
+        "champion": run.parent_digest,
         "anchor": run.anchor_digest,
     }
-    names = [run.target, *priors]
-    settings = gate_settings(service, run)
-    first = first_stage(service, names)
-    seen = Open((first,), (tables(service, population, digests, first, progress),))
-    decision = decide(_tables(seen, digests), run.target, settings)
-    looks: list[dict[str, Any]] = []
-    while len(looks) < service.settings.gate.extend and _undecided(decision):
-        more = more_rows(service, names, len(looks) + 1)
-        if not more.rows:
-            break
-        looks.append(_look(decision))
-        progress.say(f"look {len(looks)}: a prior task is undecided, more rows are asked")
-        seen = seen.more(more, tables(service, population, digests, more, progress))
-        decision = decide(_tables(seen, digests), run.target, settings)
+    rules = gate_rules(service, run)
+    looks, decision = _open_stage(session, run, digests, rules)
     if decision.verdict == "promote" and service.settings.gate.confirm:
-        sealed = sealed_stage(service, priors, run_id, digest)
-        kept: dict[Who, str] = dict(digests)
-        if not settings.retained:
-            del kept["champion"]
-        drawn = Open((sealed,), (tables(service, population, kept, sealed, progress),))
-        decision = decide(
-            _tables(seen, digests),
-            run.target,
-            replace(settings, confirmation=sealed.uses),
-            _tables(drawn, kept),
-        )
-    moved = _shifts(service, population, names, digests, progress)
-    report = _report(service, run, decision, seen.by_model(), curve, moved)
-    _write(service, report, looks, serve)
-    return Judged(report, seen.by_model())
+        decision = _confirmed(session, run, digests, rules, looks)
+    names = [run.target, *service.priors(run.target)]
+    moved = _shifts(service, session.population, names, digests, session.progress)
+    report = _report(service, run, decision, looks.by_model(), moved)
+    # The report before the ledger: a verdict always has its report, whatever ends this process.
+    RoundFiles(service.home, run_id).write_judged(
+        asdict(report),
+        {who: [str(path) for path in paths] for who, paths in looks.by_model().items()},
+    )
+    _record(service, report, looks, serve)
+    return Judged(report, looks.by_model())
 
 
-def _undecided(decision: Decision) -> bool:
-    """Held, and some prior task could be told apart by more rows."""
-    steps = {reason.step for reason in decision.decisive()}
-    return decision.verdict == "hold" and bool(steps & {"prior", "retained", "pooled"})
-
-
-def _look(decision: Decision) -> dict[str, Any]:
-    """What a look that was not the last one saw."""
-    rows = {task: row["n"] for task, row in decision.tasks.items()}
-    return {"rows": rows, "undecided": [reason.text for reason in decision.decisive()]}
-
-
-def gate_settings(service: Service, run: Run) -> GateRules:
-    """The gate's settings: levels from the settings, special tasks from what is known of them."""
+def gate_rules(service: Service, run: Run) -> GateRules:
+    """The gate's rules for a round: levels and margins as set, and its retained tasks."""
     return GateRules.of(
         service.settings.gate,
         zero_tolerance=frozenset(t.name for t in service.tasks.values() if t.zero_tolerance),
         retained=frozenset(_earlier_targets(service) - {run.target}),
+    )
+
+
+def _earlier_targets(service: Service) -> set[str]:
+    """Targets of the promoted rounds that led to the champion: what they gained is retained."""
+    champion = service.champion()
+    if champion == service.anchor.digest:
+        return set()
+    return {service.journal.run(each).target for each in service.journal.lineage(champion)}
+
+
+def _open_stage(
+    session: Session, run: Run, digests: Mapping[Who, str], rules: GateRules
+) -> tuple[Looks, Decision]:
+    """Answers to the open rows, and the gate's decision on all looks together."""
+    service = session.service
+    names = [run.target, *service.priors(run.target)]
+
+    def answered(questions: Questions) -> Mapping[Who, Path]:
+        return tables(service, session.population, digests, questions, session.progress)
+
+    first = first_stage(service, names)
+    looks = Looks((first,), (answered(first),))
+    decision = decide(_gate_tables(looks, digests), run.target, rules)
+    while len(looks.undecided) < service.settings.gate.extend and _undecided(decision):
+        more = more_rows(service, names, len(looks.paths))
+        if not more.rows:
+            break
+        count = len(looks.paths)
+        session.progress.say(f"look {count}: a prior task is undecided, more rows are evaluated")
+        looks = Looks(
+            (*looks.questions, more),
+            (*looks.paths, answered(more)),
+            (*looks.undecided, _undecided_rows(decision)),
+        )
+        decision = decide(_gate_tables(looks, digests), run.target, rules)
+    return looks, decision
+
+
+def _undecided(decision: Decision) -> bool:
+    """Whether the verdict is hold because of a prior task, which more rows could decide."""
+    steps = {reason.step for reason in decision.decisive()}
+    return decision.verdict == "hold" and bool(steps & {"prior", "retained", "pooled"})
+
+
+def _undecided_rows(decision: Decision) -> dict[str, Any]:
+    """Rows by task and the open findings of a look that another one followed."""
+    rows = {task: row["n"] for task, row in decision.tasks.items()}
+    return {"rows": rows, "undecided": [reason.text for reason in decision.decisive()]}
+
+
+def _confirmed(
+    session: Session, run: Run, digests: Mapping[Who, str], rules: GateRules, looks: Looks
+) -> Decision:
+    """The decision with the sealed draw; the champion answers it only for retained tasks."""
+    service = session.service
+    questions = sealed_stage(service, service.priors(run.target), run.run_id, str(run.digest))
+    compared = {
+        who: digest for who, digest in digests.items() if who != "champion" or rules.retained
+    }
+    paths = tables(service, session.population, compared, questions, session.progress)
+    return decide(
+        _gate_tables(looks, digests),
+        run.target,
+        replace(rules, confirmation=questions.uses),
+        _gate_tables(Looks((questions,), (paths,)), compared),
+    )
+
+
+def _gate_tables(looks: Looks, digests: Mapping[Who, str]) -> Tables:
+    """The gate's input, with the example ids that each table must hold.
+
+    The rows of all looks count as one table with one harness hash. A row whose harness is not that
+    of its look keeps its own, so that the gate finds it.
+    """
+    whole = "+".join(questions.harness for questions in looks.questions)
+    read: dict[str, tuple[Sample, ...]] = {}
+    expected: dict[str, frozenset[str]] = {}
+    for questions, paths in zip(looks.questions, looks.paths, strict=True):
+        for task, rows in questions.rows:
+            ids = frozenset(task.key(row) for row in rows)
+            expected[task.name] = expected.get(task.name, frozenset()) | ids
+        for who, path in paths.items():
+            own = [
+                replace(sample, harness_hash=whole)
+                if sample.harness_hash == questions.harness
+                else sample
+                for sample in gate_samples(path)
+            ]
+            read[who] = (*read.get(who, ()), *own)
+    return Tables(
+        anchor=read["anchor"],
+        champion=read.get("champion"),
+        candidate=read["candidate"],
+        expected=expected,
+        digests={who: digest for who, digest in digests.items()},  # noqa: C416 wider key type
     )
 
 
@@ -131,47 +193,10 @@ def _shifts(
     """KL to the anchor of the candidate, and of the champion where it is not the anchor."""
     if not service.settings.tasks.kl_rows:
         return {}
-    asked: list[Who] = ["candidate"]
+    measured: list[Who] = ["candidate"]
     if digests["champion"] != service.anchor.digest:
-        asked.append("champion")
-    return {who: shift(service, population, tasks, digests[who], progress) for who in asked}
-
-
-def _earlier_targets(service: Service) -> set[str]:
-    """Targets of promoted rounds on the way to the champion: their gains are kept as well."""
-    champion = service.champion()
-    if champion == service.anchor.digest:
-        return set()
-    return {service.journal.run(each).target for each in service.journal.lineage(champion)}
-
-
-def _tables(seen: Open, digests: Mapping[Who, str]) -> Tables:
-    """The gate's input, with what each table must hold.
-
-    Rows of all looks are one table of one harness, but for a row of another harness than asked.
-    """
-    whole = "+".join(asked.harness for asked in seen.asked)
-    read: dict[str, tuple[Sample, ...]] = {}
-    expected: dict[str, frozenset[str]] = {}
-    for asked, paths in zip(seen.asked, seen.paths, strict=True):
-        for task, rows in asked.rows:
-            ids = frozenset(task.key(row) for row in rows)
-            expected[task.name] = expected.get(task.name, frozenset()) | ids
-        for who, path in paths.items():
-            found = [
-                replace(sample, harness_hash=whole)
-                if sample.harness_hash == asked.harness
-                else sample
-                for sample in gate_samples(path)
-            ]
-            read[who] = (*read.get(who, ()), *found)
-    return Tables(
-        anchor=read["anchor"],
-        champion=read.get("champion"),
-        candidate=read["candidate"],
-        expected=expected,
-        digests={who: digest for who, digest in digests.items()},  # noqa: C416 wider key type
-    )
+        measured.append("champion")
+    return {who: shift(service, population, tasks, digests[who], progress) for who in measured}
 
 
 def _report(
@@ -179,17 +204,17 @@ def _report(
     run: Run,
     decision: Decision,
     paths: Mapping[Who, Sequence[Path]],
-    curve: tuple[Point, ...],
     moved: Mapping[str, Shift],
 ) -> RoundReport:
-    told = decision.to_json()
+    """The round's report: the gate's figures, with each model's accuracy interval by task."""
+    document = decision.to_json()
     measured = {
-        who: summaries(row for path in mine for row in read_samples(path))
-        for who, mine in paths.items()
+        who: summaries(row for path in own for row in read_samples(path))
+        for who, own in paths.items()
     }
-    for task, row in told["tasks"].items():
+    for task, row in document["tasks"].items():
         row["interval"] = {
-            who: (found[task].low, found[task].high) for who, found in measured.items()
+            who: (summary[task].low, summary[task].high) for who, summary in measured.items()
         }
     return RoundReport(
         round_id=run.run_id,
@@ -198,31 +223,29 @@ def _report(
         stopped=str(run.reason),
         digest=str(run.digest),
         verdict=decision.verdict,
-        reasons=told["reasons"],
-        tasks=told["tasks"],
-        curve=curve,
+        reasons=document["reasons"],
+        tasks=document["tasks"],
+        curve=RoundFiles(service.home, run.run_id).curve(),
         learner_share=learner_share(service, run.run_id),
         shift=moved,
         rows=run.plan.get("rows", {}),
     )
 
 
-def _write(
-    service: Service, report: RoundReport, looks: Sequence[Mapping[str, Any]], serve: bool
-) -> None:
-    """EVALUATED and the verdict, each once however often a round is judged."""
+def _record(service: Service, report: RoundReport, looks: Looks, serve: bool) -> None:
+    """EVALUATED and the verdict; nothing where the ledger has this verdict or serves the digest."""
+    state = STATES[report.verdict]
+    if service.ledger.state(report.digest) in (state, "CHAMPION", "ANCHOR"):
+        return
     figures = {
         task: {key: value for key, value in row.items() if key != "interval"}
         for task, row in report.tasks.items()
     }
     statistics: dict[str, Any] = {"round": report.round_id, "target": report.target}
-    statistics |= {"tasks": figures, "earlier_looks": list(looks)}
-    extended = f", rows added {len(looks)} times" if looks else ""
-    state = STATES[report.verdict]
-    if service.ledger.state(report.digest) in (state, "CHAMPION", "ANCHOR"):
-        return
-    asked = f"first stage{extended} and, if passed, sealed draw"
-    service.record(report.digest, "EVALUATED", asked, statistics=statistics)
+    statistics |= {"tasks": figures, "earlier_looks": list(looks.undecided)}
+    extended = f", rows added {len(looks.undecided)} times" if looks.undecided else ""
+    stages = f"first stage{extended} and, if passed, sealed draw"
+    service.record(report.digest, "EVALUATED", stages, statistics=statistics)
     why = "; ".join(str(reason["text"]) for reason in report.decisive())
     verdict = {"reasons": list(report.reasons), "serve": serve}
     service.record(report.digest, state, why, statistics=verdict)

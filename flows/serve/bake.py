@@ -1,4 +1,4 @@
-"""A fresh promotion under live traffic: kept, or rolled back by itself."""
+"""Baking: a new version under live traffic is kept, or rolled back without a person."""
 
 import time
 from collections import defaultdict
@@ -14,11 +14,12 @@ from flows.session import Session
 
 
 def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
-    """Judge the version that bakes by its live traffic; what became of it.
+    """Judge the version that bakes by its live traffic; the figures, and its state now.
 
-    Evidence that it is worse rolls back; enough rewards, or enough time (or ``end``), settle it.
-    It is judged under the epoch that was in force before the look: a verdict on what another
-    controller has changed meanwhile is not written.
+    Evidence that it is worse rolls it back. Otherwise it is CHAMPION once it has ``baking.rows``
+    rewards, or after ``baking.minutes``, or at once with ``end``. The row is written under the
+    epoch read before the traffic: a version that another controller has replaced meanwhile is not
+    settled.
     """
     service, baking = session.service, session.service.settings.baking
     epoch, entry = service.ledger.epoch(), service.ledger.unsettled()
@@ -26,35 +27,35 @@ def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
         return {"state": "nothing bakes"}
     swapped = [each for each in service.ledger.of(entry.digest) if each.state == "SWAPPED"][-1]
     new, old = traffic_of(service, swapped)
-    seen = watches(
+    watched = watches(
         new,
         old,
         rows=baking.rows,
         error_margin=baking.error_margin,
         latency_factor=baking.latency_factor,
     )
-    told: dict[str, Any] = {"digest": entry.digest, "rewards": new.count, "before": old.count}
-    told |= {each.name: asdict(each) for each in seen}
-    worse = [each.text() for each in seen if each.worse(baking.alpha)]
+    figures: dict[str, Any] = {"digest": entry.digest, "rewards": new.count, "before": old.count}
+    figures |= {each.name: asdict(each) for each in watched}
+    worse = "; ".join(each.text() for each in watched if each.worse(baking.alpha))
     if worse:
-        return told | {"state": _back(session, entry, f"worse in live traffic: {'; '.join(worse)}")}
+        return figures | {"state": _back(session, entry, f"worse in live traffic: {worse}")}
     waited_s = time.time() - swapped.time
     if new.count < baking.rows and waited_s < 60 * baking.minutes and not end:
-        return told | {"state": "BAKING", "wanted": baking.rows}
-    why = _settled(seen, new, waited_s)
-    service.record(entry.digest, "CHAMPION", why, statistics=told, epoch=epoch)
-    return told | {"state": "CHAMPION"}
+        return figures | {"state": "BAKING", "wanted": baking.rows}
+    why = _settled(watched, new, waited_s)
+    service.record(entry.digest, "CHAMPION", why, statistics=figures, epoch=epoch)
+    return figures | {"state": "CHAMPION"}
 
 
 def settle_for(session: Session, digest: str) -> None:
-    """End the baking of the champion, by what was seen so far, because ``digest`` comes next."""
+    """End the champion's baking on the traffic so far, because ``digest`` is served next."""
     entry = session.service.ledger.unsettled()
     if entry is not None and entry.digest != digest and entry.state in ("SWAPPED", "BAKING"):
         bake(session, end=True)
 
 
 def traffic_of(service: Service, swapped: Entry) -> tuple[Traffic, Traffic]:
-    """What a version did since its swap, and the newest the version before it did until then."""
+    """Traffic of a version since its swap, and the newest of the version before it until then."""
     store, window = service.experience, service.settings.baking.window
     new = _traffic(store, swapped.digest, since=swapped.time)
     old = _traffic(store, str(swapped.before), until=swapped.time, newest=window)
@@ -81,11 +82,13 @@ def _traffic(
 
 
 def _back(session: Session, entry: Entry, why: str) -> str:
+    """Roll back to the version before; the state of the one that was rolled back."""
     service = session.service
     rollback(session, service.ledger.previous() or service.anchor.digest, why)
     return str(service.ledger.state(entry.digest))
 
 
-def _settled(seen: list[Watch], new: Traffic, waited_s: float) -> str:
-    told = "; ".join(each.text() for each in seen if each.log_e is not None)
-    return f"not worse on {new.count} rewards in {waited_s:.0f} s{': ' if told else ''}{told}"
+def _settled(watched: list[Watch], new: Traffic, waited_s: float) -> str:
+    """Why a version is kept, with the tests that had data."""
+    tests = "; ".join(each.text() for each in watched if each.log_e is not None)
+    return f"not worse on {new.count} rewards in {waited_s:.0f} s{': ' if tests else ''}{tests}"

@@ -1,6 +1,6 @@
-"""Who is served next: promotion, review, and the anchor's move. The ledger comes first.
+"""Which digest is served next: promotion, review, and the anchor's move; the ledger comes first.
 
-How a swap is done, and undone, is `flows.serve.swaps`; here it is decided, recorded and shown.
+Here it is decided and recorded; the swap itself is `flows.serve.swaps`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from flows.serve.bake import settle_for
 from flows.serve.swaps import ServeOutcome, finish, swap
 from flows.service import Service
 from flows.session import Session
-from flows.show import mlflow
 
 PASSED = ("PROMOTE", "APPROVED")
 SERVED = ("CHAMPION", "ANCHOR")
@@ -34,13 +33,12 @@ def may_serve(service: Service, digest: str) -> bool:
 
 
 def act(session: Session, digest: str) -> bool:
-    """What a verdict asks for: True when the digest is to be promoted now.
+    """Act on a verdict: whether the digest is to be promoted now.
 
-    With review mode `manual` a passed candidate, and one on hold, waits for a person instead.
+    With review mode `manual` a passed candidate, and one on hold, becomes AWAIT_REVIEW instead.
     """
     service = session.service
     state = service.ledger.state(digest)
-    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
     if state in ("PROMOTE", "HOLD") and service.settings.review.mode == "manual":
         service.record(digest, "AWAIT_REVIEW", "review mode is manual: a person decides")
         return False
@@ -49,7 +47,10 @@ def act(session: Session, digest: str) -> bool:
 
 @contextmanager
 def concluding(service: Service) -> Iterator[None]:
-    """Held from before a loop's verdict until it is acted on; freed when its holder dies."""
+    """Held from before a loop's verdict until it is acted on; freed when its holder dies.
+
+    By it reconcile tells a verdict that was left behind from one that is about to be acted on.
+    """
     with locked(service.home.verdict_lock, taken="verdict: another loop concludes"):
         yield
 
@@ -60,9 +61,10 @@ def somebody_concludes(service: Service) -> bool:
 
 
 def is_owed(service: Service, digest: str, state: str) -> bool:
-    """Whether the verdict on a digest still asks for an act: a loop's promotion, or a review.
+    """Whether the verdict on a digest was never acted on: a loop's promotion, or a review.
 
-    What was judged beside another champion than today's is history: a person may still serve it.
+    Not for a candidate that was judged beside another champion than today's; a person may still
+    serve it.
     """
     if state not in ("PROMOTE", "HOLD"):
         return False
@@ -74,7 +76,7 @@ def is_owed(service: Service, digest: str, state: str) -> bool:
 
 
 def promote(session: Session, digest: str, why: str = "passed the gate") -> ServeOutcome:
-    """Serve a digest through the safe swap; then it bakes. What baked before is settled first.
+    """Serve a digest by a verified swap, after which it bakes. What baked before is settled first.
 
     Raises:
         UserError: The ledger does not let it be served, or nothing was touched and why.
@@ -89,30 +91,28 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Serv
         )
     settle_for(session, digest)
 
-    def told(event: Event, of: str, reason: str, epoch: int) -> None:
+    def write(event: Event, of: str, reason: str, epoch: int) -> None:
         service.record(of, event, reason, epoch=epoch)
 
-    outcome = swap(session, digest, told, why)
+    outcome = swap(session, digest, write, why)
     if outcome.served == digest:
-        with suppress(UserError):  # whoever came between has written what it is now
+        with suppress(UserError):  # another controller has settled it, or rolled it back, meanwhile
             service.record(digest, "BAKING", "live traffic is watched")
-    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
     return outcome
 
 
 def review(session: Session, digest: str, word: str, why: str) -> ServeOutcome:
-    """A person's word on exactly this digest.
+    """A person's review of exactly this digest: approve or reject.
 
     Raises:
-        UserError: It does not wait for one, or the word is neither approve nor reject.
+        UserError: The digest is not AWAIT_REVIEW, or the word is neither of the two.
     """
     service = session.service
     state = service.ledger.state(digest)
     if state != "AWAIT_REVIEW":
-        raise UserError(f"digest {short(digest)} is {state or 'unknown'}; nobody is asked about it")
+        raise UserError(f"digest {short(digest)} is {state or 'unknown'}; allowed: AWAIT_REVIEW")
     if word == "reject":
         service.record(digest, "REJECT", why)
-        mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
         return ServeOutcome(digest, service.champion(), "REJECT", why)
     if word != "approve":
         raise UserError(f"review {word!r}: allowed: approve, reject")
@@ -121,10 +121,12 @@ def review(session: Session, digest: str, word: str, why: str) -> ServeOutcome:
 
 
 def carry_out(session: Session, digest: str, why: str) -> ServeOutcome:
-    """Promote what passed or was approved; what keeps it from being served now undoes neither.
+    """Promote a digest that passed or was approved.
+
+    A swap that could not begin leaves its state as it is; reconcile tries again.
 
     Raises:
-        UserError: It was refused for good.
+        UserError: It is neither passed nor approved any more.
     """
     service = session.service
     try:
@@ -133,7 +135,8 @@ def carry_out(session: Session, digest: str, why: str) -> ServeOutcome:
         state = service.ledger.state(digest)
         if state not in PASSED:
             raise
-        return ServeOutcome(digest, service.champion(), state, f"is tried again: {error}")
+        reason = f"not promoted yet, tried again later: {error}"
+        return ServeOutcome(digest, service.champion(), state, reason)
 
 
 def follow(session: Session, digest: str, text: str) -> bool:
@@ -172,5 +175,4 @@ def move_anchor(session: Session, digest: str, reason: str) -> ServeOutcome:
     service.directory(digest)
     moved = {"anchor_before": before, "anchor_after": digest}
     service.record(digest, "ANCHOR", reason, statistics=moved)
-    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
     return ServeOutcome(digest, service.champion(), "ANCHOR", reason)

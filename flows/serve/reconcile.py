@@ -1,10 +1,11 @@
-"""Ledger, alias and served digest: made to agree, with the ledger always right.
+"""Reconciliation: what is served, and what people did in MLflow, against the ledger.
 
-The one thing a person may do in MLflow's UI is to move the champion alias to a version that passed
-(or to the anchor), and to tag a waiting version approve or reject; both become ledger rows. Any
-other move is put back and noted on the version.
+The ledger is always right. A person may do two things in MLflow's UI, and this is the one place
+that reads them: move the champion alias to a version that passed (or to the anchor), and tag a
+waiting version approve or reject. Both become ledger rows; any other move of the alias is put
+back, with a note on the version. What MLflow lacks is shown by `flows.show.catch_up`.
 
-What a service does by itself between flows: settle what disagrees, bake, catch up.
+``poll`` is what the flows' process does every ``projection.reconcile_seconds``.
 """
 
 import logging
@@ -21,42 +22,12 @@ from flows.serve.bake import bake
 from flows.service import Service
 from flows.session import Session
 from flows.show import mlflow
-from flows.show.catch_up import catch_up
+from flows.show.catch_up import put_back
 
-LOG = logging.getLogger("anchorage.upkeep")
+LOG = logging.getLogger("anchorage.reconcile")
+MLFLOW_S = 5.0  # longest wait for MLflow in one look; what it did not say is read next time
 
-
-def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
-    """One look, after which all agree, as far as everything needed can be reached.
-
-    Args:
-        session: The home's parts.
-        settle: How disagreements are settled; by default here.
-    """
-    service = session.service
-
-    def reconcile() -> None:
-        if disagreements(service):
-            settle() if settle else repair(session)
-
-    def judge_fresh() -> None:
-        if service.ledger.unsettled() is not None:
-            bake(session)
-
-    _each("reconcile", reconcile)
-    _each("baking", judge_fresh)
-    _each("MLflow", lambda: catch_up(service))
-
-
-def _each(what: str, act: Callable[[], Any]) -> None:
-    """The boundary of one duty: what fails is tried again at the next look, the others go on."""
-    try:
-        act()
-    except Exception as error:
-        LOG.warning("%s: %s", what, error)
-
-
-Kind = Literal["served", "alias", "moved", "review", "unfinished", "approved", "left"]
+Kind = Literal["served", "moved", "review", "unfinished", "approved", "left"]
 
 
 @dataclass(frozen=True)
@@ -64,22 +35,58 @@ class Disagreement:
     """One thing that is not as the ledger says."""
 
     kind: Kind
-    digest: str  # the digest found instead
+    digest: str  # that it is about
     text: str
-    word: str = ""  # of a review
+    word: str = ""  # of a review: approve or reject
     version: str = ""  # number of a version in MLflow
 
 
-def disagreements(service: Service) -> list[Disagreement]:
-    """Everything that differs from the ledger now; MLflow being down hides only its own part."""
-    found = [*_unfinished(service), *_served(service), *_approved(service), *_left(service)]
-    mlflow.attempt("reading aliases", lambda: found.extend(_shown(service)))
-    return found
+def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
+    """Settle what disagrees, judge the version that bakes, carry out what people did in MLflow.
+
+    MLflow comes last: one that hangs delays neither a repair nor a rollback.
+
+    Args:
+        session: The parts of the home.
+        settle: Settles all disagreements; ``repair`` if None.
+    """
+    service = session.service
+
+    def reconcile(look: Callable[[Service], list[Disagreement]]) -> None:
+        if look(service):
+            settle() if settle else repair(session)
+
+    def judge_fresh() -> None:
+        if service.ledger.unsettled() is not None:
+            bake(session)
+
+    _each("reconcile", lambda: reconcile(disagreements))
+    _each("baking", judge_fresh)
+    _each("MLflow", lambda: reconcile(wishes))
+
+
+def _each(duty: str, act: Callable[[], Any]) -> None:
+    """The boundary of one duty: its failure is logged, and the next poll tries again."""
+    try:
+        act()
+    except Exception as error:
+        LOG.warning("%s: %s", duty, error)
 
 
 def repair(session: Session) -> list[str]:
-    """Settle every disagreement; what was done, a line each."""
-    return [_settle(session, each) for each in disagreements(session.service)]
+    """Settle every disagreement, the ledger's before MLflow's; what was done, a line each."""
+    done = [_settle(session, each) for each in disagreements(session.service)]
+    try:
+        read = wishes(session.service)
+    except Exception as error:  # MLflow is away or hangs: nothing of the ledger waits for it
+        LOG.warning("MLflow was not read: %s", error)
+        return done
+    return done + [_settle(session, each) for each in read]
+
+
+def disagreements(service: Service) -> list[Disagreement]:
+    """What differs from the ledger in what is served, and verdicts that were not acted on."""
+    return [*_unfinished(service), *_served(service), *_approved(service), *_left(service)]
 
 
 def _unfinished(service: Service) -> Iterator[Disagreement]:
@@ -91,9 +98,10 @@ def _unfinished(service: Service) -> Iterator[Disagreement]:
 
 
 def _served(service: Service) -> Iterator[Disagreement]:
-    """What is chosen, loaded or stamped, and is not the champion, while nobody swaps.
+    """A digest chosen, loaded or stamped that is not the champion, while nobody swaps.
 
-    Looked at in this order, a swap that begins or ends meanwhile is never taken for one.
+    The champion is read before and after the engine: a swap that began or ended in between would
+    look like a disagreement.
     """
     champion, intent = service.champion(), service.ledger.open_intent()
     others = observe(service.home).others(champion)
@@ -104,10 +112,13 @@ def _served(service: Service) -> Iterator[Disagreement]:
 
 
 def _approved(service: Service) -> Iterator[Disagreement]:
-    """An approval that was not carried out, because its process ended or another version baked."""
+    """An approval that was not carried out: its process ended, or another version was baking.
+
+    Not before the swap deadline has passed: whoever approved may be about to promote.
+    """
     if service.ledger.unsettled() is not None or swaps.swap_under_way(service):
         return
-    grace_s = service.settings.engines.swap_deadline_s  # whoever approved may be about to
+    grace_s = service.settings.engines.swap_deadline_s
     for digest, state in service.ledger.states().items():
         row = service.ledger.of(digest)[-1]
         if state == "APPROVED" and time.time() - row.time > grace_s:
@@ -117,7 +128,8 @@ def _approved(service: Service) -> Iterator[Disagreement]:
 def _left(service: Service) -> Iterator[Disagreement]:
     """A verdict whose process ended before it asked for the review, or for the promotion.
 
-    The ledger is read first: what is written under a lock that is free now was left behind.
+    The ledger is read before the lock is tried: a verdict written under a lock that is free now
+    was left by a process that ended.
     """
     owed = [each for each in service.ledger.states().items() if promote.is_owed(service, *each)]
     busy = service.ledger.unsettled() is not None or swaps.swap_under_way(service)
@@ -126,41 +138,47 @@ def _left(service: Service) -> Iterator[Disagreement]:
             yield Disagreement("left", digest, f"{state} of {short(digest)} was not acted on")
 
 
-def _shown(service: Service) -> Iterator[Disagreement]:
-    """What MLflow shows: the champion alias, and tags of reviewers on waiting versions."""
-    with mlflow.aliases_still(service):
-        alias, ours = service.registry.aliases().get("champion"), mlflow.shown(service)
-        champion = service.champion()
-    if alias is None:
-        yield Disagreement("alias", champion, "no champion alias")
-    elif alias.digest != champion and alias.digest in ours:
-        text = f"the champion alias lags at {short(alias.digest)}"
-        yield Disagreement("alias", alias.digest, text)
-    elif alias.digest != champion:
-        name = short(alias.digest) or f"version {alias.number}"
+def wishes(service: Service) -> list[Disagreement]:
+    """What people did in MLflow and the ledger does not know yet, read within ``MLFLOW_S``.
+
+    Raises:
+        TimeoutError: MLflow did not answer in time. Other failures of MLflow are raised too.
+    """
+    read = mlflow.within(MLFLOW_S, lambda: mlflow.read_wishes(service))
+    done, moved, states = list[Disagreement](), read.moved, service.ledger.states()
+    if moved is not None and moved.digest != service.champion():
+        name = short(moved.digest) or f"version {moved.number}"
         text = f"the champion alias was moved to {name}"
-        yield Disagreement("moved", alias.digest, text, version=alias.number)
-    states = service.ledger.states()
-    for version in service.registry.versions():
-        waits = states.get(version.digest) == "AWAIT_REVIEW"
-        if waits and version.review in ("approve", "reject"):
+        done.append(Disagreement("moved", moved.digest, text, version=moved.number))
+    for version in read.reviews:
+        if states.get(version.digest) == "AWAIT_REVIEW":
             text = f"{version.review} by a tag on version {version.number} ({REVIEW})"
-            yield Disagreement("review", version.digest, text, str(version.review))
+            done.append(Disagreement("review", version.digest, text, word=str(version.review)))
+    return done
 
 
 def _settle(session: Session, found: Disagreement) -> str:
-    """One repair; MLflow follows, as far as it can be reached."""
-    service, told = session.service, found.text
+    """One repair; what was done."""
     if found.kind == "unfinished":
         swaps.finish(session)
     elif found.kind == "served":
         swaps.serve_champion(session)
     elif found.kind == "review":
         promote.review(session, found.digest, found.word, found.text)
-    elif found.kind in ("approved", "left") and promote.act(session, found.digest):
+    elif found.kind == "moved":
+        return _answer_move(session, found)
+    elif promote.act(session, found.digest):  # approved, or left
         promote.carry_out(session, found.digest, found.text)
-    elif found.kind == "moved" and not promote.follow(session, found.digest, found.text):
-        told = f"{found.text}, which the gate did not pass: put back"
-        mlflow.attempt("note", lambda: service.registry.note(found.version, told))
-    mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
-    return told
+    return found.text
+
+
+def _answer_move(session: Session, found: Disagreement) -> str:
+    """Follow a person's move of the alias, or refuse it; the alias then stands at the champion.
+
+    While MLflow cannot be written the move stays unanswered, and the next poll answers it.
+    """
+    service, note = session.service, ""
+    if not promote.follow(session, found.digest, found.text):
+        note = f"{found.text}, which the gate did not pass: put back"
+    mlflow.within(MLFLOW_S, lambda: put_back(service, found.version, note))
+    return note or found.text

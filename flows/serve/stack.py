@@ -1,4 +1,4 @@
-"""The stack of a home, from its settings: what to serve is the ledger's champion."""
+"""Start, stop and look at the stack of a home; it serves the ledger's champion."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def start(
     Settings come from ``config``, else from the home as it was last started, else the defaults;
     ``model``, ``port`` and ``changes`` (sections) come on top.
     """
-    from flows.serve.swaps import probe_served  # looking and stopping need not wait for torch
+    from flows.serve.swaps import probe_served  # here: `status` and `down` do not import torch
     from flows.service import Service
 
     place = Home.at(home)
@@ -43,7 +43,7 @@ def start(
     try:
         probe_served(service)
     except BaseException:
-        stack.down(place)  # nothing half-started
+        stack.down(place)  # a stack whose engine does not answer is not left running
         raise
     return status
 
@@ -60,12 +60,12 @@ def state(home: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def connected(home: Home) -> Iterator[bool]:
-    """Lead this process's clients to the running stack for a while; False where none runs."""
-    found = stack.environment_of(home)
-    before = {key: os.environ.get(key) for key in found}
-    os.environ.update(found)
+    """Point this process's clients (Prefect's) at the running stack; False where none runs."""
+    environment = stack.environment_of(home)
+    before = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
     try:
-        yield bool(found)
+        yield bool(environment)
     finally:
         for key, value in before.items():
             if value is None:
@@ -77,16 +77,16 @@ def connected(home: Home) -> Iterator[bool]:
 def _settings(
     home: Home, config: Path | None, model: str | None, port: int | None, changes: dict[str, Any]
 ) -> Settings:
-    """Kept settings with changes, or fresh ones."""
-    asked: dict[str, Any] = {name: dict(section) for name, section in changes.items()}
+    """The home's settings with changes, or those of ``config`` (else the defaults) with them."""
+    sections: dict[str, Any] = {name: dict(section) for name, section in changes.items()}
     if model is not None:
-        asked.setdefault("model", {})["path"] = model
+        sections.setdefault("model", {})["path"] = model
     if port is not None:
-        asked.setdefault("gateway", {})["port"] = port
+        sections.setdefault("gateway", {})["port"] = port
     if config is None and model is None and home.settings_json.is_file():
         kept = Settings.model_validate_json(home.settings_json.read_text(encoding="utf-8"))
         merged = kept.model_dump()
-        for name, section in asked.items():
+        for name, section in sections.items():
             merged[name] |= section
         return Settings.model_validate(merged)
-    return load(config, **asked)
+    return load(config, **sections)

@@ -1,11 +1,12 @@
-"""What is served, changed: the swap with its ledger rows, and the way back.
+"""What is served, changed: a swap with its ledger rows, the way back, and what it is verified by.
 
-The swap's lease (deploy.serving.lease) keeps every other controller away; the epoch that a
-controller takes under it keeps away the one that was stopped, taken for dead, and woken.
-
-How a version behaves, told by a cold engine: what a swap is verified against.
+The swap's lease (deploy.serving.lease) keeps every other controller away. The epoch that a
+controller takes under it keeps a controller that was stopped, taken for dead and woken from writing
+the ledger. A swap is verified by probes: fixed prompts whose top log-probabilities must equal those
+that a cold engine gave for the same digest.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,72 +14,27 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agent.errors import UserError
+from agent.store.ledger import StaleEpoch
 from agent.store.weights import short
 from deploy.serving.control import ControlError
 from deploy.serving.controller import Event, Way, change, connect
 from deploy.serving.engines import is_up
-from deploy.serving.lease import Leases
+from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.probes import Probes, read_probes, write_probes
 from deploy.serving.served import Served, read_served
 from flows.service import Service
 from flows.session import Session, engine_options
-from flows.show import mlflow
 
-PROMPTS_A_TASK, TOKENS, POSITIONS = 1, 5, 3  # answered while a swap holds everybody
-START_S = 300.0  # a first answer compiles kernels, on a busy machine slowly
+LOG = logging.getLogger("anchorage.swaps")
 
-
-def ensure_probes(session: Session, digest: str) -> None:
-    """Have a cold engine's answers to the fixed probes; starts one where there are none yet."""
-    service = session.service
-    if _known(service, digest):
-        return
-    session.progress.say(f"a cold engine answers the probes of {digest[:12]}")
-    options = engine_options(service)[0]
-    cold = session.engine(replace(options, model=service.directory(digest)))
-    try:
-        prompts = probe_prompts(service)
-        expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
-    finally:
-        cold.close()
-    write_probes(service.home, digest, Probes.of(prompts, expected))
-
-
-def probe_served(service: Service) -> None:
-    """Ask the serving engine, which has just been started cold on the champion."""
-    served = read_served(service.home)
-    if _known(service, served.digest):
-        return
-    prompts = probe_prompts(service)
-    with connect(service.home, served.slot) as engine:
-        ids = [engine.tokens(prompt) for prompt in prompts]
-        expected = engine.top_logprobs(engine.model(), ids, TOKENS, POSITIONS, timeout_s=START_S)
-    write_probes(service.home, served.digest, Probes.of(prompts, expected))
-
-
-def probe_prompts(service: Service) -> list[list[dict[str, str]]]:
-    """A few fixed questions of every task."""
-    return [
-        task.messages(row, service.shots(name)(row))
-        for name, task in service.tasks.items()
-        for row in service.rows(name, "eval", PROMPTS_A_TASK)
-    ]
-
-
-def _known(service: Service, digest: str) -> bool:
-    try:
-        read_probes(service.home, digest)
-    except UserError:
-        return False
-    return True
-
-
-Told = Callable[[Event, str, str, int], None]  # event, digest, why, the controller's epoch
+Write = Callable[[Event, str, str, int], None]  # event, digest, why, the controller's epoch
+PROMPTS_A_TASK, TOKENS, POSITIONS = 1, 5, 3  # few: they are answered while requests are held
+START_S = 300.0  # a first answer compiles kernels, which takes minutes on a busy machine
 
 
 @dataclass(frozen=True)
 class ServeOutcome:
-    """What is served after an act, and why it is not what was asked where it is not."""
+    """What is served after an act, and the reason where that is not the digest asked for."""
 
     asked: str
     served: str
@@ -91,11 +47,16 @@ class ServeOutcome:
 
 
 def swap(
-    session: Session, digest: str, told: Told, why: str, strategy: Way | None = None
+    session: Session, digest: str, write: Write, why: str, strategy: Way | None = None
 ) -> ServeOutcome:
-    """Serve a digest; ``told`` writes the ledger under the epoch taken when the intent is due.
+    """Serve a digest, by the strategy of the settings unless one is given.
 
-    The strategy is the settings' unless one is given.
+    Args:
+        session: The parts of the home; its engines answer the probes of a digest that has none.
+        digest: What to serve.
+        write: Writes the ledger's rows, under the epoch taken when the intent is due.
+        why: The reason, for the ledger.
+        strategy: How, such as "cold".
 
     Raises:
         UserError: Nothing was touched, and why.
@@ -108,9 +69,9 @@ def swap(
         ensure_probes(session, digest)
 
     def record(event: Event, of: str, reason: str) -> None:
-        if event == "SWAP_INTENT":
+        if event == "SWAP_INTENT":  # under the lease, before anything moves: older epochs are out
             epoch.append(service.take_over())
-        told(event, of, reason or why, epoch[0])
+        write(event, of, reason or why, epoch[0])
 
     try:
         done = change(
@@ -131,21 +92,29 @@ def swap(
     return ServeOutcome(digest, done.served.digest, state, done.reason)
 
 
-def swap_surely(session: Session, digest: str, told: Told, why: str) -> ServeOutcome:
-    """Serve a digest as set, else by a cold start, which needs no engine alive."""
+def swap_surely(session: Session, digest: str, write: Write, why: str) -> ServeOutcome:
+    """Serve a digest as set or, if that fails for any reason, by a cold start.
+
+    A cold start kills the engine and needs neither its answers nor probes.
+
+    Raises:
+        LeaseLostError, StaleEpoch: Another controller or the watchdog took over, and decides.
+        UserError, ControlError: The cold start failed as well.
+    """
     try:
-        outcome = swap(session, digest, told, why)
-    except (UserError, ControlError) as error:
-        outcome = ServeOutcome(digest, "", "ROLLED_BACK", str(error))
+        outcome = swap(session, digest, write, why)
+    except (LeaseLostError, StaleEpoch):
+        raise
+    except Exception as error:
+        LOG.warning("swap to %s: %s: %s", short(digest), type(error).__name__, error)
+        outcome = ServeOutcome(digest, "", "ROLLED_BACK", str(error) or type(error).__name__)
     if outcome.served == digest:
         return outcome
-    return swap(session, digest, told, f"{why} (by a cold start: {outcome.reason})", "cold")
+    return swap(session, digest, write, f"{why} (by a cold start: {outcome.reason})", "cold")
 
 
-def rollback(session: Session, digest: str, reason: str, *, show: bool = True) -> ServeOutcome:
+def rollback(session: Session, digest: str, reason: str) -> ServeOutcome:
     """Serve an earlier version again, in place or, where no engine works, by a cold start.
-
-    Without ``show`` MLflow's aliases are left to whoever watches.
 
     Raises:
         UserError: The digest is served already, was never served, or its weights are not kept.
@@ -156,14 +125,13 @@ def rollback(session: Session, digest: str, reason: str, *, show: bool = True) -
     if digest == champion:
         raise UserError(f"digest {short(digest)} is the champion; allowed: another one")
 
-    def told(event: Event, _of: str, _reason: str, epoch: int) -> None:
-        if event == "SWAP_INTENT":  # durable before anything moves: reconcile finishes it
+    def write(event: Event, _of: str, _reason: str, epoch: int) -> None:
+        # Before anything moves: should this process end now, reconcile serves ``digest``. A cold
+        # start after a failed swap writes it again, which the ledger takes for the same row.
+        if event == "SWAP_INTENT":
             service.record(champion, "ROLLED_BACK", reason, epoch=epoch, after=digest)
 
-    outcome = swap_surely(session, digest, told, reason)
-    if show:
-        mlflow.attempt("aliases", lambda: mlflow.show_aliases(service))
-    return outcome
+    return swap_surely(session, digest, write, reason)
 
 
 def serve_champion(session: Session) -> None:
@@ -178,7 +146,7 @@ def swap_under_way(service: Service) -> bool:
 
 
 def finish(session: Session) -> str | None:
-    """Close the intent of a controller that died, as it turned out; what was done, if anything.
+    """Write how the swap of a controller that died ended; what was done, None without such a swap.
 
     Raises:
         UserError: A swap is under way.
@@ -200,7 +168,7 @@ def finish(session: Session) -> str | None:
 
 @contextmanager
 def _alone(service: Service) -> Iterator[None]:
-    """The swap's lease for a moment, with nothing swapped: nobody else writes as a controller."""
+    """Hold the swap's lease without swapping: no other controller writes the ledger meanwhile."""
     leases, served = Leases(service.home), _served(service)
     lease_s = service.settings.engines.swap_deadline_s
     lease = leases.begin(served, served, lease_s=lease_s, now=time.time())
@@ -211,8 +179,53 @@ def _alone(service: Service) -> Iterator[None]:
 
 
 def _served(service: Service) -> Served:
-    """What every start serves; the anchor in a home that never served."""
+    """The version that every engine start loads; the original model in a home that never served."""
     try:
         return read_served(service.home)
     except UserError:
         return Served(service.origin.digest, str(service.origin.directory))
+
+
+def ensure_probes(session: Session, digest: str) -> None:
+    """Have the probes of a digest answered by a cold engine, unless they are recorded already."""
+    service = session.service
+    if _known(service, digest):
+        return
+    session.progress.say(f"a cold engine answers the probes of {digest[:12]}")
+    options = engine_options(service)[0]
+    cold = session.engine(replace(options, model=service.directory(digest)))
+    try:
+        prompts = probe_prompts(service)
+        expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+    finally:
+        cold.close()
+    write_probes(service.home, digest, Probes.of(prompts, expected))
+
+
+def probe_served(service: Service) -> None:
+    """Record the champion's probes from the serving engine, which was just started cold on it."""
+    served = read_served(service.home)
+    if _known(service, served.digest):
+        return
+    prompts = probe_prompts(service)
+    with connect(service.home, served.slot) as engine:
+        ids = [engine.tokens(prompt) for prompt in prompts]
+        expected = engine.top_logprobs(engine.model(), ids, TOKENS, POSITIONS, timeout_s=START_S)
+    write_probes(service.home, served.digest, Probes.of(prompts, expected))
+
+
+def probe_prompts(service: Service) -> list[list[dict[str, str]]]:
+    """The fixed prompts: the first evaluation rows of every task."""
+    return [
+        task.messages(row, service.shots(name)(row))
+        for name, task in service.tasks.items()
+        for row in service.rows(name, "eval", PROMPTS_A_TASK)
+    ]
+
+
+def _known(service: Service, digest: str) -> bool:
+    try:
+        read_probes(service.home, digest)
+    except UserError:
+        return False
+    return True

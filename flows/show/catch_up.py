@@ -1,99 +1,111 @@
-"""What MLflow missed while it was away: generations, judged rounds, versions, states, aliases.
+"""MLflow as a subscriber: shows what journal, ledger and round files have and it does not.
 
-Beside each round lie its report and how much of it was shown, so that one way serves both: a round
-under way shows what is new, and whoever comes later shows what is left.
+Learning and serving write those and never call MLflow. A pass over a home (``catch_up``) shows what
+is new, oldest first; every pass can be repeated, and what one missed the next one makes up for.
+``Display`` makes passes in a thread of its own: the flows' process has one while the stack is up,
+a command that runs without a stack (``showing``) until it ends.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from agent.home import locked, write_atomically
+from agent.home import Home, locked, write_atomically
 from agent.registry import STATE
-from flows.learn.curve import points_of
-from flows.learn.evaluate import Who
+from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show import mlflow
+from flows.show.progress import Reporter
 from flows.show.report import RoundReport
 
-WAIT_S = 60.0  # for another process that shows the same
+LOG = logging.getLogger("anchorage.display")
+LOCK_S = 60.0  # longest wait for another process that shows the same home
+LOOK_S = 0.5  # between two looks for new rows
+LAST_S = 20.0  # longest wait of a command, at its end, for what is not shown yet
 
 
 def catch_up(service: Service) -> list[str]:
-    """Show everything that was not shown, oldest first; what was done, a line each.
+    """One pass: show everything that is not shown yet; what was done, a line each.
 
-    Raises what MLflow raises; what was shown until then stays shown.
+    The cursors (per round, and of the ledger) are written after what they stand for, so that a pass
+    that was cut short is repeated from there. One process at a time: two would log points twice.
+
+    Raises:
+        Exception: Whatever MLflow raises; what was shown until then stays shown.
     """
-    done = []
-    if service.registry.version(service.origin.digest) is None:
-        mlflow.show_anchor(service)
-        done.append("the original model")
-    for run in service.journal.runs():
-        done += show_run(service, run.run_id)
-    return done + _states(service)
+    taken = f"MLflow: another process has been writing to it for {LOCK_S:.0f} s"
+    with locked(service.home.shown_lock, taken=taken, wait_s=LOCK_S):
+        newest = _newest_row(service)  # read first: a row that comes meanwhile is shown next time
+        done = _show_origin(service)
+        for run in service.journal.runs():
+            done += show_run(service, run.run_id)
+        done += _show_states(service)
+        mlflow.show_aliases(service)
+        if done or newest != _shown_row(service):
+            write_atomically(service.home.shown_json, json.dumps({"ledger": newest}))
+        return done
 
 
-def show_run(service: Service, run_id: str, pace: Mapping[str, float] | None = None) -> list[str]:
-    """Show what is new of one round; ``pace`` is what its newest generation cost."""
-    path = _folder(service, run_id) / "shown.json"
-    if _read(path) == _wanted(service, run_id):
-        return []
-    taken = f"MLflow: another process has been writing rounds to it for {WAIT_S:.0f} s"
-    with locked(service.home.shown_lock, taken=taken, wait_s=WAIT_S):
-        return _show_run(service, run_id, path, pace or {})
+def put_back(service: Service, version: str, note: str) -> None:
+    """Answer a person's move of the champion alias that was refused: a note, and the alias back."""
+    if note:
+        service.registry.note(version, note)
+    mlflow.show_aliases(service, answered=version)
 
 
-def keep(service: Service, report: RoundReport, tables: Mapping[Who, Sequence[Path]]) -> None:
-    """Keep a judged round's report and where its per-sample tables lie, to be shown at any time."""
-    path = _folder(service, report.round_id) / "judged.json"
-    kept = {who: [str(each) for each in paths] for who, paths in tables.items()}
-    write_atomically(
-        path, json.dumps({"report": asdict(replace(report, curve=())), "tables": kept})
+def behind(service: Service) -> bool:
+    """Whether journal or ledger have rows that were not shown; MLflow is not called for it."""
+    if _newest_row(service) != _shown_row(service):
+        return True
+    return any(
+        RoundFiles(service.home, run.run_id).shown() != _complete(service, run.run_id)
+        for run in service.journal.runs()
     )
 
 
-def _show_run(service: Service, run_id: str, path: Path, pace: Mapping[str, float]) -> list[str]:
-    now, wanted = _read(path), _wanted(service, run_id)
-    done = []
-    generations = service.journal.generations(run_id)
-    for each in generations[now["generations"] :]:
-        newest = each.generation == generations[-1].generation
-        mlflow.show_generation(service, run_id, each.drift, pace if newest else {})
-        now["generations"] = each.generation + 1
-        write_atomically(path, json.dumps(now))
+def _show_origin(service: Service) -> list[str]:
+    """The original model's version. An MLflow without it is new: all rounds are shown again."""
+    if service.registry.version(service.origin.digest) is not None:
+        return []
+    for run in service.journal.runs():
+        RoundFiles(service.home, run.run_id).forget_shown()
+    mlflow.show_origin(service)
+    return ["the original model"]
+
+
+def show_run(service: Service, run_id: str) -> list[str]:
+    """What is new of one round: its generations, then its report and version."""
+    files, done = RoundFiles(service.home, run_id), list[str]()
+    shown, complete = files.shown(), _complete(service, run_id)
+    if shown == complete:
+        return done
+    pace = {row["generation"]: row for row in files.pace()}
+    for each in service.journal.generations(run_id)[shown["generations"] :]:
+        mlflow.show_generation(service, run_id, each.drift, pace.get(each.generation, {}))
+        files.write_shown(each.generation + 1, shown["report"])
         done.append(f"generation {each.generation} of {run_id}")
-    if wanted["report"] != now["report"]:
-        _show_report(service, run_id)
-        write_atomically(path, json.dumps(wanted))
+    judged = files.judged()
+    if judged is not None and complete["report"] != shown["report"]:
+        tables = {who: [Path(path) for path in paths] for who, paths in judged["tables"].items()}
+        mlflow.show_round(service, RoundReport(**judged["report"]), tables)
+        files.write_shown(int(complete["generations"] or 0), complete["report"])
         done.append(f"round {run_id}")
     return done
 
 
-def _show_report(service: Service, run_id: str) -> None:
-    kept = json.loads((_folder(service, run_id) / "judged.json").read_text("utf-8"))
-    report = RoundReport(**kept["report"])
-    tables = {who: [Path(each) for each in paths] for who, paths in kept["tables"].items()}
-    mlflow.show_round(service, replace(report, curve=points_of(service, run_id)), tables)
+def _complete(service: Service, run_id: str) -> dict[str, int | None]:
+    """The cursor of a round of which everything is shown."""
+    judged_at = RoundFiles(service.home, run_id).judged_at()
+    return {"generations": service.journal.next_generation(run_id), "report": judged_at}
 
 
-def _wanted(service: Service, run_id: str) -> dict[str, Any]:
-    """How much of a round there is to show: generations, and when its report was written."""
-    report = _folder(service, run_id) / "judged.json"
-    written = report.stat().st_mtime_ns if report.is_file() else None
-    return {"generations": service.journal.next_generation(run_id), "report": written}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"generations": 0, "report": None}
-    return found | (json.loads(path.read_text("utf-8")) if path.is_file() else {})
-
-
-def _states(service: Service) -> list[str]:
-    """The ledger's word on each version, as a tag."""
-    done = []
-    states = service.ledger.states()
+def _show_states(service: Service) -> list[str]:
+    """The ledger's state of each version, as a tag."""
+    done, states = [], service.ledger.states()
     for version in service.registry.versions():
         state = states.get(version.digest)
         if state is not None and state != version.state:
@@ -102,7 +114,110 @@ def _states(service: Service) -> list[str]:
     return done
 
 
-def _folder(service: Service, run_id: str) -> Path:
-    folder = service.home.run(run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _newest_row(service: Service) -> int:
+    """Number of the ledger's newest row; there is always one, the original model's."""
+    return service.ledger.history(1)[0].seq
+
+
+def _shown_row(service: Service) -> int:
+    """Number of the ledger's row up to which states and aliases are shown."""
+    path = service.home.shown_json
+    return int(json.loads(path.read_text("utf-8"))["ledger"]) if path.is_file() else 0
+
+
+class Display:
+    """Shows a home in MLflow from a thread of its own; whoever writes rows waits for nothing.
+
+    A look costs the times of two files. New rows are shown at once; besides, a pass is made every
+    ``every_s`` (what MLflow itself lost, such as an alias, is set again), and so is a failed one.
+    """
+
+    def __init__(self, service: Service, every_s: float) -> None:
+        self._service, self._every_s = service, every_s
+        self._ending = threading.Event()
+        self._error = ""
+        # A daemon: a pass that hangs in MLflow does not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="display", daemon=True)
+        self._thread.start()
+
+    def finish(self, seconds: float) -> str:
+        """End, after a last pass where rows are not shown; why MLflow is behind, '' if it is not.
+
+        No pass follows one that failed: the caller would wait for the same failure again.
+        """
+        self.stop()
+        self._thread.join(seconds)
+        if self._error or not self._thread.is_alive():
+            return self._error
+        return f"no answer within {seconds:g} s"
+
+    def stop(self) -> None:
+        """End without waiting."""
+        self._ending.set()
+
+    def _run(self) -> None:
+        seen, due = _times(self._service.home), time.monotonic()
+        while True:
+            last = self._ending.wait(LOOK_S)
+            times = _times(self._service.home)
+            retry = time.monotonic() >= due and not (last and self._error)
+            fresh = (last or times != seen) and not self._error
+            if retry or (fresh and self._is_behind()):
+                self._pass()
+                due = time.monotonic() + self._every_s
+            if last:
+                return
+            seen = times
+
+    def _is_behind(self) -> bool:
+        try:
+            return behind(self._service)
+        except Exception as error:
+            LOG.warning("rows that are not shown: %s", error)
+            return False
+
+    def _pass(self) -> None:
+        """The boundary of one pass: its failure is logged, and the next one makes up for it."""
+        try:
+            catch_up(self._service)
+        except Exception as error:
+            self._error = " ".join(str(error).split()) or type(error).__name__
+            LOG.warning("MLflow is behind and will be brought level: %s", self._error)
+        else:
+            self._error = ""
+
+
+def _times(home: Home) -> tuple[int, ...]:
+    """When journal and ledger were last written: their database and its write-ahead log."""
+    paths = (home.state_db, home.state_db.with_name(f"{home.state_db.name}-wal"))
+    return tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
+
+
+@contextmanager
+def showing(service: Service, progress: Reporter, is_up: bool) -> Iterator[None]:
+    """Show in MLflow what the block writes, and wait at its end for the rest, bounded.
+
+    Where the stack is up (``is_up``) its flows' process shows everything, and nothing is done here.
+    """
+    if is_up:
+        yield
+        return
+    display = Display(service, service.settings.projection.reconcile_seconds)
+    try:
+        yield
+    except BaseException:
+        display.stop()  # the error is told at once
+        raise
+    error = display.finish(LAST_S)
+    if error:
+        progress.say(f"MLflow is behind, the next command or `up` brings it level: {error}")
+
+
+def shown_within(service: Service, seconds: float) -> bool:
+    """Wait for another process's display; whether everything is shown by then."""
+    until = time.monotonic() + seconds
+    while behind(service):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(LOOK_S)
+    return True

@@ -1,39 +1,59 @@
-"""The journal, the ledger and the evaluations, shown in MLflow.
+"""How a home is drawn in MLflow: runs, metrics, plots, versions and aliases.
 
-A projection can be made again at any time from what the home owns, so MLflow may be down, slow or
-wiped without a round noticing; ``flows.show.catch_up`` brings it level.
+Every function can be repeated: what is there already is left or corrected. Only
+``flows.show.catch_up`` calls what writes; ``flows.serve.reconcile`` reads, with a bound on time.
 """
 
 import hashlib
 import json
-import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent.home import locked, write_atomically
-from agent.registry import Alias, Rows
+from agent.registry import Alias, Rows, Version
+from flows.round_files import RoundFiles
 from flows.service import Service
 
-if TYPE_CHECKING:  # a rollback shows aliases only, and does not wait for the plots' libraries
+if TYPE_CHECKING:  # reading aliases does not wait for the plots' libraries
     from flows.learn.evaluate import Who
     from flows.show.report import RoundReport
 
-LOG = logging.getLogger("anchorage.projection")
-WAIT_S = 20.0  # for another process that looks at aliases
+T = TypeVar("T")
+LOCK_S = 20.0  # longest wait for another process that reads or sets aliases
 WAITING = ("PROMOTE", "HOLD", "AWAIT_REVIEW", "APPROVED")
 NUMBERS = ("norm", "step_norm", "predicted_norm", "predicted_norm_l2", "reward_mean", "reward_std")
 
 
-def attempt(what: str, act: Callable[[], object]) -> bool:
-    """Do something to MLflow; a failure is logged and left to the catch-up, never raised."""
-    try:
-        act()
-    except Exception as error:
-        LOG.warning("MLflow: %s failed and will be made up for: %s", what, error)
-        return False
-    return True
+def within(seconds: float, act: Callable[[], T]) -> T:
+    """The result of a call to MLflow, waited for in a thread and only so long.
+
+    A thread, since neither an HTTP server that answers a byte at a time nor a locked database obeys
+    a time limit of ours. A late one is left to its own time-outs; its result is dropped.
+
+    Raises:
+        TimeoutError: There was no result by then. Whatever ``act`` raises is raised too.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(act())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="MLflow", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"MLflow: no answer within {seconds:g} s")
+    return results[0]
 
 
 def show_plan(service: Service, run_id: str) -> str:
@@ -45,12 +65,11 @@ def show_plan(service: Service, run_id: str) -> str:
 
 
 def rows_of(service: Service, run_id: str) -> Rows | None:
-    """What is told of a round's training rows; None for one that was replayed from another."""
-    path = service.home.run(run_id) / "rows.json"
+    """Hashes and origin of a round's training rows; None for a round replayed from another."""
     plan = service.journal.run(run_id).plan
-    if not path.is_file() or "rows" not in plan:
+    rows = RoundFiles(service.home, run_id).rows()
+    if not rows or "rows" not in plan:
         return None
-    rows = json.loads(path.read_text(encoding="utf-8"))
     hashes = (hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows)
     return Rows(plan["rows_sha256"], tuple(hashes), int(plan["rows"]["from_traffic"]))
 
@@ -58,71 +77,85 @@ def rows_of(service: Service, run_id: str) -> Rows | None:
 def show_generation(
     service: Service, run_id: str, drift: Mapping[str, Any], pace: Mapping[str, float]
 ) -> None:
-    """One generation's point on every curve, and its nested run."""
+    """One generation: a point on every curve of its round, and a nested run.
+
+    Args:
+        service: The parts of the home.
+        run_id: The round.
+        drift: The generation's drift as the journal keeps it.
+        pace: Its row of the round's pace; empty where it was not timed.
+    """
     metrics = {name: drift[name] for name in (*NUMBERS, "agree") if drift.get(name) is not None}
     metrics |= {f"norm.{layer}": norm for layer, norm in drift["layer_norms"].items()}
-    metrics |= pace
+    metrics |= {name: value for name, value in pace.items() if name != "generation"}
     mlflow_run = show_plan(service, run_id)
     generation = int(drift["generation"])
     service.registry.log_generation(mlflow_run, generation, metrics, {"anchorage.run": run_id})
 
 
 def show_round(
-    service: Service, told: "RoundReport", tables: Mapping["Who", Sequence[Path]]
+    service: Service, report: "RoundReport", tables: Mapping["Who", Sequence[Path]]
 ) -> None:
     """A judged round: metrics, plots, per-sample tables, verdict, report, and its version.
 
+    The version comes last: it names the report that a reviewer reads.
+
     Args:
         service: The parts of the home.
-        told: The round with the gate's figures.
+        report: The round with the gate's figures.
         tables: Per-sample parquet of "anchor", "champion" and "candidate".
     """
-    from flows.show import plots, report
+    from flows.show.report import examples, markdown
 
-    mlflow_run = show_plan(service, told.round_id)
-    registry = service.registry
-    generations = service.journal.generations(told.round_id)
+    mlflow_run, registry = show_plan(service, report.round_id), service.registry
+    generations = service.journal.generations(report.round_id)
     drift = [each.drift | {"no_op": each.step.no_op} for each in generations]
-    registry.log_metrics(mlflow_run, _accuracies(told))
-    registry.log_figure(mlflow_run, plots.drift(drift), "plots/drift.png")
-    registry.log_figure(
-        mlflow_run, plots.accuracies(told.tasks, "Accuracy by task"), "plots/accuracy.png"
-    )
-    if told.curve:
-        figure = plots.curve(told.curve, told.target, f"Round {told.round_id}: {told.target}")
-        registry.log_figure(mlflow_run, figure, "plots/curve.png")
-    if told.shift:
-        registry.log_metrics(mlflow_run, _divergences(told))
-        values = {
-            who: {task: row["kl"] for task, row in tasks.items()}
-            for who, tasks in told.shift.items()
-        }
-        figure = plots.heat_map(values, "KL(anchor || version), nats a token")
-        registry.log_figure(mlflow_run, figure, "plots/shift.png")
+    registry.log_metrics(mlflow_run, _accuracies(report) | _divergences(report))
+    for path, figure in _plots(report, drift).items():
+        registry.log_figure(mlflow_run, figure, path)
     for who, paths in tables.items():
-        for path in paths:
-            registry.log_file(mlflow_run, path, f"samples/{who}")
-    before = [row for path in tables["champion"] for row in samples(path, told.target)]
-    after = [row for path in tables["candidate"] for row in samples(path, told.target)]
-    text = report.markdown(told, drift, report.examples(before, after))
+        for table in paths:
+            registry.log_file(mlflow_run, table, f"samples/{who}")
+    before = [row for path in tables["champion"] for row in samples(path, report.target)]
+    after = [row for path in tables["candidate"] for row in samples(path, report.target)]
+    text = markdown(report, drift, examples(before, after))
     registry.log_text(mlflow_run, text, "report.md")
-    verdict = {"verdict": told.verdict, "reasons": list(told.reasons), "tasks": dict(told.tasks)}
-    verdict |= {"shift": dict(told.shift)}
+    verdict: dict[str, Any] = {"verdict": report.verdict, "reasons": list(report.reasons)}
+    verdict |= {"tasks": dict(report.tasks), "shift": dict(report.shift)}
     registry.log_text(mlflow_run, json.dumps(verdict, indent=1), "verdict.json")
-    parent = service.journal.run(told.round_id).parent_digest
     registry.register(
         mlflow_run,
-        service.directory(told.digest),
-        digest=told.digest,
-        parent=parent,
-        verdict=told.verdict,
+        service.directory(report.digest),
+        digest=report.digest,
+        parent=service.journal.run(report.round_id).parent_digest,
+        verdict=report.verdict,
         description=text,
     )
     registry.end_round(mlflow_run)
 
 
-def show_anchor(service: Service) -> None:
-    """The original model's version, so that every later one has a beginning to be seen."""
+def _plots(report: "RoundReport", drift: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """matplotlib figures by their path among the run's artifacts."""
+    from flows.show import plots
+
+    figures = {
+        "plots/drift.png": plots.drift(drift),
+        "plots/accuracy.png": plots.accuracies(report.tasks, "Accuracy by task"),
+    }
+    if report.curve:
+        title = f"Round {report.round_id}: {report.target}"
+        figures["plots/curve.png"] = plots.curve(report.curve, report.target, title)
+    if report.shift:
+        means = {
+            who: {task: row["kl"] for task, row in tasks.items()}
+            for who, tasks in report.shift.items()
+        }
+        figures["plots/shift.png"] = plots.heat_map(means, "KL(anchor || version), nats a token")
+    return figures
+
+
+def show_origin(service: Service) -> None:
+    """The version of the original model, which every later one descends from."""
     service.registry.register(
         None,
         service.origin.directory,
@@ -131,32 +164,43 @@ def show_anchor(service: Service) -> None:
         verdict="anchor",
         description=f"The original model, {service.origin.parameters:,} parameters.",
     )
-    show_aliases(service)
 
 
-def show_aliases(service: Service) -> None:
-    """Aliases as the ledger says: champion, previous, anchor, and the challenger of now.
+def show_aliases(service: Service, answered: str = "") -> None:
+    """Set the aliases as the ledger says: champion, previous, anchor, and today's challenger.
 
-    One that names nobody any more, because its challenger was decided on, is taken away.
-    The champion alias is announced in a file before it is set and confirmed after, so that a
-    person's move can be told from our own, also after a crash between the two (``shown``).
+    A champion alias that a person moved is left alone until reconcile has acted on the move.
+
+    Args:
+        service: The parts of the home.
+        answered: Number of the version that a person moved the alias to, once that is decided.
     """
-    with aliases_still(service):
-        wanted: dict[Alias, str | None] = {
-            "champion": service.champion(),
+    with aliases_lock(service):
+        digests: dict[Alias, str | None] = {
             "previous": service.ledger.previous(),
             "anchor": service.anchor.digest,
             "challenger": challenger(service),
         }
-        path, champion = service.home.aliases_json, str(wanted["champion"])
-        set_now = service.registry.aliases()
-        write_atomically(path, json.dumps([*shown(service), champion]))
-        for alias, digest in wanted.items():
-            if digest is None and alias in set_now:
+        present, champion = service.registry.aliases(), service.champion()
+        ours = (champion, *set_by_us(service))
+        for alias, digest in digests.items():
+            if digest is None and alias in present:
                 service.registry.drop_alias(alias)
-            elif digest is not None and (alias not in set_now or set_now[alias].digest != digest):
+            elif digest is not None and _points_elsewhere(present.get(alias), digest):
                 service.registry.set_alias(alias, digest)
-        write_atomically(path, json.dumps([champion]))
+        found = present.get("champion")
+        if found is None or found.number == answered or found.digest in ours:
+            # Announced before it is set and confirmed after: after a crash in between, an alias at
+            # either digest is known to be ours, and is not taken for a person's move.
+            path = service.home.aliases_json
+            write_atomically(path, json.dumps(ours))
+            if _points_elsewhere(found, champion):
+                service.registry.set_alias("champion", champion)
+            write_atomically(path, json.dumps([champion]))
+
+
+def _points_elsewhere(version: Version | None, digest: str) -> bool:
+    return version is None or version.digest != digest
 
 
 def challenger(service: Service) -> str | None:
@@ -170,17 +214,34 @@ def challenger(service: Service) -> str | None:
     return waiting[-1] if waiting and service.registry.version(waiting[-1]) else None
 
 
-def shown(service: Service) -> list[str]:
-    """The digests that this service itself may have pointed the champion alias at last."""
+@dataclass(frozen=True)
+class Wishes:
+    """What people did in MLflow: where the champion alias is, and what reviewers tagged."""
+
+    moved: Version | None  # None: the champion alias is where this service set it
+    reviews: tuple[Version, ...]  # versions tagged approve or reject
+
+
+def read_wishes(service: Service) -> Wishes:
+    """What MLflow says now. The lock keeps our own change of the alias out of the comparison."""
+    with aliases_lock(service):
+        alias, ours = service.registry.aliases().get("champion"), set_by_us(service)
+    moved = None if alias is None or alias.digest in ours else alias
+    versions = service.registry.versions()
+    return Wishes(moved, tuple(each for each in versions if each.review in ("approve", "reject")))
+
+
+def set_by_us(service: Service) -> list[str]:
+    """The digests that the champion alias may stand at because this service set it there."""
     path = service.home.aliases_json
-    found: list[str] = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    return found
+    digests: list[str] = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    return digests
 
 
-def aliases_still(service: Service) -> AbstractContextManager[None]:
-    """Held by whoever sets aliases, or compares them with what was set: one at a time."""
-    taken = f"MLflow: another process has been setting aliases for {WAIT_S:.0f} s"
-    return locked(service.home.aliases_lock, taken=taken, wait_s=WAIT_S)
+def aliases_lock(service: Service) -> AbstractContextManager[None]:
+    """One process at a time sets aliases, or compares them with what was set."""
+    taken = f"MLflow: another process has been setting aliases for {LOCK_S:.0f} s"
+    return locked(service.home.aliases_lock, taken=taken, wait_s=LOCK_S)
 
 
 def samples(table: Path, task: str) -> list[dict[str, Any]]:
@@ -191,19 +252,19 @@ def samples(table: Path, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _accuracies(told: "RoundReport") -> dict[str, float]:
+def _accuracies(report: "RoundReport") -> dict[str, float]:
     """accuracy.<task>.<who> for every figure there is."""
     return {
         f"accuracy.{task}.{who}": row[who]
-        for task, row in told.tasks.items()
+        for task, row in report.tasks.items()
         for who in ("anchor", "champion", "candidate")
         if row[who] is not None
     }
 
 
-def _divergences(told: "RoundReport") -> dict[str, float]:
+def _divergences(report: "RoundReport") -> dict[str, float]:
     """kl.<task> of the candidate and the ends of its interval, kl.<task>.low and .high."""
-    rows = told.shift.get("candidate", {})
+    rows = report.shift.get("candidate", {})
     means = {f"kl.{task}": row["kl"] for task, row in rows.items()}
     ends = {f"kl.{task}.{end}": row[end] for task, row in rows.items() for end in ("low", "high")}
     return means | ends

@@ -20,14 +20,16 @@ from agent.config import load
 from agent.home import Home
 from agent.learner import es
 from agent.learner.penalty import Penalty
+from agent.sections import GateSettings
 from agent.store.experience import Answer, Interaction, Judgement
-from evaluators.gate import Sample, Tables, decide
+from evaluators.gate import GateRules, Sample, Tables, decide
 from flows.learn.collect import Collected, collect_rows
 from flows.service import Service
 
 pytestmark = pytest.mark.proof
 
 TARGET, PRIORS = "gsm8k", ("arc_challenge", "hellaswag", "piqa")
+RULES = GateRules.of(GateSettings())
 WIDTH, ANSWERS, CLASSES = 200, 10, 12
 PRINCIPALS, MALICIOUS, ROWS = 50, 5, 200
 SIGMA, ALPHA, POPULATION, GENERATIONS = 0.02, 0.02, 48, 30
@@ -153,7 +155,7 @@ def history(world: World, folder: Path, rounds: int, attack: Attack, cap: float 
         names = ("anchor", "champion", "candidate")
         models = (world.anchor, champion, candidate)
         tables = (world.table(m, name) for m, name in zip(models, names, strict=True))
-        if decide(Tables(*tables), TARGET).verdict == "promote":
+        if decide(Tables(*tables), TARGET, RULES).verdict == "promote":
             champion = candidate
             served.append(champion)
     return shares, candidates, served

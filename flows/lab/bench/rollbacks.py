@@ -1,7 +1,7 @@
 """The way back, timed on a stack that serves: as an act of a process that runs, and as a command.
 
     served    from the call until the earlier version is verified and chosen (serving.json)
-    whole     from the call until everything is written and shown: ledger, MLflow's aliases
+    whole     from the call until everything is written (MLflow follows by itself)
 
 The act is `flows.serve.swaps.rollback`, as flows and baking call it; the command is
 `anchorage rollback`, so its times hold the start of a Python process too.
@@ -19,7 +19,6 @@ from deploy.serving.served import Served, read_served
 from flows.serve import promote, swaps
 from flows.service import Service
 from flows.session import Session
-from flows.show import mlflow
 from flows.show.progress import Reporter, Silent
 
 ROLLBACK_S = 2.0  # what is promised of an act in place
@@ -82,7 +81,7 @@ def _timed(
 
 
 def _known(service: Service, other: Served) -> None:
-    """Journal, ledger and MLflow as after a round that made ``other`` and passed the gate."""
+    """Journal and ledger as after a round that made ``other`` and passed the gate."""
     anchor, run = service.anchor.digest, "0001-bench"
     service.journal.open_run(
         run,
@@ -96,12 +95,3 @@ def _known(service: Service, other: Served) -> None:
     service.journal.finish(run, other.digest, "a bench", time.time())
     for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
         service.record(other.digest, state, "a bench")
-    mlflow.show_anchor(service)
-    service.registry.register(
-        None,
-        service.directory(other.digest),
-        digest=other.digest,
-        parent=anchor,
-        verdict="promote",
-        description="The anchor and a little noise.",
-    )

@@ -17,7 +17,8 @@ from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.replay import replay
 from agent.store.weights import Parameters, export
 from flows.commands.forget import forget_now
-from flows.learn.snapshots import given_up, sweep
+from flows.learn.snapshots import sweep
+from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show.progress import Silent
 
@@ -49,10 +50,8 @@ def learn(service: Service, run_id: str, parent: str, uses: bool) -> str:
     if uses:
         used = service.experience.rows("gsm8k")
         service.experience.use(run_id, "train", used)
-        folder = service.home.run(run_id)
-        folder.mkdir(parents=True)
         rows = [*(json.loads(str(row.example)) for row in used), {"question": "ours"}]
-        (folder / "rows.json").write_text(json.dumps(rows))
+        RoundFiles(service.home, run_id).write_rows(rows)
     parameters: Parameters = replay(journal, anchor, parent)
     draw = np.random.default_rng(3)
     predicted = Prediction(0.0, 0.0)
@@ -137,8 +136,8 @@ def test_an_open_round_that_lost_rows_is_not_taken_up(service: Service) -> None:
     rows.parent.mkdir()
     rows.write_text(json.dumps([{"question": SECRET}, {"question": "ours"}]))
     service.experience.use(run.run_id, "train", service.experience.rows("gsm8k")[:1])
-    assert not given_up(service, run)
+    assert not RoundFiles(service.home, run.run_id).given_up()
     told = forget_now(service.home.root, "ann", True, Silent())
-    assert given_up(service, run)
+    assert RoundFiles(service.home, run.run_id).given_up()
     assert run.run_id not in told["replayed"]  # it has made nothing
     assert json.loads(rows.read_text()) == [None, {"question": "ours"}]

@@ -21,8 +21,9 @@ import torch
 from agent.errors import UserError
 from agent.store.weights import Anchor
 from flows.lab.study import StudyPlan, study, study_now
-from flows.learn.weigh import gate_settings
+from flows.learn.weigh import gate_rules
 from flows.service import Service
+from flows.show.catch_up import catch_up
 from flows.show.progress import Advance, Silent
 
 pytestmark = pytest.mark.proof
@@ -69,7 +70,9 @@ def studied(planted_in, scale, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield Studied(study_now(home, None, plan, None, Silent()), Service.at(home))
     else:
         opened = planted_in(home, shown=True)
-        yield Studied(study(opened, StudyPlan(3, ("gsm8k", "countdown"), {})), opened.service)
+        told = study(opened, StudyPlan(3, ("gsm8k", "countdown"), {}))
+        catch_up(opened.service)
+        yield Studied(told, opened.service)
         opened.close()
 
 
@@ -98,8 +101,7 @@ def test_what_an_earlier_target_gained_is_kept_and_the_anchor_stays(studied: Stu
     assert (kept["task"], kept["baseline"]) == (promoted[0]["target"], "champion")
     assert {reason["baseline"] for reason in reasons if reason["step"] == "prior"} == {"anchor"}
     assert (
-        promoted[0]["target"]
-        in gate_settings(service, service.journal.run(later["round"])).retained
+        promoted[0]["target"] in gate_rules(service, service.journal.run(later["round"])).retained
     )
     assert {run.anchor_digest for run in runs} == {told["anchor"]} == {service.anchor.digest}
     first, again = (rows_of(service, told["rounds"][place]["round"]) for place in (0, 2))

@@ -25,6 +25,7 @@ from flows.learn.curve import learner_share
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import tuned_lambda
 from flows.service import Service
+from flows.show.catch_up import show_run
 from flows.show.progress import Reporter, Silent
 
 pytestmark = pytest.mark.proof
@@ -218,6 +219,8 @@ def test_a_round_in_progress_keeps_two_snapshots_and_goes_on_without_any(
 
 def test_the_learners_share_is_told_every_generation_and_over_the_round(bench: Bench) -> None:
     made = bench.learn()
+    assert bench.recorder.metrics == {}, "learning itself shows nothing"
+    show_run(bench.service, made.run_id)
     told = [bench.recorder.metrics[generation] for generation in range(TINY["generations"])]
     for row in told:
         assert row["seconds.render"] == row["seconds.update"] == pytest.approx(4e-6)
@@ -357,7 +360,7 @@ def test_an_open_round_leaves_out_a_row_that_cannot_be_asked_and_says_whose(benc
     assert LONG not in bench.engine.asked
     assert len(bench.engine.asked) == 5
     assert [line.partition(" is left out: ")[0] for line in listener.said] == [
-        "round 0001-gsm8k: goes on at generation 1",
+        "round 0001-gsm8k: resumed at generation 1",
         f"round 0001-gsm8k: row {place} of eve",
     ]
     for number, each in enumerate(bench.service.journal.generations(run.run_id)):

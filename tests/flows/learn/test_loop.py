@@ -7,6 +7,7 @@ import pytest
 
 from deploy.serving.served import Served, write_served
 from flows.learn import loop
+from flows.learn.weigh import weigh
 from flows.serve import promote
 from flows.serve.reconcile import poll
 from flows.session import Session
@@ -26,7 +27,7 @@ def killed_after_its_verdict(session: Session, serve: bool) -> str:
     assert loop.learn(session, "gsm8k") == learnt, "it is judged before another round begins"
 
     def weighed() -> dict[str, Any]:
-        loop.weigh(session, learnt.run_id, serve=serve)
+        weigh(session, learnt.run_id, serve=serve)
         poll(session)
         assert service.ledger.state(learnt.digest) == "PROMOTE", "left to the loop, which lives"
         raise Killed

@@ -7,6 +7,7 @@ from agent.errors import UserError
 from evaluators.runner import read_samples
 from flows.learn import loop
 from flows.learn.collect import evaluation_pool
+from flows.learn.weigh import weigh
 
 FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 
@@ -14,7 +15,7 @@ FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 def judged(planted, home, **gate):
     opened = planted(home, gate={"margins": {}, "confirm": False, **gate}, **FEW)
     learnt = loop.learn(opened, "gsm8k")
-    report = loop.weigh(opened, learnt.run_id).report
+    report = weigh(opened, learnt.run_id).report
     opened.close()
     return opened.service, report
 

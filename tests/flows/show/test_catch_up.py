@@ -6,9 +6,9 @@ import pytest
 
 from flows.commands.replays import replay_now
 from flows.learn import loop
+from flows.learn.weigh import weigh
 from flows.serve import swaps
 from flows.serve.promote import move_anchor, promote
-from flows.serve.reconcile import poll
 from flows.show.catch_up import catch_up
 
 pytestmark = pytest.mark.proof
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.proof
 def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
     away = planted()
     learnt = loop.learn(away, "gsm8k", {"generations": 2})
-    loop.weigh(away, learnt.run_id)
+    weigh(away, learnt.run_id)
     back = planted(shown=True)
-    poll(back)
+    catch_up(back.service)
     registry = back.service.registry
     run = registry._client.get_run(registry.start_round(learnt.run_id, {}))
     shown = registry._client.get_metric_history(run.info.run_id, "norm")
@@ -42,12 +42,12 @@ def test_rounds_after_a_move_are_tied_to_the_new_anchor_and_all_replay(planted: 
     opened = planted(review={"allow_anchor_move": True})
     service = opened.service
     first = loop.learn(opened, "gsm8k")
-    assert loop.weigh(opened, first.run_id).report.verdict == "promote"
+    assert weigh(opened, first.run_id).report.verdict == "promote"
     promote(opened, first.digest)
     service.record(first.digest, "CHAMPION", "a test")
     move_anchor(opened, first.digest, "a test")
     second = loop.learn(opened, "countdown")
-    judged = loop.weigh(opened, second.run_id)
+    judged = weigh(opened, second.run_id)
     assert service.journal.run(second.run_id).anchor_digest == first.digest
     assert judged.tables["anchor"][0].parent.name == first.digest
     for made in (first, second):

@@ -27,6 +27,7 @@ from flows.serve import promote, swaps
 from flows.serve.bake import bake
 from flows.service import Service
 from flows.session import Session
+from flows.show.catch_up import catch_up
 from flows.show.progress import Silent
 
 HOME = Path(sys.argv[1])
@@ -140,6 +141,13 @@ def act(command: dict[str, Any]) -> dict[str, Any]:
     if command["act"] == "race":
         return race(command)
     session = opened(command)
+    done = carried_out(session, command)
+    if command.get("point", "").startswith("alias:"):
+        catch_up(session.service)  # as a command without a stack does at its end
+    return done
+
+
+def carried_out(session: Session, command: dict[str, Any]) -> dict[str, Any]:
     match command["act"]:
         case "register":
             register(session, command["digests"])
