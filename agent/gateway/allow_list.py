@@ -23,7 +23,7 @@ LOG = logging.getLogger("anchorage.gateway")
 ONE_MODEL = b"/v1/models/"  # and a name
 MODEL_PATH = re.compile(rb"/v1/models/(?![./])(?:[A-Za-z0-9_@-]|%40|%2[Ff]|[./](?![./])){1,256}")
 CLIENT_CLOSED = 499  # status in log and metrics of a client that left before its answer
-METHODS = {"POST": ("POST",), "GET": ("GET", "HEAD")}
+METHODS = {"POST": ("POST",), "GET": ("GET", "HEAD"), "GET, POST": ("GET", "HEAD", "POST")}
 
 
 @dataclass(frozen=True, slots=True)

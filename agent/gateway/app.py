@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from agent.errors import UserError
 from agent.gateway import paths
 from agent.gateway.allow_list import ONE_MODEL, AllowList, PublicPath
-from agent.gateway.capture import Capture, Verifier, Verify
+from agent.gateway.capture import Capture, Check, Verifier, Verify
 from agent.gateway.exchange import GatewayParts, KeptVersions
 from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore, Quota
@@ -36,6 +36,7 @@ def create_app(
     *,
     upstream: httpx.AsyncBaseTransport | Path,
     verify: Verify,
+    check: Check = lambda _task, _row: None,
     experience: ExperienceStore,
     version: str,
     keys: KeyStore | None = None,
@@ -44,8 +45,8 @@ def create_app(
 ) -> Starlette:
     """The public application; its ``state.parts`` is what ``admin.create_admin`` works on.
 
-    upstream: the engine's socket, or a transport in its place. verify: see ``capture.Verify``.
-    version: digest of the weights the engine serves now. keys: where None, those of
+    upstream: the engine's socket, or a transport in its place. verify, check: see
+    ``capture``. version: digest of the weights the engine serves now. keys: where None, those of
     ``experience``; beyond this machine there must be one from the start. recover: called with
     that digest when a hold runs out; it restores the engine and returns the digest served then.
     kept: digests to list beside the champion. UserError where the settings contradict each other.
@@ -60,7 +61,7 @@ def create_app(
         admission=_admission(settings, Route(version, _upstream(settings, upstream)), metrics),
         capture=Capture(
             experience,
-            Verifier(verify, settings.verify_workers, settings.verify_timeout_s),
+            Verifier(verify, settings.verify_workers, settings.verify_timeout_s, check),
             settings.capture_backlog,
             on_verdict=metrics.verdict,
             on_drop=metrics.dropped.inc,
@@ -120,7 +121,7 @@ PUBLIC_PATHS = {
     b"/v1/models": PublicPath("models", "GET", paths.list_models),
     ONE_MODEL: PublicPath("model", "GET", paths.one_model),
     b"/v1/feedback": PublicPath("feedback", "POST", paths.give_feedback),
-    b"/v1/rewards": PublicPath("rewards", "GET", paths.list_rewards),
+    b"/v1/rewards": PublicPath("rewards", "GET, POST", paths.rewards),
     b"/healthz": PublicPath("healthz", "GET", paths.health),
     b"/metrics": PublicPath("metrics", "GET", paths.metrics_text),
     b"/openapi.json": PublicPath("openapi", "GET", paths.description),

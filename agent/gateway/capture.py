@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,10 @@ from agent.store.experience import ExperienceStore, Interaction, Judgement, Unju
 from agent.store.intake import text_hash
 
 MAX_STUCK = 8  # threads still running after their time; more verifications are refused
+MAX_ERROR = 256  # characters of an error, as its column is wide
+CHECK_S = 0.5  # longest a request waits for its row to be checked
+
+T = TypeVar("T")
 
 
 class VerdictLike(Protocol):
@@ -38,7 +42,15 @@ class VerdictLike(Protocol):
 
 
 Verify = Callable[[str, Mapping[str, Any] | str, str], VerdictLike]
-"""(task, the row or a known row's id, completion) -> verdict; raises where it cannot tell."""
+"""(task, the row or a known row's id, completion) -> verdict; raises where it cannot tell, and
+RowRefusedError for a row that cannot be learnt from."""
+
+Check = Callable[[str, Mapping[str, Any]], str | None]
+"""(task, a client's row) -> why it is refused at once, or None; quick."""
+
+
+class RowRefusedError(Exception):
+    """A row that a client sent cannot be learnt from; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +64,22 @@ class Finding:
 
 
 class Verifier:
-    """Runs a verify function so that a slow or failing one costs a row, never the service."""
+    """Runs foreign verify and check functions; one that is slow or fails costs its row only.
 
-    def __init__(self, verify: Verify, workers: int, timeout_s: float) -> None:
+    Each call runs in a daemon thread of its own, because a thread cannot be ended: one that never
+    returns is left behind and must not keep the process alive. After MAX_STUCK of them no more are
+    started.
+    """
+
+    def __init__(
+        self,
+        verify: Verify,
+        workers: int,
+        timeout_s: float,
+        check: Check = lambda _task, _row: None,
+    ) -> None:
         self._verify = verify
+        self._check = check
         self._places = asyncio.Semaphore(workers)
         self._timeout_s = timeout_s
         self._stuck = 0
@@ -63,35 +87,62 @@ class Verifier:
     async def judge(
         self, task: str, example_id: str | None, example: str | None, completion: str
     ) -> Finding:
-        """The finding; whatever the verifier raises becomes ``error``, by its type's name only."""
+        """The finding. A row's refusal is told in words, any other exception by its type only."""
         async with self._places:
-            if self._stuck >= MAX_STUCK:
-                return Finding(error="verifier stuck")
-            work = self._in_thread(task, example_id, example, completion)
-            done, _ = await asyncio.wait({work}, timeout=self._timeout_s)
-            if done:
-                return work.result()
-            self._stuck += 1
-            work.add_done_callback(self._unstuck)
-            return Finding(error=f"timeout after {self._timeout_s:g} s")
+            return await self._in_time(
+                lambda: _finding(self._verify, task, example_id, example, completion),
+                self._timeout_s,
+                Finding(error="verifier stuck"),
+                Finding(error=f"timeout after {self._timeout_s:g} s"),
+            )
 
-    def _in_thread(
-        self, task: str, example_id: str | None, example: str | None, completion: str
-    ) -> "asyncio.Future[Finding]":
-        """A daemon thread: a verifier that never returns must not keep the process alive."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Finding] = loop.create_future()
+    async def refusal(self, task: str, example: str) -> str | None:
+        """Why a row is refused before its request is answered, or None.
 
-        def run() -> None:
-            finding = _finding(self._verify, task, example_id, example, completion)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, future, finding)
+        None as well where that cannot be told in CHECK_S: the row is judged after the answer, in
+        more time. Not counted among the verifications at once, which may take seconds.
+        """
+        return await self._in_time(
+            lambda: self._check(task, orjson.loads(example)), CHECK_S, None, None
+        )
 
-        threading.Thread(target=run, name="verify", daemon=True).start()
-        return future
+    async def _in_time(self, work: Callable[[], T], limit_s: float, stuck: T, late: T) -> T:
+        """What the work returns, or ``late``, or ``stuck`` where too many threads are left over."""
+        if self._stuck >= MAX_STUCK:
+            return stuck
+        future = _in_thread(work)
+        done, _ = await asyncio.wait({future}, timeout=limit_s)
+        if done:
+            return future.result()
+        self._stuck += 1
+        future.add_done_callback(self._unstuck)
+        return late
 
-    def _unstuck(self, _work: "asyncio.Future[Finding]") -> None:
+    def _unstuck(self, _work: object) -> None:
         self._stuck -= 1
+
+
+def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
+    """Run in a daemon thread; an exception of the work is raised by the future."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not future.done():
+            set_outcome()
+
+    def run() -> None:
+        try:
+            value = work()
+            outcome = lambda: future.set_result(value)  # noqa: E731
+        except Exception as error:
+            failure = error
+            outcome = lambda: future.set_exception(failure)  # noqa: E731
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="verify", daemon=True).start()
+    return future
 
 
 def _finding(
@@ -101,16 +152,13 @@ def _finding(
         row = orjson.loads(example) if example is not None else example_id or ""
         verdict = verify(task, row, completion)
         reward, format_ = float(verdict.reward), float(verdict.format)
+    except RowRefusedError as error:
+        return Finding(error=f"row refused: {error}"[:MAX_ERROR])
     except Exception as error:
         return Finding(error=type(error).__name__)
     if not (math.isfinite(reward) and math.isfinite(format_)):
         return Finding(error="reward not finite")
     return Finding(reward, format_, verdict.extracted)
-
-
-def _settle(future: "asyncio.Future[Finding]", finding: Finding) -> None:
-    if not future.done():
-        future.set_result(finding)
 
 
 LOG = logging.getLogger("anchorage.gateway")
@@ -120,7 +168,6 @@ LINGER_S = 0.01  # verdicts, which come in company
 ORPHAN_AGE_S = 60.0  # an unjudged row older than this lost its process
 TICK_S = 1e-6  # verdicts of one batch get moments of their own, in order
 
-T = TypeVar("T")
 OnVerdict = Callable[[str, str, Finding], None]  # task, version, finding
 
 
@@ -160,6 +207,17 @@ class Capture:
         """The row is written, or there will be none."""
         if event := self._pending.pop(inference_id, None):
             event.set()
+
+    async def refusal(self, asked: TaskAsked) -> str | None:
+        """Why the row of a request is refused before it is answered, or None."""
+        if asked.example is None:
+            return None
+        return await self._verifier.refusal(asked.task, asked.example)
+
+    def judge_later(self, items: Iterable[Unjudged]) -> None:
+        """Verify answers whose row came after them."""
+        for item in items:
+            self._judge(item)
 
     def submit(self, row: Interaction, call: Call) -> None:
         """Take a row without waiting; over the backlog it is counted and dropped."""
@@ -274,7 +332,9 @@ def kept(call: Call) -> Mapping[str, Any]:
     """Columns of a row that come from the request: text only where the call allows it."""
     if not call.captures_text:
         return {"session_id": call.session_id}
-    prompt = orjson.dumps(call.prompt).decode()
+    tools = call.payload.get("tools")
+    asked = call.prompt if tools is None else {"messages": call.prompt, "tools": tools}
+    prompt = orjson.dumps(asked).decode()
     prompt_hash = text_hash(prompt)
     conversation = f"session:{call.session_id}" if call.session_id else prompt_hash
     columns: dict[str, Any] = {
@@ -286,8 +346,13 @@ def kept(call: Call) -> Mapping[str, Any]:
     return columns | (_task_columns(call.task) if call.task else {})
 
 
-def row_hash(task: str, example_id: str | None, example: str | None) -> str:
-    """What makes two task rows the same: the known id, or the row in any key order."""
+def row_hash(task: str, example_id: str | None, example: str | None) -> str | None:
+    """What makes two task rows the same: the known id, or the row in any key order.
+
+    None where neither is there: the row comes later, or never.
+    """
+    if example_id is None and example is None:
+        return None
     if example is None:
         return text_hash(f"{task}\nid\n{example_id}")
     canonical = orjson.dumps(orjson.loads(example), option=orjson.OPT_SORT_KEYS).decode()
@@ -305,7 +370,7 @@ def _task_columns(asked: TaskAsked) -> dict[str, Any]:
 
 
 def _to_judge(row: Interaction) -> list[Unjudged]:
-    if row.task is None or row.status != "ok":
+    if row.task is None or row.row_hash is None or row.status != "ok":
         return []
     ids = {"inference_id": row.inference_id, "task": row.task, "version": row.version}
     return [

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 INT64 = 2**63
+MAX_EXAMPLE_CHARACTERS = 16_384  # of a row as JSON
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -158,7 +159,7 @@ class Sampling(Strict):
         Annotated[
             dict[
                 Annotated[str, StringConstraints(min_length=1, max_length=64)],
-                Annotated[str, StringConstraints(max_length=16_384)],
+                Annotated[str, StringConstraints(max_length=MAX_EXAMPLE_CHARACTERS)],
             ],
             Field(max_length=16),
         ]
@@ -218,3 +219,17 @@ class FeedbackRequest(Strict):
     id: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")] | None = None
     supersedes: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     rationale: Annotated[str, Field(max_length=8192)] | None = None
+
+
+class RewardRequest(Strict):
+    """POST /v1/rewards: the row that judges an answer given before, its gold answer included.
+
+    For an answer to a request with ``store: true`` or with a task and no row. The task's verifier
+    gives the reward, as it would have done with the row in ``metadata.example``; GET /v1/rewards
+    has it a moment later. However late it comes, the row counts in every round from then on while
+    the request is kept.
+    """
+
+    inference_id: Annotated[str, Field(min_length=1, max_length=128)]
+    task: Annotated[str, Field(min_length=1, max_length=64)]
+    example: dict[str, Any]

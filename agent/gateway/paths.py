@@ -16,14 +16,15 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from agent.gateway.capture import row_hash
 from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.exchange import Exchange, GatewayParts, unknown_model
-from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest
+from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest
 from agent.gateway.keys import KeyStore, Principal
-from agent.gateway.requests import Call, ServedModel, parse
+from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row
 from agent.gateway.stream import StreamedAnswer
 from agent.sections import GatewaySettings
-from agent.store.feedback import Feedback, FeedbackRefusedError, add
+from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, add, keep_row
 
 BODY_TIMEOUT_S = 30.0  # for a request's body to arrive
 SETTLE_S = 5.0  # for an answer's row to be written before feedback on it is looked up
@@ -46,6 +47,8 @@ def completer(read: Read) -> Callable[[Request], Awaitable[Response]]:
         if call.task is not None:
             _allow(principal, "submit_task")
         await parts.quota.take(principal.owner)
+        if call.task is not None:
+            await _fitting(parts, call.task, "metadata.example")
         exchange = Exchange(parts, call, principal, request.state.request_id)
         return await exchange.respond(request.receive) or StreamedAnswer(exchange)
 
@@ -93,6 +96,43 @@ async def give_feedback(request: Request) -> Response:
         raise ApiError(REFUSALS.get(error.reason, 409), str(error), code=error.reason) from None
     record = {"id": item.feedback_id, "object": "feedback", "weight": 0, "recorded": new}
     return _json(record | {"inference_id": item.inference_id}, 201 if new else 200)
+
+
+async def rewards(request: Request) -> Response:
+    """GET: verdicts. POST: the row of an answer given before, so that it is judged."""
+    return await (give_row(request) if request.method == "POST" else list_rewards(request))
+
+
+async def give_row(request: Request) -> Response:
+    """Keep a row that comes after its answer: 201 when new, 200 when it was there before."""
+    parts: GatewayParts = request.app.state.parts
+    principal = await _principal(request, "submit_task")
+    inference_id, asked = read_late_row(await _body(request), parts.model.tasks)
+    await parts.quota.take(principal.owner)
+    await _fitting(parts, asked, "example")
+    await parts.capture.settle(inference_id.rpartition("-")[2], SETTLE_S)
+    row = LateRow(
+        inference_id=inference_id,
+        principal=principal.owner,
+        task=asked.task,
+        example=str(asked.example),
+        row_hash=str(await asyncio.to_thread(row_hash, asked.task, None, asked.example)),
+    )
+    try:
+        unjudged = await asyncio.to_thread(
+            keep_row, parts.store, row, any_owner=principal.may("review")
+        )
+    except FeedbackRefusedError as error:
+        raise ApiError(REFUSALS.get(error.reason, 409), str(error), code=error.reason) from None
+    parts.capture.judge_later(unjudged)
+    record = {"inference_id": inference_id, "object": "reward", "task": asked.task}
+    return _json(record | {"recorded": bool(unjudged)}, 201 if unjudged else 200)
+
+
+async def _fitting(parts: GatewayParts, asked: TaskAsked, name: str) -> None:
+    """ApiError 400 for a row that does not fit its task."""
+    if reason := await parts.capture.refusal(asked):
+        raise ApiError(400, f"{name}: {reason}", param=name, code="row_refused")
 
 
 async def list_rewards(request: Request) -> Response:
@@ -209,7 +249,7 @@ def _json(content: object, status: int = 200) -> Response:
 
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 of every public path."""
-    models = (ChatRequest, CompletionRequest, FeedbackRequest)
+    models = (ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest)
     _, schemas = models_json_schema([(m, "validation") for m in models], ref_template=REF)
     return {
         "openapi": "3.1.0",
@@ -221,7 +261,8 @@ def document() -> dict[str, Any]:
             "/v1/models": {"get": _get("listModels")},
             "/v1/models/{model}": {"get": _get("retrieveModel", [_path("model")])},
             "/v1/rewards": {
-                "get": _get("listRewards", [_query("since", "number"), _query("limit", "integer")])
+                "get": _get("listRewards", [_query("since", "number"), _query("limit", "integer")]),
+                "post": _post("createReward", RewardRequest),
             },
             "/healthz": {"get": _get("health")},
             "/metrics": {"get": _get("metrics")},
@@ -237,7 +278,8 @@ def document() -> dict[str, Any]:
 def _post(name: str, model: type) -> dict[str, Any]:
     schema = {"$ref": REF.format(model=model.__name__)}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return _get(name) | {"requestBody": body}
+    summary = (model.__doc__ or "").partition("\n")[0]
+    return _get(name) | {"summary": summary, "description": model.__doc__, "requestBody": body}
 
 
 def _get(name: str, parameters: list[dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -9,7 +9,14 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from agent.gateway.errors import ApiError
-from agent.gateway.fields import IGNORED, ChatRequest, CompletionRequest, Sampling
+from agent.gateway.fields import (
+    IGNORED,
+    MAX_EXAMPLE_CHARACTERS,
+    ChatRequest,
+    CompletionRequest,
+    RewardRequest,
+    Sampling,
+)
 from agent.sections import GatewaySettings
 
 Endpoint = Literal["chat.completions", "completions"]
@@ -39,7 +46,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class TaskAsked:
-    """A request for a verified reward: a known row by id, or the row itself."""
+    """A request for a verified reward: a known row by id, the row itself, or a row to come."""
 
     task: str
     example_id: str | None
@@ -151,9 +158,12 @@ def _task(metadata: Mapping[str, str], tasks: frozenset[str]) -> TaskAsked | Non
         raise ApiError(
             400, f"metadata.task: {_shown(task)}; allowed: {allowed}", param="metadata.task"
         )
-    if (example_id is None) == (example is None):
+    if example_id is not None and example is not None:
         raise ApiError(
-            400, "metadata: a task needs either example_id or example", param="metadata.example_id"
+            400,
+            "metadata: example_id and example; allowed: one of them, or neither for a row that "
+            "comes by POST /v1/rewards",
+            param="metadata.example_id",
         )
     if example is not None:
         _check_object(example)
@@ -161,14 +171,26 @@ def _task(metadata: Mapping[str, str], tasks: frozenset[str]) -> TaskAsked | Non
 
 
 def _check_object(example: str) -> None:
+    name = "metadata.example"
     try:
         row = orjson.loads(example)
-    except orjson.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict) or _depth(row) > MAX_SCHEMA_DEPTH:
-        raise ApiError(
-            400, "metadata.example: not a JSON object in a string", param="metadata.example"
-        )
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"{name}: not JSON at character {error.pos}", param=name) from None
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise ApiError(400, f"{name}: a JSON {kind}; allowed: an object", param=name)
+    if _depth(row) > MAX_SCHEMA_DEPTH:
+        raise ApiError(400, f"{name}: nested deeper than {MAX_SCHEMA_DEPTH}", param=name)
+
+
+def read_late_row(body: bytes, tasks: frozenset[str]) -> tuple[str, TaskAsked]:
+    """The inference id and the row of POST /v1/rewards, checked as ``metadata.example`` is."""
+    raw, checked = parse(body, RewardRequest)
+    example = orjson.dumps(raw["example"]).decode()
+    _cap("example (characters)", len(example), MAX_EXAMPLE_CHARACTERS)
+    asked = _task({"task": checked.task, "example": example}, tasks)
+    assert asked is not None
+    return checked.inference_id, asked
 
 
 def _cap(name: str, value: int | None, most: int) -> None:

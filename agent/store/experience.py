@@ -199,6 +199,7 @@ class ExperienceStore:
             _select(Unjudged)
             .where(interactions.c.task.is_not(None), interactions.c.status == "ok")
             .where(interactions.c.created < before)
+            .where(interactions.c.row_hash.is_not(None))  # its row may still be on its way
             .where(answers.c.judged.is_(None), answers.c.completion.is_not(None))
             .order_by(interactions.c.id)
             .limit(limit)
@@ -236,6 +237,16 @@ class ExperienceStore:
             .order_by(interactions.c.principal, answers.c.error)
         )
         return [(str(row[0]), str(row[1]), int(row[2])) for row in self._all(query)]
+
+    def waiting(self, task: str, since: float = 0.0) -> int:
+        """Interactions of a task created after ``since`` whose row has not come yet."""
+        query = (
+            select(func.count())
+            .select_from(interactions)
+            .where(interactions.c.task == task, interactions.c.row_hash.is_(None))
+            .where(interactions.c.created > since, interactions.c.status == "ok")
+        )
+        return int(self._all(query)[0][0])
 
     def rewards(
         self, principal: str | None, since: float = 0.0, limit: int = 1000

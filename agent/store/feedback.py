@@ -1,17 +1,29 @@
-"""Feedback from outside: late, repeatable, correctable, and of no weight in training."""
+"""What comes after an answer: feedback, of no weight in training, and a row that judges it.
+
+Both may be late and may be sent again. A client gives the row (its gold answer), never the reward:
+that is the verifier's.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, RowMapping, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from agent.store.experience import ExperienceStore
-from agent.store.experience_db import feedback
+from agent.store.experience import ExperienceStore, Unjudged
+from agent.store.experience_db import answers, feedback, interactions
 
-Refusal = Literal["unknown_inference", "unknown_feedback", "already_superseded", "id_reused"]
+Refusal = Literal[
+    "unknown_inference",
+    "unknown_feedback",
+    "already_superseded",
+    "id_reused",
+    "text_not_kept",
+    "other_task",
+    "row_known",
+]
 
 
 class FeedbackRefusedError(Exception):
@@ -54,6 +66,73 @@ def add(store: ExperienceStore, item: Feedback, now: float, *, any_owner: bool =
         return _write(store, values, context)
     except IntegrityError:  # two at once on PostgreSQL: the other one came first, now it is seen
         return _write(store, values, context)
+
+
+@dataclass(frozen=True, slots=True)
+class LateRow:
+    """The row that judges an answer given before, as ``metadata.example`` would have brought it."""
+
+    inference_id: str
+    principal: str
+    task: str
+    example: str  # JSON object
+    row_hash: str
+
+
+def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -> list[Unjudged]:
+    """Keep the row beside its answers, which can be judged then; [] where it is there already.
+
+    Raises FeedbackRefusedError for an unknown inference (or another principal's, unless
+    ``any_owner``), one whose text was not kept, that named another task, or that has another row.
+    """
+    with store.writing() as connection:
+        query = select(interactions).where(
+            (interactions.c.inference_id == row.inference_id)
+            | (interactions.c.response_id == row.inference_id)
+        )
+        found = connection.execute(query.order_by(interactions.c.id).limit(1)).mappings().first()
+        if found is None or (found["principal"] != row.principal and not any_owner):
+            raise FeedbackRefusedError(
+                "unknown_inference", f"inference_id: {row.inference_id!r} is not one of yours"
+            )
+        if _known_already(found, row):
+            return []
+        values = {"task": row.task, "source": "submitted", "example": row.example}
+        connection.execute(
+            update(interactions)
+            .where(interactions.c.id == found["id"])
+            .values(**values, row_hash=row.row_hash)
+        )
+        kept = select(answers.c.choice, answers.c.completion).where(
+            answers.c.interaction_id == found["id"]
+        )
+        return [
+            Unjudged(
+                inference_id=found["inference_id"],
+                choice=choice,
+                task=row.task,
+                example_id=None,
+                example=row.example,
+                completion=completion or "",
+                version=found["version"],
+            )
+            for choice, completion in connection.execute(kept)
+        ]
+
+
+def _known_already(found: RowMapping, row: LateRow) -> bool:
+    """Whether the interaction has this very row; FeedbackRefusedError where it can take none."""
+    if found["prompt"] is None or found["status"] != "ok":
+        raise FeedbackRefusedError(
+            "text_not_kept", "inference_id: its text was not kept; ask with store: true or a task"
+        )
+    if found["task"] not in (None, row.task):
+        raise FeedbackRefusedError(
+            "other_task", f"task: {row.task!r}; the request named {found['task']!r}"
+        )
+    if found["row_hash"] not in (None, row.row_hash):
+        raise FeedbackRefusedError("row_known", "inference_id: it has another row already")
+    return found["row_hash"] is not None
 
 
 def of(store: ExperienceStore, inference_id: str) -> list[Mapping[str, Any]]:

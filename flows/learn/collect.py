@@ -6,43 +6,28 @@ be used is set aside, with its principal and the reason.
 """
 
 import json
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any, cast
 
+from agent.errors import UserError
 from agent.gateway.keys import LOCAL
 from agent.store.experience import ExperienceRow
 from agent.store.intake import Caps, Intake, SetAside, Why, collect
-from evaluators.task import Message, Row, Task, form_problem, row_problem
+from evaluators.held_out import HeldOut, leaks, row_text
+from evaluators.task import Row, Task, form_problem, row_problem
+from flows.learn.prompts import Asked, chat, over, too_long
 from flows.service import Service
 
-MESSAGE_TOKENS = 8  # a chat template's own, for each message; measured ones add 4 to 6
+LOG = logging.getLogger("anchorage.flows")
 SHOWN_PROMPTS = 2  # of each kind, in `collect`
 SHOWN_REASONS = 20  # lines about what was set aside; the rest is counted in one more
 
-FIELDS = frozenset({"row", "messages", "sent"})  # of an entry in a round's file
-
 Told = tuple[Why, str]  # the kind of reason a row is set aside for, and the reason
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One prompt of a round and the row that judges its answers.
-
-    ``sent``: the messages are those a client sent, with no template of the task around them.
-    """
-
-    row: Row
-    messages: Sequence[Message]
-    sent: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As the file of a round keeps it."""
-        return {"row": self.row, "messages": self.messages, "sent": self.sent}
 
 
 @dataclass(frozen=True)
@@ -51,12 +36,16 @@ class Collected:
 
     ``traffic`` holds the requests behind the first prompts, one each, in their order.
     ``refused`` counts requests whose row was refused when it came: (principal, reason, requests).
+    ``waiting`` counts requests that named the task and whose row has not come yet.
+    ``leaks`` counts prompts that hold a row that judges, by the task of that row.
     """
 
     asked: tuple[Asked, ...]
     traffic: tuple[ExperienceRow, ...]
     set_aside: tuple[SetAside, ...]
     refused: tuple[tuple[str, str, int], ...]
+    leaks: Mapping[str, int]
+    waiting: int
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -81,6 +70,8 @@ class Collected:
             "from_traffic": self.from_traffic,
             "from_dataset": len(self.asked) - self.from_traffic,
             "set_aside": self.counts(),
+            "waiting_for_their_row": self.waiting,
+            "leaks": dict(self.leaks),
         }
 
     def reasons(self) -> list[dict[str, Any]]:
@@ -148,7 +139,49 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
         if key not in prompts and too_long(service, task, asked.messages) is None:
             prompts[key] = asked
     refused = service.experience.errors(target, since)
-    return Collected(tuple(prompts.values()), used, tuple(set_aside), tuple(refused))
+    texts = ["\n".join(m["content"] for m in each.messages) for each in prompts.values()]
+    return Collected(
+        tuple(prompts.values()),
+        used,
+        tuple(set_aside),
+        tuple(refused),
+        leaks(held_out(service, target), texts),
+        service.experience.waiting(target, since),
+    )
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """Which rows judge, so that those of equal settings are read once in a process."""
+
+    settings: str
+    tasks: tuple[str, ...]
+    service: Service = field(compare=False)
+
+
+def held_out(service: Service, target: str) -> HeldOut:
+    """The rows of all tasks that judge a round on this target: open, selection and sealed ones.
+
+    Reading and indexing 10,000 rows takes some seconds, once a process. A task whose rows are not
+    to be had now cannot judge now either; it is left out, with a line in the log.
+    """
+    settings = service.settings
+    chosen = (settings.model, settings.tasks, settings.gate)
+    text = "".join(section.model_dump_json() for section in chosen)
+    tasks = tuple(sorted({target, *service.priors(target)}))
+    return _held_out(_Judging(text, tasks, service))
+
+
+@lru_cache(maxsize=2)
+def _held_out(judging: _Judging) -> HeldOut:
+    made = HeldOut()
+    for name in judging.tasks:
+        try:
+            made.add(judging.service.task(name), evaluation_pool(judging.service, name))
+        except UserError as error:
+            LOG.warning("rows of %s are not compared with traffic: %s", name, error)
+    made.hit("")  # makes the index now
+    return made
 
 
 def evaluation_pool(service: Service, target: str) -> Sequence[Row]:
@@ -164,56 +197,45 @@ def mark_used(service: Service, round_id: str, collected: Collected) -> None:
 
 
 def admit(service: Service, task: Task, row: object) -> str | None:
-    """Why a row that a client sends is not taken, or None; what is tried is quick."""
+    """Why a row that a client sends is not taken, or None: what can be tried at once."""
     if problem := form_problem(task, row):
         return problem
     return too_long(service, task, task.messages(cast(Row, row)))
 
 
-def too_long(service: Service, task: Task, messages: Sequence[Message]) -> str | None:
-    """Why a prompt leaves no room for its answer, or None. Tokens are counted a little high."""
-    return _over(service, task, count_tokens(service.origin.directory, messages))
+def admission(
+    service: Service, task: Task, row: object, judging_rows: HeldOut | None
+) -> Told | None:
+    """Why a row that a client sent is not learnt from, or None; the kind of reason, and it.
 
-
-def count_tokens(model: Path, messages: Sequence[Message]) -> int:
-    """Tokens of a chat in the model's tokenizer, its template's allowed for; 0 where it is not
-    a ``tokenizer.json``: then the engine alone can tell.
+    The same for every row, by whatever way it comes: its form and length, the verdicts on its gold
+    and on a wrong answer, and whether it is a row that judges, however it is spelt.
     """
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        return 0
-    encode = _tokenizer(path).encode
-    return sum(MESSAGE_TOKENS + len(encode(str(m["content"])).ids) for m in messages)
+    if problem := admit(service, task, row) or row_problem(task, row):
+        return "refused", problem
+    return lookalike(judging_rows, row_text(task, cast(Row, row)))
 
 
-@cache
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer  # the light part of transformers, which takes seconds
-
-    return Tokenizer.from_file(str(path))
-
-
-def _over(service: Service, task: Task, tokens: int) -> str | None:
-    room = service.settings.model.max_model_len - task.max_tokens
-    if tokens <= room:
-        return None
-    return f"its prompt has {tokens} tokens; allowed: {room}, so that an answer fits"
+def lookalike(judging_rows: HeldOut | None, text: str) -> Told | None:
+    """Whether a text holds a row that judges; None where these are not read yet."""
+    held = None if judging_rows is None else judging_rows.hit(text)
+    return ("overlapping", f"it holds a row that judges {held.task}") if held else None
 
 
 def _intake(service: Service, task: Task, count: int, since: float, turn: str) -> Intake:
     """Verified traffic of the target within its days of retention, shared among principals."""
     rows = service.experience.rows(task.name, since)
     known = service.training_rows(task.name)
-    held_out = frozenset(task.key(row) for row in evaluation_pool(service, task.name))
+    judging_rows = held_out(service, task.name) if rows else None
 
     @cache  # the same request often comes many times
     def judged(example: str | None, example_id: str | None, prompt: str | None) -> Told | None:
-        return _refusal(service, task, known, held_out, (example, example_id, prompt))
+        return _refusal(service, task, known, judging_rows, (example, example_id, prompt))
 
     def refuse(row: ExperienceRow) -> Told | None:
         if told := judged(row.example, row.example_id, row.prompt):
             return told
-        reason = _over(service, task, row.prompt_tokens)
+        reason = over(service, task, row.prompt_tokens)
         return ("not_as_sent", reason) if reason else None
 
     return collect(
@@ -240,70 +262,26 @@ def _refusal(
     service: Service,
     task: Task,
     known: Mapping[str, Row],
-    held_out: frozenset[str],
+    judging_rows: HeldOut | None,
     request: tuple[str | None, str | None, str | None],
 ) -> Told | None:
     """Why a stored request cannot be learnt from. Old homes hold rows that nobody checked."""
     example, example_id, prompt = request
+    told: Told | None
+    if example is None:
+        told = None if example_id in known else ("refused", "no training row has its example_id")
+    else:
+        try:
+            told = admission(service, task, json.loads(example), judging_rows)
+        except (ValueError, RecursionError):
+            told = "refused", "its row is not JSON"
+    if told is not None:
+        return told
     try:
-        row = known.get(example_id or "") if example is None else json.loads(example)
-    except (ValueError, RecursionError):
-        return "refused", "its row is not JSON"
-    if row is None:
-        return "refused", "no training row has its example_id"
-    problem = row_problem(task, row) if example is not None else form_problem(task, row)
-    if problem is None and example is not None:
-        problem = too_long(service, task, task.messages(row))
-    if problem is not None:
-        return "refused", problem
-    if task.key(row) in held_out:
-        return "overlapping", "the very row that judges"
-    try:
-        chat(prompt)
+        messages = chat(prompt)
     except ValueError as error:
         return "not_as_sent", str(error)
-    return None
-
-
-def chat(prompt: str | None) -> list[Message]:
-    """The messages of a captured request as an engine is asked them.
-
-    A list of text parts is joined by line feeds, as vLLM's server does for a template that
-    expects text.
-
-    Raises:
-        ValueError: It is none that a round can ask as it was sent, with the reason.
-    """
-    try:
-        messages = json.loads(prompt or "null")
-    except (ValueError, RecursionError):
-        raise ValueError("its prompt is not JSON") from None
-    if isinstance(messages, Mapping):
-        raise ValueError("it came with tools, which a round does not offer")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("a plain prompt; rounds ask chats")
-    made = list(map(_message, messages))
-    if made[-1]["role"] == "assistant":
-        raise ValueError("it ends with an answer")
-    return made
-
-
-def _message(message: Any) -> Message:
-    """One turn with its content as text; other fields as they are."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError("a plain prompt; rounds ask chats")
-    if message["role"] == "tool" or message.get("tool_calls"):
-        raise ValueError("it came with tools, which a round does not offer")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(str(part.get("text")) for part in content if isinstance(part, Mapping))
-    if not isinstance(content, str):
-        raise ValueError("a turn without text")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text that is not Unicode") from None
-    return {**message, "content": content}
+    return lookalike(judging_rows, "\n".join(message["content"] for message in messages))
 
 
 def _as_sent(request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
@@ -312,31 +290,3 @@ def _as_sent(request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
         known[request.example_id or ""] if request.example is None else json.loads(request.example)
     )
     return Asked(row, chat(request.prompt), sent=True)
-
-
-def opened_prompts(
-    service: Service, task: Task, entries: Sequence[Any]
-) -> tuple[list[Asked], dict[int, str]]:
-    """The prompts in the file of a round, and by place why some cannot be asked.
-
-    A file of an older home holds rows alone, which nobody checked; the template asks them.
-    """
-    shots = service.shots(task.name)
-    prompts: list[Asked] = []
-    left_out: dict[int, str] = {}
-    for place, entry in enumerate(entries):
-        if isinstance(entry, Mapping) and entry.keys() == FIELDS:
-            asked = Asked(entry["row"], entry["messages"], entry["sent"])
-            problem = form_problem(task, asked.row)
-        else:
-            problem = form_problem(task, entry)
-            asked = Asked(entry, [] if problem else task.messages(entry, shots(entry)), False)
-        if problem := problem or too_long(service, task, asked.messages):
-            left_out[place] = problem
-        prompts.append(asked)
-    return prompts, left_out
-
-
-def judging(task: Task, asked: Asked) -> Task:
-    """The task that judges an answer: the template's given first words are not a client's."""
-    return replace(task, prefill=None) if asked.sent else task

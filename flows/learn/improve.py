@@ -25,9 +25,10 @@ from agent.store.journal import DamagedError, Run
 from agent.store.replay import replay, route
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
-from flows.learn.collect import Asked, collect_rows, judging, mark_used, opened_prompts
+from flows.learn.collect import collect_rows, mark_used
 from flows.learn.curve import Curve, Pace
 from flows.learn.plan import chosen, plan_of, settled
+from flows.learn.prompts import Asked, judging, opened_prompts
 from flows.learn.snapshots import NEWEST, keep_snapshots, sweep
 from flows.round_files import RoundFiles
 from flows.service import Service

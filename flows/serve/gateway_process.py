@@ -2,35 +2,42 @@
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
+from agent.gateway.capture import RowRefusedError
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
 from deploy.serving.served import read_served
 from deploy.serving.watchdog import settled
+from evaluators.held_out import HeldOut
 from evaluators.task import Verdict, judge
 from evaluators.tasks import TASKS
+from flows.learn.collect import admission, admit, held_out
 from flows.service import Service
 
 
 def run(service: Service, port: int) -> None:
     """Serve the endpoint until a signal ends it."""
     served = read_served(service.home)
+    judging_rows: Future[HeldOut] = Future()
     public = create_app(
         service.settings.gateway,
         served_model(service),
         upstream=service.home.engine_socket(served.slot),
-        verify=lambda task, example, completion: verify(service, task, example, completion),
+        verify=lambda task, row, answer: verify(service, task, row, answer, judging_rows),
+        check=lambda task, row: admit(service, service.task(task), row),
         experience=service.experience,
         version=served.digest,
         recover=lambda _before: settled(service.home),
         kept=lambda: tuple(service.kept()),
     )
-    threading.Thread(target=warm, args=[service], name="warm", daemon=True).start()
+    threading.Thread(target=warm, args=[service, judging_rows], name="warm", daemon=True).start()
     serve(
         public,
         create_admin(public),
@@ -47,24 +54,40 @@ def served_model(service: Service) -> ServedModel:
 
 
 def verify(
-    service: Service, task: str, example: Mapping[str, Any] | str, completion: str
+    service: Service,
+    task: str,
+    example: Mapping[str, Any] | str,
+    completion: str,
+    judging_rows: "Future[HeldOut] | None" = None,
 ) -> Verdict:
     """The verdict of a task on a row a client sent, or on a known one by its id.
 
     A verifier's failure is raised, so that it is recorded as an error and never as a reward.
+    ``judging_rows``: looked through once they are read; rows that come before are compared when
+    they are collected.
+
+    Raises:
+        RowRefusedError: A client's row cannot be learnt from.
     """
-    row = known_row(service, task, example) if isinstance(example, str) else example
-    verdict = judge(service.task(task), completion, row)
+    chosen = replace(service.task(task), prefill=None)  # a client's prompt is its own
+    if isinstance(example, str):
+        row = known_row(service, task, example)
+    else:
+        row = example
+        known = judging_rows.result() if judging_rows and judging_rows.done() else None
+        if refused := admission(service, chosen, row, known):
+            raise RowRefusedError(refused[1])
+    verdict = judge(chosen, completion, row)
     if verdict.error is not None:
         raise ValueError(verdict.error)
     return verdict
 
 
-def warm(service: Service) -> None:
+def warm(service: Service, judging_rows: "Future[HeldOut] | None" = None) -> None:
     """Read rows and start own verifiers now, so that the first verification need not wait.
 
-    Only of the target and of own tasks. An error here is raised again by the first verification
-    that needs the rows.
+    Only of the target and of own tasks; then the rows that judge, with which clients' rows are
+    compared. An error here is raised again by the first verification that needs the rows.
     """
     target = service.settings.tasks.target
     for name, task in service.tasks.items():
@@ -72,6 +95,9 @@ def warm(service: Service) -> None:
             with suppress(UserError):
                 rows = service.training_rows(name)
                 judge(task, "", next(iter(rows.values()), {}))
+    if judging_rows is not None:
+        with suppress(UserError):
+            judging_rows.set_result(held_out(service, target))
 
 
 def known_row(service: Service, task: str, example_id: str) -> Mapping[str, Any]:

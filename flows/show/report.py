@@ -123,7 +123,9 @@ def _rows_lines(report: RoundReport) -> list[str]:
     line = (
         f"{report.rows['rows']} training prompts, {report.rows['from_traffic']} sent by clients; "
     )
-    return [line + f"requests set aside: {', '.join(kinds) or 'none'}."]
+    line += f"requests set aside: {', '.join(kinds) or 'none'}."
+    found = [f"{count} of {task}" for task, count in report.rows.get("leaks", {}).items()]
+    return [line + (f" Prompts that hold rows that judge: {', '.join(found)}." if found else "")]
 
 
 def _shift_lines(report: RoundReport) -> list[str]:

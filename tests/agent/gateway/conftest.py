@@ -250,7 +250,8 @@ def start(engine: FakeEngine, store: ExperienceStore, tmp_path: Path) -> Iterato
     with contextlib.ExitStack() as stack:
 
         def begin(*, keys: Any = None, verify: Any = verdict_of, **options: Any) -> Running:
-            parts = {k: options.pop(k) for k in ("recover", "kept", "version") if k in options}
+            names = ("recover", "kept", "version", "check")
+            parts = {name: options.pop(name) for name in names if name in options}
             settings = GatewaySettings(**options)
             app = create_app(
                 settings,

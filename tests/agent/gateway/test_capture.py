@@ -2,13 +2,15 @@
 
 import json
 import math
+import threading
 import time
 from typing import Any
 
+import openai
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from agent.gateway.capture import row_hash
+from agent.gateway.capture import RowRefusedError, row_hash
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction
 from agent.store.experience_db import answers, interactions
@@ -104,6 +106,113 @@ def test_a_verifiers_failure_is_an_error_and_never_a_zero(
     assert (
         'anchorage_verdicts_total{outcome="error",task="gsm8k",version="aaaaaaaaaaaa"} 1.0' in text
     )
+
+
+def test_a_refused_row_is_kept_with_the_reason_and_earns_nothing(start: Any) -> None:
+    def refuse(task: str, row: Any, completion: str) -> Any:
+        raise RowRefusedError(f"{task}: its gold answer scores 0" + "!" * 300)
+
+    running = start(verify=refuse)
+    ask(running, metadata={"task": "gsm8k", "example": RIGHT})
+    (told,) = running.store.rewards("local")
+    assert told.reward is None
+    assert told.error.startswith("row refused: gsm8k: its gold answer scores 0!")
+    assert len(told.error) == 256
+    assert running.store.errors("gsm8k") == [("local", told.error, 1)]
+
+
+def test_a_row_that_cannot_fit_is_400_before_the_engine_is_asked(start: Any) -> None:
+    running = start(check=lambda task, row: None if "answer" in row else f"{task}: no answer")
+    with pytest.raises(openai.BadRequestError, match="gsm8k: no answer") as told:
+        ask(running, metadata={"task": "gsm8k", "example": "{}"})
+    assert (told.value.param, told.value.code) == ("metadata.example", "row_refused")
+    assert running.engine.seen == []
+    ask(running, metadata={"task": "gsm8k", "example": RIGHT})
+    ask(running, metadata={"task": "gsm8k", "example_id": "known-1"})
+    assert len(running.store.rows("gsm8k")) == 2
+
+
+def test_a_check_that_hangs_or_fails_delays_a_request_and_does_not_refuse_it(start: Any) -> None:
+    release = threading.Event()
+    running = start(check=lambda task, row: str(release.wait(60)))
+    try:
+        ask(running, metadata={"task": "gsm8k", "example": RIGHT})
+    finally:
+        release.set()
+    assert [row.reward for row in running.store.rows("gsm8k")] == [1.0]
+
+
+def give(running: Any, expected: int, **fields: Any) -> Any:
+    """POST /v1/rewards with the row of an earlier answer."""
+    body = {"task": "gsm8k", "example": {"answer": "A"}} | fields
+    with running.http() as client:
+        response = client.post("/v1/rewards", json=body)
+    assert response.status_code == expected, response.text
+    running.settled()
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    "options", [{"metadata": {"task": "gsm8k"}}, {"store": True}, {"store": True, "n": 2}]
+)
+def test_a_row_may_come_after_its_answer_and_is_judged_then(
+    running: Any, options: dict[str, Any]
+) -> None:
+    """Two minutes late: the verifier's reward, on the prompt that was sent."""
+    ask(running, **options)
+    with running.store.writing() as connection:
+        connection.execute(update(interactions).values(created=time.time() - 120))
+    assert running.store.rows("gsm8k") == []
+    told = give(running, 201, inference_id="chatcmpl-engine")
+    assert told["recorded"] is True
+    rows_kept = running.store.rows("gsm8k", since=time.time() - 600)
+    assert [row.reward for row in rows_kept] == [1.0] * options.get("n", 1)
+    assert json.loads(rows_kept[0].prompt) == HELLO
+    assert rows_kept[0].row_hash == row_hash("gsm8k", None, RIGHT)
+    assert give(running, 200, inference_id="chatcmpl-engine")["recorded"] is False
+    other = give(running, 409, inference_id="chatcmpl-engine", example={"answer": "B"})
+    assert other["error"]["code"] == "row_known"
+
+
+def test_a_late_row_is_refused_as_an_early_one_is(start: Any) -> None:
+    running = start(check=lambda task, row: None if "answer" in row else "no answer")
+    ask(running)
+    this = {"inference_id": "chatcmpl-engine"}
+    assert give(running, 409, **this)["error"]["code"] == "text_not_kept"
+    assert give(running, 404, inference_id="x")["error"]["code"] == "unknown_inference"
+    assert give(running, 400, **this, example={})["error"]["message"] == "example: no answer"
+    assert give(running, 400, **this, task="nope")["error"]["param"] == "metadata.task"
+    assert give(running, 400, **this, example={"answer": "x" * 16_384})["error"]["type"]
+    assert give(running, 400, **this, reward=1.0)["error"]["message"].startswith("Unrecognized")
+    with running.http() as client:
+        head = {"content-type": "application/json"}
+        for text in ("[]", '{"inference_id": "x", "task": "gsm8k", "example": "{}"}'):
+            assert client.post("/v1/rewards", content=text, headers=head).status_code == 400
+        assert client.put("/v1/rewards", json={}).headers["allow"] == "GET, HEAD, POST"
+
+
+def test_a_late_row_of_another_task_than_the_request_named_is_refused(running: Any) -> None:
+    ask(running, metadata={"task": "countdown"})
+    told = give(running, 409, inference_id="chatcmpl-engine")
+    assert told["error"]["message"] == "task: 'gsm8k'; the request named 'countdown'"
+
+
+def test_an_answer_that_waits_for_its_row_is_not_judged_by_the_next_process(
+    running: Any,
+) -> None:
+    ask(running, metadata={"task": "gsm8k"})
+    assert running.store.unjudged(before=time.time() + 60) == []
+    assert running.store.waiting("gsm8k") == 1
+    assert running.store.waiting("countdown") == 0
+
+
+def test_tools_are_kept_beside_the_messages(running: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    ask(running, tools=tools, metadata={"task": "gsm8k", "example": RIGHT})
+    assert json.loads(rows(running, interactions)[0]["prompt"]) == {
+        "messages": HELLO,
+        "tools": tools,
+    }
 
 
 def test_a_failed_or_abandoned_answer_earns_nothing(running: Any) -> None:

@@ -129,9 +129,13 @@ def test_what_belongs_to_one_principal_is_not_shown_to_another(guarded: Any) -> 
         guarded.settled()
         assert len(ann.get("/v1/rewards").json()["data"]) == 1
     opinion = {"inference_id": answer.headers["x-request-id"], "metric_name": "m", "value": 1}
+    row = {"inference_id": opinion["inference_id"], "task": "gsm8k", "example": {"answer": "B"}}
+    with guarded.client("infer", "feedback", owner="ann") as lacking:
+        assert lacking.post("/v1/rewards", json=row).status_code == 403
     with guarded.client("submit_task", "feedback", owner="bob") as bob:
         assert bob.get("/v1/rewards").json()["data"] == []
         assert bob.post("/v1/feedback", json=opinion).status_code == 404
+        assert bob.post("/v1/rewards", json=row).status_code == 404
     with guarded.client("review", "feedback", owner="eve") as reviewer:
         assert len(reviewer.get("/v1/rewards").json()["data"]) == 1
         assert reviewer.post("/v1/feedback", json=opinion).status_code == 201

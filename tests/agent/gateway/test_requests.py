@@ -60,8 +60,17 @@ def refused(body: Any, read: Any = read_chat) -> dict[str, Any]:
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "allowed: at most 4"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"metadata": {"task": "nope", "example_id": "1"}}, "metadata.task", "countdown, gsm8k"),
-        ({"metadata": {"task": "gsm8k"}}, "metadata.example_id", "either example_id or example"),
-        ({"metadata": {"task": "gsm8k", "example": "[1]"}}, "metadata.example", "JSON object"),
+        (
+            {"metadata": {"task": "gsm8k", "example_id": "1", "example": "{}"}},
+            "metadata.example_id",
+            "one of them, or neither for a row that comes",
+        ),
+        ({"metadata": {"task": "gsm8k", "example": "{"}}, "metadata.example", "not JSON at"),
+        (
+            {"metadata": {"task": "gsm8k", "example": "[1]"}},
+            "metadata.example",
+            "a JSON list; allowed: an object",
+        ),
         ({"metadata": {"note": "x" * 513}}, "metadata.note", "at most 512"),
         (
             b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"temperature":NaN}',

@@ -2,33 +2,40 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 
 from agent.config import load
+from agent.gateway.capture import RowRefusedError
 from agent.home import Home
 from agent.store.experience import Answer, Interaction, Judgement
+from agent.store.experience_db import answers, interactions
+from evaluators.held_out import HeldOut, row_text
 from evaluators.loading import find_file
 from evaluators.loading import rows as rows_of
 from evaluators.task import Task, row_problem
 from evaluators.tasks import TASKS
-from flows.learn.collect import Collected, admit, chat, collect_rows
+from flows.learn.collect import Collected, admit, collect_rows, evaluation_pool, held_out
+from flows.learn.prompts import chat
+from flows.serve.gateway_process import verify
 from flows.service import Service
 
 QUESTION = "Tom has 3 pens and buys 4. How many?"
-ALWAYS = {"gsm8k": "gsm8k", "countdown": "countdown", "proofwriter": "proofwriter"}
-LIMIT = {"model": {"max_model_len": 1024}}
+SMALL: dict[str, Any] = {"model": {"max_model_len": 1024}, "tasks": {"rows": 40}}  # quickly indexed
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     home = Home.at(tmp_path)
     (home.root / "salt").write_text("a salt of tests")
-    return Service(home, load(None, **LIMIT))
+    return Service(home, load(None, **SMALL))
 
 
 def store(service: Service, task: str, requests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -70,7 +77,7 @@ BAD = [
     ("gsm8k", {"question": "a \ud800 b", "answer": "#### 7"}, "surrogates not allowed"),
     ("countdown", {"nums": [2, 3], "target": 7}, "no gold answer .* no solution"),
     ("countdown", {"nums": [1] * 9, "target": 7}, "9 numbers; allowed: 1 to 5"),
-    ("countdown", {"nums": ["1e999999999"], "target": 7}, "allowed: integers"),
+    ("countdown", {"nums": ["1e999999999"], "target": 7}, "allowed: integers|invalid literal"),
     ("countdown", {"nums": 5, "target": 5}, "does not make a prompt"),
     ("proofwriter", {"theory": "A is b.", "question": "A is b.", "answer": "Maybe"}, "answer"),
     (
@@ -90,7 +97,6 @@ def test_a_row_that_does_not_fit_is_refused_with_the_reason_and_ends_no_round(
     principal, kind, told = why(collected)["bad"]
     assert (principal, kind) == ("eve", "refused")
     assert len(collected.asked) == 4
-    import re
 
     assert re.search(reason, told), told
 
@@ -190,6 +196,102 @@ def test_hostile_rows_of_any_task_are_told_at_once_without_an_exception(
         assert sum(problem is not None for problem in problems) > len(problems) / 3, name
 
 
+SPELT: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "trailing space": lambda text: text + "  \n",
+    "case": str.upper,
+    "no-break spaces": lambda text: text.replace(" ", "\u00a0"),
+    "curly quotes": lambda text: text.replace("'", "\u2019").replace('"', "\u201d"),
+    "zero width": lambda text: text[:9] + "\u200b" + text[9:],
+    "look-alike letters": lambda text: text.replace("a", "\u0430").replace("o", "\u03bf"),
+    "an added clause": lambda text: f"Please help me with this. {text} Thank you.",
+    "full width": lambda text: text.translate({n: n + 0xFEE0 for n in range(33, 127)}),
+}
+
+
+@pytest.mark.parametrize("spell", SPELT.values(), ids=SPELT)
+def test_a_row_that_judges_is_recognised_however_it_is_spelt(
+    service: Service, spell: Callable[[str], str]
+) -> None:
+    """Open, more and sealed ones, in the row a client sends or in the messages it sent; and the
+    endpoint knows them as soon as it has read them.
+    """
+    pool = evaluation_pool(service, "gsm8k")
+    rows = held_out(service, "gsm8k")
+    requests, ready = {}, Future[HeldOut]()
+    ready.set_result(rows)
+    for place in (0, len(pool) // 2, len(pool) - 1):
+        text = spell(pool[place]["question"])
+        example = json.dumps({"question": text, "answer": "#### 7"})
+        asked = json.dumps([TURNS[0], {"role": "user", "content": text}])
+        requests[f"row {place}"] = {"example": example}
+        requests[f"asked {place}"] = {"example": good_row(place), "prompt": asked}
+        with pytest.raises(RowRefusedError, match="it holds a row that judges gsm8k"):
+            verify(service, "gsm8k", json.loads(example), "#### 7", ready)
+        assert verify(service, "gsm8k", json.loads(example), "#### 7").reward == 1.0  # not read yet
+    store(service, "gsm8k", requests)
+    collected = collect_rows(service, "gsm8k", 3)
+    told = {("overlapping", "it holds a row that judges gsm8k")}
+    assert {each[1:] for each in why(collected).values()} == told
+    assert len(collected.set_aside) == 6
+    assert collected.leaks == {}
+
+
+def test_rows_that_judge_prior_tasks_are_recognised_too(service: Service) -> None:
+    priors = [name for name in service.priors("gsm8k") if name != "countdown"]
+    assert len(priors) == 6
+    asked = {
+        name: row_text(service.task(name), evaluation_pool(service, name)[7]) for name in priors
+    }
+    store(service, "gsm8k", {
+        name: {
+            "example": good_row(n),
+            "prompt": json.dumps([{"role": "user", "content": f"Hello! {text.upper()}"}]),
+        }
+        for n, (name, text) in enumerate(asked.items())
+    })  # fmt: skip
+    told = {ident: each[2] for ident, each in why(collect_rows(service, "gsm8k", 3)).items()}
+    assert told == {name: f"it holds a row that judges {name}" for name in priors}
+
+
+def test_what_the_endpoint_refused_is_counted_with_principal_and_reason(service: Service) -> None:
+    """Its reason is a verdict's error; a request whose row has not come is neither."""
+    store(service, "gsm8k", {"ok": {"example": good_row(1)}})
+    more = [
+        {"inference_id": "bad", "example": good_row(2), "principal": "eve"},
+        {"inference_id": "late", "source": None, "row_hash": None},
+    ]
+    for columns in more:
+        store(service, "countdown", {str(columns["inference_id"]): {"task": "gsm8k", **columns}})
+    with service.experience.writing() as connection:
+        mine = interactions.c.inference_id.in_(["bad", "late"])
+        ids = select(interactions.c.id).where(mine).scalar_subquery()
+        connection.execute(
+            update(answers)
+            .where(answers.c.interaction_id.in_(ids))
+            .values(reward=None, judged=None)
+        )
+    service.experience.judge([Judgement("bad", 0, judged=1.0, error="row refused: no gold")])
+    collected = collect_rows(service, "gsm8k", 3)
+    (told,) = collected.reasons()
+    assert told == {
+        "principal": "eve", "why": "unverified", "reason": "row refused: no gold", "requests": 1
+    }  # fmt: skip
+    assert collected.to_json()["set_aside"] == {"unverified": 1}
+    assert collected.to_json()["waiting_for_their_row"] == 1
+
+
+def test_the_endpoint_refuses_a_row_at_once_or_by_its_verdict(service: Service) -> None:
+    """The inputs of ``BAD``: each by one of the two, with the same reason as in collecting."""
+    for task, row, reason in BAD:
+        problem = admit(service, service.task(task), row)
+        if problem is None:
+            with pytest.raises(RowRefusedError) as told:
+                verify(service, task, row, "")
+            problem = str(told.value)
+        assert re.search(reason, problem)
+
+
 TURNS = [
     {"role": "system", "content": "Answer in one word,  please.\n"},
     {"role": "user", "content": "2 pens?"},
@@ -259,7 +361,7 @@ def test_a_sent_prompt_has_to_leave_room_for_an_answer(service: Service) -> None
 
 @pytest.mark.parametrize("principal", ["local", "ann"])
 def test_thirty_rows_of_the_only_client_are_all_used(tmp_path: Path, principal: str) -> None:
-    service = Service(Home.at(tmp_path), load(None, gateway={"principal_cap": 0.01}))
+    service = Service(Home.at(tmp_path), load(None, **SMALL, gateway={"principal_cap": 0.01}))
     rows = {f"i{n}": {"example": good_row(n), "principal": principal} for n in range(30)}
     store(service, "gsm8k", rows)
     collected = collect_rows(service, "gsm8k", 96)
@@ -267,7 +369,7 @@ def test_thirty_rows_of_the_only_client_are_all_used(tmp_path: Path, principal: 
 
 
 def test_with_several_clients_the_cap_holds_and_is_said_aloud(tmp_path: Path) -> None:
-    service = Service(Home.at(tmp_path), load(None, gateway={"principal_cap": 0.02}))
+    service = Service(Home.at(tmp_path), load(None, **SMALL, gateway={"principal_cap": 0.02}))
     rows = {f"i{n}": {"example": good_row(n), "principal": f"p{n % 2}"} for n in range(60)}
     store(service, "gsm8k", rows)
     collected = collect_rows(service, "gsm8k", 100)

@@ -26,10 +26,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def service(root: Path, **sections: dict[str, object]) -> Service:
+def service(root: Path) -> Service:
     home = Home.at(root)
     (home.root / "salt").write_text("a salt of tests")
-    return Service(home, load(None, **sections))
+    return Service(home, load(None, tasks={"rows": 40}))
 
 
 def asked(row: Row, number: int, created: float) -> Interaction:

@@ -35,8 +35,10 @@ def test_it_says_whether_it_learnt_with_effect_and_idle_generations(figures, ans
 def test_it_says_how_much_traffic_was_used_and_set_aside():
     tasks = {"gsm8k": ROW | {"difference": 0.2, "low": 0.1, "high": 0.3, "role": "target"}}
     rows = {"rows": 24, "from_traffic": 2, "set_aside": {"over_cap": 25, "gate": 0, "refused": 1}}
+    rows["leaks"] = {"piqa": 3}
     report = RoundReport("0001-gsm8k", "gsm8k", 3, "ended", "d" * 64, "hold", (), tasks, rows=rows)
     line = "24 training prompts, 2 sent by clients; requests set aside: 25 over_cap, 1 refused."
+    line += " Prompts that hold rows that judge: 3 of piqa."
     assert line in markdown(report, [], "")
     assert report.to_json()["rows"] == rows
 
