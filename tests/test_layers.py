@@ -1,4 +1,4 @@
-"""Imports go down only, and heavy libraries have one door each (DESIGN: the house)."""
+"""Imports go down only, and heavy libraries have one door each."""
 
 import ast
 import subprocess

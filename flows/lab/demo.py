@@ -95,7 +95,7 @@ HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "earl
 
 
 def run_demo(home: Path | None, progress: Reporter) -> dict[str, Any]:
-    """Run it and return the document of DESIGN's ``demo --json``, with addresses and pictures.
+    """Run it and return the document of ``demo --json``, with addresses and pictures.
 
     Raises:
         UserError: A demo is already up in this home.

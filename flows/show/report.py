@@ -33,7 +33,7 @@ class RoundReport:
     rows: Mapping[str, Any] = field(default_factory=dict)  # the plan's: counts by where from
 
     def to_json(self) -> dict[str, Any]:
-        """The round's part of the demo's document (DESIGN: the CLI)."""
+        """The round's part of the demo's document."""
         keys = ("n", "anchor", "champion", "candidate", "difference", "low", "high", "p", "outcome")
         return {
             "round": self.round_id,

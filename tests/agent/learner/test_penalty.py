@@ -173,7 +173,7 @@ def test_a_penalty_survives_json(kind: PenaltyKind) -> None:
 
 
 def test_expected_norms_of_the_paper() -> None:
-    """FACTS section 5: d = 3.086e9, T = 500, alpha = 0.0005; and the recursion, summed by hand."""
+    """A 3B model: d = 3.086e9, T = 500, alpha = 0.0005; and the recursion, summed by hand."""
     d, alpha = 3_086_000_000, 0.0005
     for population, predicted in ((30, 113.4), (128, 54.9), (256, 38.8)):
         found = expected_norm(
