@@ -1,13 +1,19 @@
-"""Deletion: by principal on request, by age on schedule, and which rounds had used the rows."""
+"""Deletion: by principal on request, by age on schedule, and which rounds had used the rows.
+
+A deletion leaves one row behind (``forgotten``): the hash of the principal, when it was, and the
+places of its rows in rounds, so that these rounds can be replayed without them later.
+"""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import feedback, forgotten, interactions, rounds_used
+from agent.store.experience_db import feedback, forgotten, interactions, keys, rounds_used
+
+NOBODY = "(forgotten)"  # owner of a forgotten principal's keys; no key can be made for this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +32,22 @@ class Forgotten:
 
     interactions: int
     feedback: int
+    keys: int
     rounds: tuple[RoundUse, ...]
 
 
 def forget(store: ExperienceStore, principal: str, now: float) -> Forgotten:
-    """Delete every row of a principal, and its text from the database's files."""
+    """Delete every row of a principal, and its text from the database's files; end its keys.
+
+    Its keys stay, revoked and without its name: a database that had a key once is never open to
+    everybody again.
+    """
     with store.writing() as connection:
+        ended = connection.execute(
+            update(keys)
+            .where(keys.c.owner == principal)
+            .values(owner=NOBODY, revoked=func.coalesce(keys.c.revoked, now))
+        ).rowcount
         used = _rounds(connection, principal)
         mine = select(interactions.c.inference_id).where(interactions.c.principal == principal)
         opinions = connection.execute(
@@ -45,7 +61,30 @@ def forget(store: ExperienceStore, principal: str, now: float) -> Forgotten:
         connection.execute(delete(rounds_used).where(rounds_used.c.principal == principal))
         connection.execute(insert(forgotten), _tombstone(principal, now, removed, used))
     _scrub(store)
-    return Forgotten(removed, opinions, used)
+    return Forgotten(removed, opinions, ended, used)
+
+
+def known(store: ExperienceStore, principal: str) -> bool:
+    """Whether anything of a principal is kept, or was before it was forgotten."""
+    columns = (
+        interactions.c.principal,
+        feedback.c.principal,
+        keys.c.owner,
+        rounds_used.c.principal,
+    )
+    with store.engine.connect() as connection:
+        return _was_forgotten(connection, principal) or any(
+            connection.execute(select(column).where(column == principal).limit(1)).first()
+            for column in columns
+        )
+
+
+def principals(store: ExperienceStore) -> list[str]:
+    """Everybody of whom an interaction or a key is kept."""
+    with store.engine.connect() as connection:
+        sent = connection.execute(select(interactions.c.principal).distinct()).scalars()
+        owners = connection.execute(select(keys.c.owner).where(keys.c.owner != NOBODY)).scalars()
+        return sorted({*sent, *owners})
 
 
 def expire(store: ExperienceStore, before: float) -> int:
@@ -62,9 +101,14 @@ def expire(store: ExperienceStore, before: float) -> int:
 
 
 def rounds_of(store: ExperienceStore, principal: str) -> tuple[RoundUse, ...]:
-    """The rounds that used a principal's rows, while it is still known."""
+    """The rounds that used a principal's rows, those of an earlier deletion included."""
     with store.engine.connect() as connection:
-        return _rounds(connection, principal)
+        kept = connection.execute(
+            select(forgotten.c.rounds).where(forgotten.c.principal_hash == _hash(principal))
+        ).scalars()
+        before = [RoundUse(**use) for text in kept for use in json.loads(text)]
+        earlier = (replace(use, positions=tuple(use.positions)) for use in before)
+        return (*earlier, *_rounds(connection, principal))
 
 
 def gone(store: ExperienceStore) -> dict[str, tuple[int, ...]]:
@@ -96,11 +140,20 @@ def _tombstone(
     principal: str, now: float, removed: int, used: tuple[RoundUse, ...]
 ) -> dict[str, object]:
     return {
-        "principal_hash": hashlib.sha256(principal.encode()).hexdigest(),
+        "principal_hash": _hash(principal),
         "created": now,
         "interactions": removed,
         "rounds": json.dumps([asdict(use) for use in used]),
     }
+
+
+def _was_forgotten(connection: Connection, principal: str) -> bool:
+    query = select(forgotten.c.id).where(forgotten.c.principal_hash == _hash(principal))
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def _hash(principal: str) -> str:
+    return hashlib.sha256(principal.encode()).hexdigest()
 
 
 def _scrub(store: ExperienceStore) -> None:

@@ -86,7 +86,7 @@ def forget(
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a principal's text and rows; lists the rounds and versions that learnt from them."""
+    """Delete a principal's text, rows and keys; lists the versions that learnt from them."""
     from flows.commands.forget import forget_now
     from flows.commands.runs import weigh_now
 

@@ -1,9 +1,9 @@
-"""A principal's wish to be forgotten: text and rows go, and what was learnt can be learnt again.
+"""Deletion of a principal: its text, rows and keys, and replays of the rounds that used the rows.
 
 Deleted are its interactions, answers and feedback, and its rows in the files of the rounds that
-used them. The weights of those rounds, and of every round after them, still carry what the rows
-taught; ``replay`` makes each of these rounds again from the journal's rewards less the principal's,
-as a candidate that the gate has not seen yet.
+used them; its keys are revoked. The weights of those rounds, and of every round after them, still
+carry what the rows taught; ``replay`` makes each of these rounds again from the journal's rewards
+less the principal's, as a candidate that the gate has not seen yet.
 """
 
 import time
@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agent.errors import UserError
 from agent.learner.drift import Prediction, measure
-from agent.store.forget import forget, rounds_of
+from agent.store.forget import forget, known, principals, rounds_of
 from agent.store.journal import Run
 from agent.store.replay import replay, steps_without
 from agent.store.weights import export
@@ -21,6 +22,7 @@ from flows.learn.snapshots import delete_rows, sweep
 from flows.service import Service
 from flows.show.progress import Reporter
 
+SHOWN = 20  # principals named in a message
 Places = Mapping[str, tuple[int, ...]]  # round -> columns of the principal's rows
 
 
@@ -29,39 +31,48 @@ def forget_now(
 ) -> dict[str, Any]:
     """Delete; what went, the rounds that used it, the versions it is in, and their replays.
 
+    May be repeated: the places of its rows in rounds are kept, so that ``again`` can come later.
+
     Raises:
-        UserError: Another process is running a round, which may be using the rows.
+        UserError: Nothing of this principal was ever kept, or another process is running a round,
+            which may be using the rows.
     """
     service = Service.at(home)
+    if not known(service.experience, principal):
+        others = ", ".join(principals(service.experience)[:SHOWN]) or "none"
+        raise UserError(f"principal {principal!r}: nothing of it is kept; principals: {others}")
     with alone(service):
         used = rounds_of(service.experience, principal)
         places = {use.round_id: use.positions for use in used if use.pool == "train"}
+        # Files first: the store's own deletion removes the list of places, and a process that ends
+        # in between is to find them again.
         for round_id, columns in places.items():
             delete_rows(service, round_id, columns)
         sweep(service)
         gone = forget(service.experience, principal, time.time())
         touched = _touched(service.journal.runs(), places)
-        told: dict[str, Any] = {
+        report: dict[str, Any] = {
             "principal": principal,
             "interactions": gone.interactions,
             "feedback": gone.feedback,
+            "keys": gone.keys,
             "rounds": {round_id: len(columns) for round_id, columns in places.items()},
             "versions": {
                 run.digest: service.ledger.state(run.digest) for run in touched if run.digest
             },
         }
         if again:
-            told["replayed"] = _replayed(service, touched, places, progress)
-    return told
+            report["replayed"] = _replayed(service, touched, places, progress)
+    return report
 
 
 def _touched(runs: Sequence[Run], places: Places) -> list[Run]:
     """The rounds that used the rows, and those that began from one of these, oldest first."""
-    found: list[Run] = []
+    touched: list[Run] = []
     for run in runs:
-        if run.run_id in places or run.parent_run in {each.run_id for each in found}:
-            found.append(run)
-    return found
+        if run.run_id in places or run.parent_run in {each.run_id for each in touched}:
+            touched.append(run)
+    return touched
 
 
 def _replayed(
@@ -71,19 +82,21 @@ def _replayed(
     finished = [run for run in touched if run.digest is not None]
     advance = progress.track("rounds replayed", len(finished))
     instead: dict[str, str] = {}  # digest then -> digest without the rows
-    told: dict[str, str] = {}
+    replayed: dict[str, str] = {}
     for done, run in enumerate(finished, start=1):
         parent = instead.get(run.parent_digest, run.parent_digest)
         digest = _without(service, run, parent, places.get(run.run_id, ()))
-        instead[str(run.digest)] = told[run.run_id] = digest
+        instead[str(run.digest)] = replayed[run.run_id] = digest
         advance(done)
-    return told
+    return replayed
 
 
 def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]) -> str:
     """Journal, weights and ledger of one round without some of its rows; its digest."""
     journal = service.journal
     run = _opened(service, old, parent, positions)
+    if run.digest is not None:
+        return run.digest
     anchor = service.open_anchor(old.anchor_digest)
     parameters = replay(journal, anchor, run.run_id, importance=service.home.importance)
     done = journal.generations(run.run_id)
@@ -97,6 +110,7 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
         mirrored=bool(plan.get("mirrored", False)),
         shaping=plan.get("shaping", "zscore"),
     )
+    # Each generation is committed as it is made: a replay that is interrupted goes on behind them.
     for step, rewards in list(again)[len(done) :]:
         applied = parameters.apply(step)
         predicted = predicted.after(step, anchor.parameters)
@@ -111,10 +125,10 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
 
 
 def _opened(service: Service, old: Run, parent: str, positions: tuple[int, ...]) -> Run:
-    """The replay's own round, or the one of an earlier call that was interrupted."""
+    """The replay's own round, or the one of an earlier call, interrupted or finished."""
     plan = {**old.plan, "replayed": old.run_id, "left_out": list(positions)}
     for run in service.journal.runs():
-        if run.digest is None and run.plan == plan and run.parent_digest == parent:
+        if run.plan == plan and run.parent_digest == parent:
             return run
     return service.journal.open_run(
         f"{len(service.journal.runs()) + 1:04d}-{old.target}",

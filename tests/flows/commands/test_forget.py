@@ -1,5 +1,6 @@
 """A principal is forgotten: no file of the home has its text, and its rounds can be made again."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from replaying import replay_without
 
 from agent.config import load
+from agent.errors import UserError
+from agent.gateway.errors import ApiError
+from agent.gateway.keys import KeyStore
 from agent.home import Home
 from agent.learner import es
 from agent.learner.drift import Prediction, measure
@@ -114,6 +118,44 @@ def test_its_rounds_are_made_again_without_it_and_wait_for_the_gate(service: Ser
         assert service.ledger.state(digest) == "PROPOSED"
         assert replay(service.journal, service.anchor, digest).digest() == digest
     assert service.journal.candidate(told["replayed"]["0002-gsm8k"]).parent_digest == again
+
+
+def test_its_keys_end_and_the_endpoint_does_not_open_again(service: Service) -> None:
+    store = service.experience
+    keys = KeyStore(store)
+    tokens = [keys.create_key("ann", {"infer"}).token for _ in range(2)]
+    told = forget_now(service.home.root, "ann", False, Silent())
+    assert told["keys"] == 2
+    later = KeyStore(store, open_until_first=True)
+    assert not later.open
+    for token in tokens:
+        with pytest.raises(ApiError, match="Incorrect API key"):
+            asyncio.run(later.principal(f"Bearer {token}"))
+    assert {key["owner"] for key in later.list_keys()} == {"(forgotten)"}
+    assert store.key_owners() == set()
+    with pytest.raises(UserError, match="owner"):
+        later.create_key("(forgotten)", {"infer"})
+
+
+def test_an_unknown_principal_is_told_and_nothing_is_done(service: Service) -> None:
+    with pytest.raises(UserError, match="principal 'nobody': nothing of it is kept; principals: a"):
+        forget_now(service.home.root, "nobody", True, Silent())
+    assert len(service.experience.rows("gsm8k")) == 2
+
+
+def test_whoever_only_has_a_key_is_known(service: Service) -> None:
+    KeyStore(service.experience).create_key("eve", {"infer"})
+    told = forget_now(service.home.root, "eve", False, Silent())
+    assert (told["keys"], told["interactions"]) == (1, 0)
+
+
+def test_a_replay_may_come_after_the_deletion_and_is_made_once(service: Service) -> None:
+    forget_now(service.home.root, "ann", False, Silent())
+    first = forget_now(service.home.root, "ann", True, Silent())["replayed"]
+    runs = len(service.journal.runs())
+    assert first.keys() == {"0001-gsm8k", "0002-gsm8k"}
+    assert forget_now(service.home.root, "ann", True, Silent())["replayed"] == first
+    assert len(service.journal.runs()) == runs
 
 
 def test_text_that_is_too_old_leaves_the_files_of_rounds_too(tmp_path: Path) -> None:
