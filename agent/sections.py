@@ -190,6 +190,10 @@ class GatewaySettings(Section):
         "", description="Tokens of one principal, such as '1000000/day'; empty: no limit."
     )
     max_body_bytes: int = Field(1 << 20, gt=0, description="Largest body of a request.")
+    chat_template_kwargs: tuple[str, ...] = Field(
+        ("enable_thinking", "thinking"),
+        description="Variables of the chat template that a request may set.",
+    )
     max_n: int = Field(
         8, gt=0, description="Most choices of a request, prompts of a batch counted."
     )

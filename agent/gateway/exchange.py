@@ -22,6 +22,7 @@ from agent.gateway.upstream import Reply
 from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore, Interaction, Status
 
+UNFOLLOWABLE = "response_format or tools: the engine cannot follow this schema"
 PIN_CHARACTERS = 12  # shortest digest prefix in `name@digest`
 
 KeptVersions = Callable[[], Sequence[str]]  # digests whose weights are on disk
@@ -176,7 +177,7 @@ class Exchange:
         An engine that is paused in abort mode reports success with ``finish_reason`` abort.
         """
         if status != httpx.codes.OK:
-            raise engine_error(status, content)
+            raise engine_error(status, content, constrained=self.call.constrained)
         if aborted(content):
             self.finish("error")
             retry_after_s = self.parts.settings.retry_after_s
@@ -222,8 +223,14 @@ def unknown_model(name: str) -> ApiError:
     )
 
 
-def engine_error(status: int, content: bytes) -> ApiError:
-    """The engine's own refusal in OpenAI's shape; its inner failures are not passed on."""
+def engine_error(status: int, content: bytes, *, constrained: bool = False) -> ApiError:
+    """The engine's own refusal in OpenAI's shape; its inner failures are not passed on.
+
+    constrained: the request had a schema. vLLM ends a request whose grammar it cannot build, or
+    whose grammar allows no token, with this message and lives on; other failures have other words.
+    """
+    if constrained and status == 500 and b'"Internal server error"' in content:
+        return ApiError(400, UNFOLLOWABLE, param="response_format")
     if status < 400 or status >= 500:
         return bad_gateway("the engine failed", "engine_failed")
     try:

@@ -172,6 +172,12 @@ class Sampling(Strict):
     service_tier: str | None = None
 
 
+TemplateVariables = Annotated[
+    dict[Name, bool | int | float | Annotated[str, StringConstraints(max_length=64)]],
+    Field(max_length=16),
+]
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -185,6 +191,7 @@ class ChatRequest(Sampling):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class CompletionRequest(Sampling):

@@ -1,6 +1,7 @@
 """A request's bytes checked and read into a ``Call``: the engine's payload, and what to capture."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,10 +17,13 @@ from agent.gateway.fields import (
     CompletionRequest,
     RewardRequest,
     Sampling,
+    SchemaFormat,
 )
+from agent.gateway.schema import SchemaError, check_schema
 from agent.sections import GatewaySettings
 
 Endpoint = Literal["chat.completions", "completions"]
+MAX_DEPTH = 64  # of a whole request
 MAX_SCHEMA_DEPTH = 32  # of a tool's parameters or a response schema
 MAX_SCHEMA_BYTES = 65_536
 MAX_STOP = 4  # stop strings, as at OpenAI
@@ -66,6 +70,7 @@ class Call:
     task: TaskAsked | None
     store: bool
     session_id: str | None
+    constrained: bool = False  # a schema of the client's bounds the answer
 
     @property
     def captures_text(self) -> bool:
@@ -79,6 +84,9 @@ def parse(body: bytes, shape: type[Shape]) -> tuple[dict[str, Any], Shape]:
         raw = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"body: not JSON at character {error.pos}") from error
+    # Fewer brackets than the limit cannot be nested deeper: most requests need no walk.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(raw) > MAX_DEPTH:
+        raise ApiError(400, f"body: nested deeper than {MAX_DEPTH}")
     if not isinstance(raw, dict):
         raise ApiError(400, f"body: a JSON {type(raw).__name__}; allowed: an object")
     try:
@@ -91,6 +99,9 @@ def read_chat(body: bytes, settings: GatewaySettings, model: ServedModel) -> Cal
     """A chat completion request."""
     raw, checked = parse(body, ChatRequest)
     _check_size("tools", raw.get("tools"))
+    for tool in checked.tools or ():
+        _check_schema("tools", tool.function.parameters)
+    _check_template_variables(checked.chat_template_kwargs or {}, settings)
     if checked.top_logprobs and not checked.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
     _cap("max_completion_tokens", checked.max_completion_tokens, model.max_tokens)
@@ -118,6 +129,8 @@ def _call(
     _cap("max_tokens", checked.max_tokens, model.max_tokens)
     _cap("stop", len(checked.stop) if isinstance(checked.stop, list) else 1, MAX_STOP)
     _check_size("response_format", raw.get("response_format"))
+    if isinstance(checked.response_format, SchemaFormat):
+        _check_schema("response_format", checked.response_format.json_schema.schema_)
     if checked.stream_options and not checked.stream:
         raise ApiError(400, "stream_options: needs stream: true", param="stream_options")
     metadata = checked.metadata or {}
@@ -131,6 +144,7 @@ def _call(
         task=_task(metadata, model.tasks),
         store=bool(checked.store),
         session_id=metadata.get("session_id"),
+        constrained=raw.get("response_format") is not None or raw.get("tools") is not None,
     )
 
 
@@ -207,6 +221,23 @@ def _check_size(name: str, value: Any) -> None:
     _cap(f"{name} (bytes)", len(orjson.dumps(value)), MAX_SCHEMA_BYTES)
 
 
+def _check_schema(name: str, schema: dict[str, Any] | None) -> None:
+    try:
+        check_schema(schema or {})
+    except SchemaError as error:
+        raise ApiError(400, f"{name}: {error}", param=name) from None
+
+
+def _check_template_variables(variables: Mapping[str, Any], settings: GatewaySettings) -> None:
+    allowed = settings.chat_template_kwargs
+    if unknown := [name for name in variables if name not in allowed]:
+        raise ApiError(
+            400,
+            f"chat_template_kwargs: {unknown[0]}; allowed: {', '.join(allowed) or 'none'}",
+            param=f"chat_template_kwargs.{unknown[0]}",
+        )
+
+
 def _depth(value: Any) -> int:
     """Levels of nesting, counted without recursion."""
     level, layer = 0, [value]
@@ -232,5 +263,5 @@ def _refusal(error: ValidationError) -> ApiError:
 def _shown(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "not finite"
-    text = repr(value)
+    text = reprlib.repr(value)  # bounded in length and in depth
     return text if len(text) <= SHOWN_VALUE else text[:SHOWN_VALUE] + "..."

@@ -76,6 +76,10 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
         "--enable-prefix-caching",
         "--enable-auto-tool-choice",
         "--tool-call-parser=hermes",
+        # With its own choice of backend vLLM checks a schema that xgrammar does not have with
+        # llguidance, which some schemas end or keep busy for ever, and then builds it with xgrammar
+        # all the same: a server error instead of a refusal.
+        "--structured-outputs-config.backend=xgrammar",
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
         "--no-log-error-stack",  # an error's stack may quote a prompt

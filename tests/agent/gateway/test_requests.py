@@ -1,6 +1,9 @@
 """What a request may say: the allow-list, its caps, and what is passed on."""
 
 import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from agent.gateway.errors import ApiError
 from agent.gateway.requests import ServedModel, read_chat, read_completion
+from agent.gateway.schema import SchemaError, check_schema
 from agent.sections import GatewaySettings
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -107,6 +111,94 @@ def test_schemas_are_bounded_in_depth_and_size() -> None:
         form = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
         body = {"model": "tiny", "messages": HELLO, "response_format": form}
         assert says in refused(body)["message"]
+
+
+DEEP = b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"%s":' + b"[" * 1000
+CASES = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"))
+PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "response_format": lambda schema: {
+        "type": "json_schema",
+        "json_schema": {"name": "f", "schema": schema},
+    },
+    "tools": lambda schema: [  # type: ignore[dict-item, return-value]
+        {"type": "function", "function": {"name": "f", "parameters": schema}}
+    ],
+}
+
+
+@pytest.mark.parametrize("read", [read_chat, read_completion])
+@pytest.mark.parametrize(
+    "field",
+    ["temperature", "tools", "response_format", "messages", "metadata", "logit_bias", "nothing",
+     "chat_template_kwargs", "stop"],
+)  # fmt: skip
+def test_deep_nesting_is_refused_wherever_it_is(field: str, read: Any) -> None:
+    body = DEEP % field.encode() + b"]" * 1000 + b"}"
+    assert "nested deeper than 64" in refused(body, read)["message"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", CASES["refused"], ids=lambda case: case["name"])
+def test_a_schema_the_engine_cannot_follow_is_refused_with_its_reason(
+    case: dict[str, Any], place: str
+) -> None:
+    error = refused({"model": "tiny", "messages": HELLO, place: PLACES[place](case["schema"])})
+    assert error["param"] == place
+    assert error["message"].startswith(f"{place}: ")
+    assert case["says"] in error["message"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", CASES["accepted"], ids=lambda case: case["name"])
+def test_a_schema_that_can_be_followed_is_passed_on(case: dict[str, Any], place: str) -> None:
+    body = PLACES[place](case["schema"])
+    assert chat(**{place: body}).payload[place] == body
+
+
+def test_a_completions_schema_is_checked_alike() -> None:
+    body = {
+        "model": "tiny",
+        "prompt": "x",
+        "response_format": PLACES["response_format"]({"$ref": "#"}),
+    }
+    assert "no finite value" in refused(body, read_completion)["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"properties": {f"p{i}": {} for i in range(600)}}, "600 properties; allowed: at most 500"),
+        ({"anyOf": [{"type": "string"} for _ in range(1100)]}, "more than 1000 schemas"),
+    ],
+    ids=["properties", "schemas"],
+)
+def test_a_schema_has_a_bounded_number_of_parts(schema: dict[str, Any], says: str) -> None:
+    with pytest.raises(SchemaError, match=says):
+        check_schema(schema)
+
+
+def test_the_longest_chain_of_references_is_checked_in_bounded_steps() -> None:
+    names = [f"a{number * 7919 % 900}" for number in range(900)]
+    chain = {name: {"$ref": f"#/$defs/{after}"} for name, after in pairwise(names)}
+    schema = {"$ref": f"#/$defs/{names[0]}", "$defs": chain | {names[-1]: {"$ref": "#"}}}
+    with pytest.raises(SchemaError, match=r"no finite value|depend on each other"):
+        check_schema(schema)
+
+
+def test_variables_of_the_chat_template_are_those_the_settings_name() -> None:
+    variables = {"enable_thinking": False}
+    assert chat(chat_template_kwargs=variables).payload["chat_template_kwargs"] == variables
+    for name in ("chat_template", "tools", "add_generation_prompt", "tokenize"):
+        error = refused({"model": "tiny", "messages": HELLO, "chat_template_kwargs": {name: True}})
+        assert (
+            error["message"] == f"chat_template_kwargs: {name}; allowed: enable_thinking, thinking"
+        )
+        assert error["param"] == f"chat_template_kwargs.{name}"
+    for value in ({"x": 1}, [1], None, "x" * 65):
+        body = {"model": "tiny", "messages": HELLO, "chat_template_kwargs": {"thinking": value}}
+        assert "chat_template_kwargs.thinking" in refused(body)["message"]
+    body = json.dumps({"model": "tiny", "messages": HELLO, "chat_template_kwargs": {"style": "x"}})
+    assert read_chat(body.encode(), GatewaySettings(chat_template_kwargs=("style",)), TINY)
 
 
 def test_the_payload_is_what_the_client_wrote_less_what_is_ours() -> None:
