@@ -1,19 +1,15 @@
 """Reconciliation and review against a real MLflow registry on SQLite; the stack is down."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from anchors import candidate_of, tiny_anchor
 
 from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home
-from agent.learner.noise import Address
 from agent.registry import DIGEST, NOTE, REVIEW
-from agent.store.weights import Anchor, Parameters, export
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import Served, read_served, write_served
 from flows.serve import promote, swaps
@@ -31,7 +27,7 @@ class Desk:
     """A home with candidates at some state, its registry, and a person at MLflow's UI."""
 
     def __init__(self, root: Path, mode: str, candidates: int = 3) -> None:
-        anchor = tiny_model(root / "anchor")
+        anchor = tiny_anchor(root / "anchor")
         self.home = Home.at(root / "home")
         settings = Settings.model_validate(
             {
@@ -44,7 +40,7 @@ class Desk:
         self.session = self.again()
         self.digests = [self.service.champion()]
         for number in range(1, candidates + 1):
-            self.digests.append(candidate(anchor, number, self.home.weights))
+            self.digests.append(candidate_of(anchor, number, self.home.weights))
             made_by_a_round(self.service, self.digests[-1], number)
         write_served(self.home, Served(self.digests[0], str(anchor.directory)))
         for digest in self.digests:
@@ -92,22 +88,6 @@ class Desk:
         assert champion == alias == read_served(self.home).digest
         assert disagreements(self.service) == wishes(self.service) == []
         return alias
-
-
-def tiny_model(folder: Path) -> Anchor:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"model.layers.{i}.w": torch.randn(4, 3, generator=generator) for i in range(2)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return Anchor.open(folder)
-
-
-def candidate(anchor: Anchor, number: int, weights: Path) -> str:
-    moved = Parameters.zeros(anchor)
-    for name, tensor in moved.rendered(Address(number, 0, 0), 0.1):
-        moved.delta[name][:] = (tensor - anchor.tensor(name)).reshape(-1).numpy()
-    return export(moved, weights).name
 
 
 def made_by_a_round(service: Service, digest: str, number: int) -> None:

@@ -17,13 +17,10 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import save_file
+from anchors import candidate_of, tiny_anchor
 
 from agent.config import Settings
 from agent.home import Home
-from agent.learner.noise import Address
-from agent.store.weights import Anchor, Parameters, export
 from deploy.serving.control import ControlError, EngineControl, GatewayControl
 from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
@@ -213,24 +210,6 @@ class Stack:
             time.sleep(0.05)
 
 
-def tiny_model(folder: Path) -> Anchor:
-    """A model of a few numbers: enough to be preflighted, exported and told apart."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"model.layers.{i}.w": torch.randn(4, 3, generator=generator) for i in range(2)}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return Anchor.open(folder)
-
-
-def candidate(anchor: Anchor, number: int, weights: Path) -> str:
-    """A candidate of that anchor, as the journal exports it."""
-    moved = Parameters.zeros(anchor)
-    for name, tensor in moved.rendered(Address(number, 0, 0), 0.1):
-        moved.delta[name][:] = (tensor - anchor.tensor(name)).reshape(-1).numpy()
-    return export(moved, weights).name
-
-
 def judged(service: Service, digest: str, number: int, verdict: str) -> None:
     """A round that made the digest, and what the gate said of it so far."""
     run = f"{number:04d}-gsm8k"
@@ -251,7 +230,7 @@ def judged(service: Service, digest: str, number: int, verdict: str) -> None:
 
 def candidates(service: Service, numbers: Sequence[int], verdict: str) -> list[str]:
     """Candidates at that state, which a cold engine has answered for."""
-    made = [candidate(service.origin, number, service.home.weights) for number in numbers]
+    made = [candidate_of(service.origin, number, service.home.weights) for number in numbers]
     for digest, number in zip(made, numbers, strict=True):
         judged(service, digest, number, verdict)
         probed(service.home, digest)
@@ -267,7 +246,7 @@ def probed(home: Home, digest: str) -> None:
 
 def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, list[str]]:
     """A home whose original model is served, with candidates that passed the gate."""
-    anchor = tiny_model(root / "anchor")
+    anchor = tiny_anchor(root / "anchor")
     home = Home.at(root / "h")
     home.sockets.mkdir(mode=0o700)
     rows = root / "rows" / "gsm8k" / "train.jsonl"

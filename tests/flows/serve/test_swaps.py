@@ -1,0 +1,93 @@
+"""The promised way back: whatever makes a swap fail, the earlier version is served."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anchors import candidate_of, tiny_anchor
+
+from agent.config import Settings
+from agent.errors import UserError
+from agent.home import Home
+from agent.store.ledger import StaleEpoch
+from deploy.serving.control import ControlError
+from deploy.serving.lease import LeaseLostError
+from deploy.serving.served import Served, read_served, write_served
+from flows.serve import swaps
+from flows.serve.promote import promote
+from flows.service import Service
+from flows.session import Session
+from flows.show.progress import Silent
+
+
+class Failing(Service):
+    """A home whose next ``len(errors)`` looks for weights fail, each with its error."""
+
+    errors: list[Exception]
+
+    def directory(self, digest: str) -> Path:
+        if self.errors:
+            raise self.errors.pop()
+        return super().directory(digest)
+
+
+@pytest.fixture
+def promoted(tmp_path: Path) -> Session:
+    """A home, its stack down, that serves its first candidate."""
+    anchor = tiny_anchor(tmp_path / "anchor")
+    home = Home.at(tmp_path / "home")
+    service = Failing(home, Settings.model_validate({"model": {"path": str(anchor.directory)}}))
+    service.errors = []
+    write_served(home, Served(anchor.digest, str(anchor.directory)))
+    service.champion()  # the ledger's first row
+    digest = candidate_of(anchor, 1, home.weights)
+    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+        service.record(digest, state, "a test")
+    session = Session(service, Silent())
+    assert promote(session, digest).served == digest
+    return session
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("no probes"), ControlError("no answer"), RuntimeError("a bug"), OSError("no disk")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_rollback_whose_swap_fails_in_any_way_starts_cold(
+    promoted: Session, error: Exception
+) -> None:
+    service: Any = promoted.service
+    bad, origin = service.champion(), service.origin.digest
+    service.errors = [error]
+    outcome = swaps.rollback(promoted, origin, "a test")
+    assert service.errors == []
+    assert (outcome.served, service.champion()) == (origin, origin)
+    assert read_served(service.home).digest == origin
+    assert service.ledger.state(bad) == "ROLLED_BACK"
+
+
+def test_the_champion_is_served_by_a_cold_start_too(promoted: Session) -> None:
+    service: Any = promoted.service
+    write_served(service.home, Served(service.origin.digest, str(service.origin.directory)))
+    service.errors = [RuntimeError("a bug")]
+    swaps.serve_champion(promoted)
+    assert read_served(service.home).digest == service.champion()
+
+
+@pytest.mark.parametrize("error", [LeaseLostError("late"), StaleEpoch("taken over")])
+def test_who_was_taken_over_does_not_start_anything(promoted: Session, error: Exception) -> None:
+    service: Any = promoted.service
+    champion = service.champion()
+    service.errors = [error]
+    with pytest.raises(type(error)):
+        swaps.rollback(promoted, service.origin.digest, "a test")
+    assert read_served(service.home).digest == service.champion() == champion
+
+
+def test_a_cold_start_that_fails_as_well_is_told_and_changes_nothing(promoted: Session) -> None:
+    service: Any = promoted.service
+    champion = service.champion()
+    service.errors = [UserError("the second"), RuntimeError("the first")]
+    with pytest.raises(UserError, match="the second"):
+        swaps.rollback(promoted, service.origin.digest, "a test")
+    assert read_served(service.home).digest == service.champion() == champion
