@@ -80,15 +80,15 @@ class Registry:
     def start_round(
         self, round_id: str, params: Mapping[str, Any], rows: Rows | None = None
     ) -> str:
-        """The MLflow run of a round, made on first call and found again afterwards.
+        """The MLflow run of a round, made on the first call and returned afterwards.
 
         ``rows`` become its training dataset: their hash, number and origin, never their text.
         """
-        found = self._client.search_runs(
+        runs = self._client.search_runs(
             [self._experiment], filter_string=f"tags.`{ROUND}` = '{round_id}'", max_results=1
         )
-        if found:
-            return str(found[0].info.run_id)
+        if runs:
+            return str(runs[0].info.run_id)
         run = self._client.create_run(
             self._experiment, run_name=f"round {round_id}", tags={ROUND: round_id}
         )
@@ -103,7 +103,7 @@ class Registry:
     ) -> None:
         """One generation: a point on each of the round's curves and a nested run of its own.
 
-        The nested run is made last and found by its tags: what was shown is not shown twice.
+        The nested run is made last: where it is there, the points of its generation are too.
         """
         tags = {"mlflow.parentRunId": run_id, GENERATION: str(generation), **tags}
         named = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
@@ -171,10 +171,10 @@ class Registry:
             verdict: What the gate said.
             description: Markdown a reviewer can read without opening anything else.
         """
-        found = self.version(digest)
-        if found is not None:
+        version = self.version(digest)
+        if version is not None:
             self.tag(digest, VERDICT, verdict)
-            return found
+            return version
         tags = {DIGEST: digest, PARENT: parent, VERDICT: verdict}
         with self._current(run_id):
             source, model_id = _log_model(directory, digest)
@@ -185,24 +185,24 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Every version, newest first."""
-        found = self._client.search_model_versions(f"name = '{self.name}'", max_results=1000)
-        return sorted(map(_version, found), key=lambda each: -int(each.number))
+        versions = self._client.search_model_versions(f"name = '{self.name}'", max_results=1000)
+        return sorted(map(_version, versions), key=lambda each: -int(each.number))
 
     def version(self, digest: str) -> Version | None:
         """The version of a digest, if there is one."""
-        found = self._client.search_model_versions(
+        versions = self._client.search_model_versions(
             f"name = '{self.name}' and tags.`{DIGEST}` = '{digest}'", max_results=1
         )
-        return _version(found[0]) if found else None
+        return _version(versions[0]) if versions else None
 
     def tag(self, digest: str, key: str, value: str) -> None:
-        """Set a tag on the version of a digest; without such a version nothing happens."""
-        found = self.version(digest)
-        if found is not None:
-            self._client.set_model_version_tag(self.name, found.number, key, value)
+        """Set a tag on the version of a digest; nothing without such a version."""
+        version = self.version(digest)
+        if version is not None:
+            self._client.set_model_version_tag(self.name, version.number, key, value)
 
     def note(self, number: str, text: str) -> None:
-        """Leave a note on a version, whoever made it."""
+        """Set the note tag of a version, which may have been made by hand."""
         self._client.set_model_version_tag(self.name, number, NOTE, text)
 
     def aliases(self) -> dict[str, Version]:
@@ -215,10 +215,10 @@ class Registry:
 
     def set_alias(self, alias: Alias, digest: str) -> None:
         """Point an alias at the version of a digest, which must exist."""
-        found = self.version(digest)
-        if found is None:
+        version = self.version(digest)
+        if version is None:
             raise LookupError(f"alias {alias!r}: no version has digest {digest!r}")
-        self._client.set_registered_model_alias(self.name, alias, found.number)
+        self._client.set_registered_model_alias(self.name, alias, version.number)
 
     def drop_alias(self, alias: Alias) -> None:
         """Remove an alias, if it is there."""
@@ -230,16 +230,16 @@ class Registry:
     def _ensure_experiment(self, artifacts: Path | None) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(self.name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(self.name)
+        if experiment is None:
             location = artifacts.as_uri() if artifacts else None
             try:
                 return str(self._client.create_experiment(self.name, artifact_location=location))
             except MlflowException:  # another process was first
-                found = self._client.get_experiment_by_name(self.name)
-                if found is None:
+                experiment = self._client.get_experiment_by_name(self.name)
+                if experiment is None:
                     raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def _ensure_model(self) -> None:
         from mlflow.exceptions import MlflowException
@@ -254,7 +254,9 @@ class Registry:
 
     @contextmanager
     def _current(self, run_id: str | None) -> Iterator[None]:
-        """The run that a model is logged into: the round's, or one of its own for the anchor."""
+        """Make a run current, since a model is logged into that: the round's, or a new one for the
+        anchor.
+        """
         import mlflow
 
         if run_id is None:
@@ -266,20 +268,22 @@ class Registry:
                 yield
 
 
-def _version(found: Any) -> Version:
-    tags = found.tags
+def _version(version: Any) -> Version:
+    tags = version.tags
     return Version(
-        str(found.version),
+        str(version.version),
         tags.get(DIGEST, ""),
         tags.get(VERDICT, ""),
         tags.get(REVIEW),
-        found.run_id or None,
+        version.run_id or None,
         tags.get(STATE),
     )
 
 
 def _dataset_input(round_id: str, rows: Rows) -> Any:
-    """The rows as a dataset version, by their hashes: a client's text is not MLflow's to keep."""
+    """The rows as a dataset version of hashes: a client's text is deleted on request, and MLflow
+    would keep it.
+    """
     import datasets
     import mlflow.data
     from mlflow.entities import DatasetInput, InputTag

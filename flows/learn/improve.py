@@ -128,7 +128,7 @@ def _new(
     collected = collect_rows(service, task.name, learner.prompts)
     for line in collected.lines():
         progress.say(line)
-    rows = [asked.to_json() for asked in collected.asked]
+    rows = [prompt.to_json() for prompt in collected.asked]
     rows_sha256 = RoundFiles(service.home, run_id).write_rows(rows)
     champion = service.champion()
     seed = hashlib.sha256(f"{service.anchor.digest} {run_id} {champion}".encode()).digest()
@@ -280,8 +280,8 @@ class Driver:
             )
         rewards = np.zeros(len(self._prompts))
         for place, completion in zip(self._places, completions, strict=True):
-            asked = self._prompts[place]
-            verdict = judge(judging(self._task, asked), completion.text, asked.row)
+            prompt = self._prompts[place]
+            verdict = judge(judging(self._task, prompt), completion.text, prompt.row)
             rewards[place] = training_reward(self._task, verdict)
         return rewards
 

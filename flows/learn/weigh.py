@@ -1,4 +1,4 @@
-"""A candidate's evaluation and verdict: asked beside champion and anchor, judged by the gate."""
+"""A candidate's evaluation beside champion and anchor, the gate's decision, and the verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +37,7 @@ class Looks:
 
     questions: tuple[Questions, ...]
     paths: tuple[Mapping[Who, Path], ...]
-    undecided: tuple[Mapping[str, Any], ...] = ()  # what each look but the last one found
+    undecided: tuple[Mapping[str, Any], ...] = ()  # the open findings of each look but the last
 
     def by_model(self) -> dict[Who, tuple[Path, ...]]:
         """Every model's tables, the first look first."""
@@ -48,7 +48,7 @@ def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
     """Evaluate the candidate of a finished round, pass it through the gate, record the verdict.
 
     Open rows come first; while a prior task is undecided, up to ``gate.extend`` further looks add
-    rows. The sealed draw is asked only of a candidate that passed the open rows.
+    rows. The sealed draw is evaluated only for a candidate that passed the open rows.
 
     Args:
         session: The parts of the home, and its engines.

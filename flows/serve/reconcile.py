@@ -157,28 +157,28 @@ def wishes(service: Service) -> list[Disagreement]:
     return done
 
 
-def _settle(session: Session, found: Disagreement) -> str:
-    """One repair; what was done."""
-    if found.kind == "unfinished":
+def _settle(session: Session, disagreement: Disagreement) -> str:
+    """Settle one disagreement; what was done."""
+    if disagreement.kind == "unfinished":
         swaps.finish(session)
-    elif found.kind == "served":
+    elif disagreement.kind == "served":
         swaps.serve_champion(session)
-    elif found.kind == "review":
-        promote.review(session, found.digest, found.word, found.text)
-    elif found.kind == "moved":
-        return _answer_move(session, found)
-    elif promote.act(session, found.digest):  # approved, or left
-        promote.carry_out(session, found.digest, found.text)
-    return found.text
+    elif disagreement.kind == "review":
+        promote.review(session, disagreement.digest, disagreement.word, disagreement.text)
+    elif disagreement.kind == "moved":
+        return _answer_move(session, disagreement)
+    elif promote.act(session, disagreement.digest):  # approved, or left
+        promote.carry_out(session, disagreement.digest, disagreement.text)
+    return disagreement.text
 
 
-def _answer_move(session: Session, found: Disagreement) -> str:
+def _answer_move(session: Session, disagreement: Disagreement) -> str:
     """Follow a person's move of the alias, or refuse it; the alias then stands at the champion.
 
     While MLflow cannot be written the move stays unanswered, and the next poll answers it.
     """
     service, note = session.service, ""
-    if not promote.follow(session, found.digest, found.text):
-        note = f"{found.text}, which the gate did not pass: put back"
-    mlflow.within(MLFLOW_S, lambda: put_back(service, found.version, note))
-    return note or found.text
+    if not promote.follow(session, disagreement.digest, disagreement.text):
+        note = f"{disagreement.text}, which the gate did not pass: put back"
+    mlflow.within(MLFLOW_S, lambda: put_back(service, disagreement.version, note))
+    return note or disagreement.text

@@ -206,7 +206,7 @@ def showing(service: Service, progress: Reporter, is_up: bool) -> Iterator[None]
     try:
         yield
     except BaseException:
-        display.stop()  # the error is told at once
+        display.stop()  # the error is printed at once
         raise
     error = display.finish(LAST_S)
     if error:

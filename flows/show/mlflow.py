@@ -188,13 +188,13 @@ def show_aliases(service: Service, answered: str = "") -> None:
                 service.registry.drop_alias(alias)
             elif digest is not None and _points_elsewhere(present.get(alias), digest):
                 service.registry.set_alias(alias, digest)
-        found = present.get("champion")
-        if found is None or found.number == answered or found.digest in ours:
+        standing = present.get("champion")
+        if standing is None or standing.number == answered or standing.digest in ours:
             # Announced before it is set and confirmed after: after a crash in between, an alias at
             # either digest is known to be ours, and is not taken for a person's move.
             path = service.home.aliases_json
             write_atomically(path, json.dumps(ours))
-            if _points_elsewhere(found, champion):
+            if _points_elsewhere(standing, champion):
                 service.registry.set_alias("champion", champion)
             write_atomically(path, json.dumps([champion]))
 

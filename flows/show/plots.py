@@ -91,27 +91,27 @@ def accuracies(tasks: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def rounds(told: Sequence[Mapping[str, Any]], title: str) -> Figure:
+def rounds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Accuracy of what is served on every task, before the first round and after each.
 
     Args:
-        told: One mapping a round: target, promoted, tasks (by name: champion, candidate, shares).
+        rows: One mapping a round: target, promoted, tasks (by name: champion, candidate, shares).
             A ring marks the target of a round that was promoted, a cross one that was not.
         title: The figure's title.
     """
     figure, axes = _figure(title, "round", "accuracy (%)")
-    targets = {str(each["target"]) for each in told}
-    drawn = [*sorted(targets), *sorted({name for each in told for name in each["tasks"]} - targets)]
+    targets = {str(each["target"]) for each in rows}
+    drawn = [*sorted(targets), *sorted({name for each in rows for name in each["tasks"]} - targets)]
     for colour, name in zip(_cycle(len(drawn)), drawn, strict=True):
-        served = [100 * told[0]["tasks"][name]["champion"]] if told else []
+        served = [100 * rows[0]["tasks"][name]["champion"]] if rows else []
         served += [
             100 * each["tasks"][name]["candidate" if each["promoted"] else "champion"]
-            for each in told
+            for each in rows
         ]
         width = 2.6 if name in targets else 1.2
         label = f"{name} (target)" if name in targets else name
         axes.plot(range(len(served)), served, color=colour, linewidth=width, label=label)
-        for number, each in enumerate(told, 1):
+        for number, each in enumerate(rows, 1):
             if each["target"] == name:
                 sign = "o" if each["promoted"] else "x"
                 axes.plot(number, served[number], sign, color=colour, markersize=6)

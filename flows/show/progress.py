@@ -1,4 +1,4 @@
-"""Progress bars for long work, on stderr so that stdout stays what was asked for."""
+"""Progress of long work, on stderr: stdout carries a command's result alone."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SHOWN = 6  # finished bars that stay
 LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
 
-Advance = Callable[[int], None]  # told how many are done so far
+Advance = Callable[[int], None]  # takes the number of steps done so far
 
 
 class Reporter(Protocol):
-    """Who is told how far long work has come."""
+    """Receives messages and progress of long work."""
 
     def track(self, what: str, total: int) -> Advance:
         """Begin a bar of ``total`` steps; call the result with the steps done so far."""
@@ -28,7 +28,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """A ``Reporter`` that prints nothing."""
 
     def track(self, what: str, total: int) -> Advance:
         """Nothing is drawn."""
@@ -39,7 +39,7 @@ class Silent:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Prints every text as it is, brackets and colons too: it may be anybody's."""
+    """A console that prints text literally: a client's text may hold Rich markup."""
     return Console(stderr=stderr, markup=False, emoji=False)
 
 
@@ -68,11 +68,11 @@ class Bars:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop drawing; what was drawn stays."""
+        """Stop drawing; finished bars stay on the screen."""
         self._bars.stop()
 
     def track(self, what: str, total: int) -> Advance:
-        """A bar of its own, or lines where bars cannot be drawn; old finished ones go."""
+        """Add a bar, or lines where bars cannot be drawn; all but the newest finished bars go."""
         if self._bars.disable:
             return self._lines(what, total)
         for old in [each for each in self._bars.tasks if each.finished][:-SHOWN]:
@@ -83,13 +83,13 @@ class Bars:
     def _lines(self, what: str, total: int) -> Advance:
         """The bar as lines: one at the beginning, then one every LINE_EVERY seconds."""
         self._console.print(f"  {what} ({total})", highlight=False)
-        began = told = time.monotonic()
+        began = printed = time.monotonic()
 
         def advance(done: int) -> None:
-            nonlocal told
+            nonlocal printed
             now = time.monotonic()
-            if now - told >= LINE_EVERY:
-                told = now
+            if now - printed >= LINE_EVERY:
+                printed = now
                 line = f"  {what}: {done}/{total} after {now - began:.0f} s"
                 self._console.print(line, highlight=False)
 

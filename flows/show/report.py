@@ -1,4 +1,4 @@
-"""What people read of a round: a table in the terminal, Markdown for reviewers, plain JSON."""
+"""Reports for people: a round as a table, Markdown and JSON; ledger, study and demo as tables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +26,12 @@ class RoundReport:
     reasons: Sequence[Mapping[str, Any]]
     tasks: Figures
     curve: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    learner_share: float | None = (
-        None  # of a generation's wall time, median (``flows.learn.curve``)
-    )
+    learner_share: float | None = None  # of a generation's wall time; median (flows.learn.curve)
     shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
-    rows: Mapping[str, Any] = field(default_factory=dict)  # the plan's: counts by where from
+    rows: Mapping[str, Any] = field(default_factory=dict)  # prompts by origin, from the plan
 
     def to_json(self) -> dict[str, Any]:
-        """The round's part of the demo's document."""
+        """The report as `improve --json`, and `demo --json` by round, print it."""
         keys = ("n", "anchor", "champion", "candidate", "difference", "low", "high", "p", "outcome")
         return {
             "round": self.round_id,
@@ -84,7 +82,7 @@ def table(report: RoundReport) -> Table:
 
 
 def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: str) -> str:
-    """Did it learn? The effect first, then every task, then examples fixed and broken.
+    """The report a reviewer reads: effect on the target, every task, examples fixed and broken.
 
     Args:
         report: The round.
@@ -139,20 +137,20 @@ def _shift_lines(report: RoundReport) -> list[str]:
         "|---" * (1 + len(report.shift)) + "|",
     ]
     for name, _ in _target_first(report):
-        told = " | ".join(divergence(tasks.get(name)) for tasks in report.shift.values())
-        lines.append(f"| {name} | {told} |")
+        cells = " | ".join(divergence(tasks.get(name)) for tasks in report.shift.values())
+        lines.append(f"| {name} | {cells} |")
     return lines
 
 
 def examples(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], most: int = 5
 ) -> str:
-    """Rows of the target that the candidate fixed and broke, completions side by side.
+    """Rows of the target that the candidate fixed and broke, both completions of each.
 
-    Completions are data: shown indented, so that no Markdown of theirs is rendered.
+    Completions are indented as code, so that Markdown in them is not rendered.
     """
     old = {row["example_id"]: row for row in before}
-    told = []
+    lines = []
     for title, sign in (("Fixed", 1), ("Broken", -1)):
         moved = [
             (old[row["example_id"]], row)
@@ -160,15 +158,15 @@ def examples(
             if row["example_id"] in old
             and sign * ((row["reward"] or 0) - (old[row["example_id"]]["reward"] or 0)) > 0
         ]
-        told += [f"## {title}: {len(moved)}", ""]
+        lines += [f"## {title}: {len(moved)}", ""]
         for was, now in moved[:most]:
-            told += [f"Example {now['example_id']}", "", _quoted("before", was["completion"])]
-            told += [_quoted("after", now["completion"]), ""]
-    return "\n".join(told)
+            lines += [f"Example {now['example_id']}", "", _quoted("before", was["completion"])]
+            lines += [_quoted("after", now["completion"]), ""]
+    return "\n".join(lines)
 
 
 def percent(share: float | None) -> str:
-    """0.5625 -> '56.2'; a share nobody measured is '-'."""
+    """0.5625 -> '56.2'; '-' where nothing was measured."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
@@ -203,23 +201,25 @@ def _quoted(label: str, text: str | None) -> str:
     return "\n".join([f"{label}:", "", *(f"    {line}" for line in lines), ""])
 
 
-def gate_table(told: Mapping[str, Any], target: str) -> Table:
+def gate_table(document: Mapping[str, Any], target: str) -> Table:
     """The gate's document as a table, with the findings that made the verdict below."""
-    report = RoundReport("", target, 0, "", "", told["verdict"], told["reasons"], told["tasks"])
+    report = RoundReport(
+        "", target, 0, "", "", document["verdict"], document["reasons"], document["tasks"]
+    )
     drawn = table(report)
-    drawn.title = f"verdict: {told['verdict']}"
+    drawn.title = f"verdict: {document['verdict']}"
     drawn.caption = "\n".join(str(reason["text"]) for reason in report.decisive())
     drawn.caption_justify = "left"
     return drawn
 
 
-def summary_table(told: Mapping[str, Any]) -> Table:
+def summary_table(document: Mapping[str, Any]) -> Table:
     """Accuracy of one model with Wilson's interval, format, length and cut answers."""
-    drawn = Table(title=f"{told['model']} ({short(told['digest'])})", title_justify="left")
+    drawn = Table(title=f"{document['model']} ({short(document['digest'])})", title_justify="left")
     for column in ("task", "n", "accuracy % (95 %)", "format %", "tokens", "cut %", "A/A"):
         drawn.add_column(column, justify="left" if column == "task" else "right")
-    again = told.get("discordance", {})
-    for name, row in told["tasks"].items():
+    again = document.get("discordance", {})
+    for name, row in document["tasks"].items():
         drawn.add_row(
             name,
             str(row["n"]),
@@ -250,36 +250,36 @@ def history_table(entries: Sequence[Entry]) -> Table:
     return drawn
 
 
-def study_tables(told: Mapping[str, Any]) -> list[Table]:
+def study_tables(document: Mapping[str, Any]) -> list[Table]:
     """A study: a row a round, then the last champion against the anchor."""
-    drawn = Table(title=f"{told['promoted']} of {len(told['rounds'])} rounds promoted")
+    drawn = Table(title=f"{document['promoted']} of {len(document['rounds'])} rounds promoted")
     drawn.title_justify = "left"
     for column in ("round", "target", "verdict"):
         drawn.add_column(column)
     for column in ("before %", "after %", "difference (interval), points", "||delta||"):
         drawn.add_column(column, justify="right")
-    for row in told["rounds"]:
+    for row in document["rounds"]:
         shares = (percent(row["before"]), percent(row["after"]))
         verdict = "promoted" if row["promoted"] else row["verdict"]
         norm = f"{row['norm']:.2f}"
         drawn.add_row(row["round"], row["target"], verdict, *shares, difference(row), norm)
-    end = Table(title=f"{short(told['champion'])} against the anchor", title_justify="left")
+    end = Table(title=f"{short(document['champion'])} against the anchor", title_justify="left")
     end.add_column("task")
     for column in ("n", "anchor %", "champion %", "difference (interval), points", "margin"):
         end.add_column(column, justify="right")
     end.add_column("within")
-    for name, row in told["final"].items():
+    for name, row in document["final"].items():
         shares = (percent(row["anchor"]), percent(row["champion"]))
         within = "yes" if row["within"] else "no"
         margin = percent(row["margin"])
         end.add_row(name, str(row["n"]), *shares, difference(row), margin, within)
-    end.caption = f"picture: {told['plot']}; {told['seconds']} s"
+    end.caption = f"picture: {document['plot']}; {document['seconds']} s"
     end.caption_justify = "left"
     return [drawn, end]
 
 
 def figures(statistics: Mapping[str, Any], most: int = 4) -> str:
-    """The first plain figures of a row's statistics; --json has them all."""
+    """The first ``most`` plain figures of a ledger row's statistics, for one line of a table."""
     plain = [
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={short(str(value))}"
         for key, value in statistics.items()
@@ -293,10 +293,10 @@ def _holds(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple)
 
 
-def demo_tables(told: Mapping[str, Any]) -> list[Table]:
-    """What the demo came to: a table a round, then what was served when, and where to look."""
+def demo_tables(document: Mapping[str, Any]) -> list[Table]:
+    """The demo's result: a table a round, then what was served in which order, and addresses."""
     drawn = []
-    for each in told["rounds"]:
+    for each in document["rounds"]:
         tasks = {
             name: {**row, "role": "target" if name == each["target"] else "prior"}
             for name, row in each["tasks"].items()
@@ -318,15 +318,15 @@ def demo_tables(told: Mapping[str, Any]) -> list[Table]:
             shown.caption = "\n".join(each["reasons"])
             shown.caption_justify = "left"
         drawn.append(shown)
-    live = told["live"]
+    live = document["live"]
     end = Table(title="the endpoint", title_justify="left", show_header=False)
-    end.add_row("served, in order", " -> ".join(told["served"]))
+    end.add_row("served, in order", " -> ".join(document["served"]))
     end.add_row(
         f"live requests ({live['n']})",
         f"{percent(live['before'])} % right before, {percent(live['after'])} % after",
     )
-    end.add_row("picture", told["plot"])
-    end.add_row("MLflow (while up)", told["mlflow"])
-    end.add_row("look again", f"anchorage up --home {told['home']}")
-    end.add_row("seconds", str(told["seconds"]))
+    end.add_row("picture", document["plot"])
+    end.add_row("MLflow (while up)", document["mlflow"])
+    end.add_row("look again", f"anchorage up --home {document['home']}")
+    end.add_row("seconds", str(document["seconds"]))
     return [*drawn, end]

@@ -1,4 +1,4 @@
-"""How commands talk to a terminal: bars on stderr, tables or one JSON document on stdout."""
+"""Output of commands: bars on stderr, tables or one JSON document on stdout."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from flows.show.progress import Bars, Reporter, Silent, console
 
 
 def quiet_libraries() -> None:
-    """No telemetry from any library, and no chatter on the terminal."""
+    """Turn off telemetry and progress output of libraries that the environment leaves open."""
     for name, value in {
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -64,21 +64,21 @@ def collected_tables(preview: Mapping[str, Any]) -> list[Table]:
     tables = [pairs("prompts of the next round", counts), *([aside] if aside.row_count else [])]
     for kind, prompts in preview["prompts"].items():
         for place, messages in enumerate(prompts, start=1):
-            drawn = Table(title=f"asked {kind}, {place}", title_justify="left", show_header=False)
+            drawn = Table(title=f"{kind}, {place}", title_justify="left", show_header=False)
             for message in messages:
                 drawn.add_row(str(message["role"]), str(message["content"]))
             tables.append(drawn)
     return tables
 
 
-def status_table(told: Mapping[str, Any]) -> Table:
+def status_table(status: Mapping[str, Any]) -> Table:
     """Addresses, champion and services."""
-    title = f"endpoint {told['endpoint'] or 'down'}"
+    title = f"endpoint {status['endpoint'] or 'down'}"
     drawn = Table(title=title, title_justify="left")
     for column in ("service", "state", "pid"):
         drawn.add_column(column)
-    for each in told["services"]:
+    for each in status["services"]:
         drawn.add_row(each["name"], each["state"], str(each["pid"] or "-"))
     for name in ("mlflow", "prefect", "champion"):
-        drawn.add_row(name, str(told[name] or "-"), "")
+        drawn.add_row(name, str(status[name] or "-"), "")
     return drawn

@@ -1,4 +1,4 @@
-"""The live view: what the endpoint does now, from two readings of its metrics.
+"""The live view of `status --watch`: the endpoint from two readings of its metrics.
 
 requests/s, tokens/s      growth of the counters between the readings
 latency                   mean of the requests answered between them
@@ -27,7 +27,7 @@ ANSWERS = ("chat.completions", "completions")
 
 
 def views(root: Path | None) -> Iterator[Group]:
-    """The live view of a home, a new one every second, without an end."""
+    """An endless sequence of views of a home, one every ``EVERY_S``."""
     home = Home.at(root)
     before, at = reading(read_metrics(home)), time.monotonic()
     yield view(state(root), None)
@@ -40,7 +40,7 @@ def views(root: Path | None) -> Iterator[Group]:
 
 
 def read_metrics(home: Home) -> str:
-    """The gateway's metrics by its private socket; nothing where none answers."""
+    """The gateway's metrics from its admin socket; empty where it does not answer."""
     try:
         with httpx.Client(transport=UnixTransport(home.admin_socket), timeout=2.0) as client:
             return client.get("http://gateway/metrics").text
@@ -49,17 +49,17 @@ def read_metrics(home: Home) -> str:
 
 
 def reading(text: str) -> Reading:
-    """Prometheus' text as numbers."""
-    found: dict[str, dict[Labels, float]] = {}
+    """Prometheus' text format as numbers."""
+    samples: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = tuple(sorted(sample.labels.items()))
-            found.setdefault(sample.name, {})[labels] = sample.value
-    return found
+            samples.setdefault(sample.name, {})[labels] = sample.value
+    return samples
 
 
 def figures(before: Reading, now: Reading, seconds: float) -> dict[str, Any]:
-    """What happened between two readings, and what stands now; None for what is undefined."""
+    """Rates between two readings and the present gauges; None where a figure is undefined."""
 
     def grown(name: str, **wanted: str) -> float:
         return _sum(now, name, wanted) - _sum(before, name, wanted)
@@ -82,15 +82,15 @@ def figures(before: Reading, now: Reading, seconds: float) -> dict[str, Any]:
     }
 
 
-def view(status: Mapping[str, Any], told: Mapping[str, Any] | None) -> Group:
+def view(status: Mapping[str, Any], endpoint: Mapping[str, Any] | None) -> Group:
     """The status and, where the gateway answers, its figures."""
-    if told is None:
+    if endpoint is None:
         return Group(status_table(status))
-    numbers = {name: _shown(value) for name, value in told.items() if name != "rewards"}
+    numbers = {name: _shown(value) for name, value in endpoint.items() if name != "rewards"}
     rewards = Table(title="verified rewards", title_justify="left")
     for column in ("task", "version", "n", "mean", "errors"):
         rewards.add_column(column, justify="left" if column in ("task", "version") else "right")
-    for each in told["rewards"]:
+    for each in endpoint["rewards"]:
         row = (each["task"], each["version"], each["n"], each["mean"], each["errors"])
         rewards.add_row(*map(_shown, row))
     return Group(status_table(status), pairs("endpoint now", numbers), rewards)
@@ -110,9 +110,9 @@ def _rewards(now: Reading) -> list[dict[str, Any]]:
     return rows
 
 
-def _sum(found: Reading, name: str, wanted: Mapping[str, str]) -> float:
+def _sum(now: Reading, name: str, wanted: Mapping[str, str]) -> float:
     """All samples of a name that carry these labels."""
-    values = found.get(name, {}).items()
+    values = now.get(name, {}).items()
     return sum(value for labels, value in values if wanted.items() <= dict(labels).items())
 
 
