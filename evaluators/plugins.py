@@ -8,15 +8,16 @@ was; no completion, however odd, makes it fail or takes longer than 100 ms; no k
 import copy
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from agent.errors import UserError
-from evaluators.loading import resolve
-from evaluators.sandbox import Limits, sandboxed
+from evaluators.sandbox import Sandbox
+from evaluators.sandbox_worker import Limits
 from evaluators.task import Row, Task, Verdict, judge, with_prompt
 from evaluators.tasks import TASKS
 
@@ -45,9 +46,10 @@ ODD = (
 )
 
 
-def all_tasks(specs: Sequence[str] = (), limits: Limits | None = None) -> dict[str, Task]:
-    """Our tasks, those of installed packages, and those of the settings; verifiers not ours are
-    sandboxed.
+def all_tasks(
+    specs: Sequence[str] = (), limits: Limits | None = None, hidden: Iterable[Path] = ()
+) -> dict[str, Task]:
+    """Our tasks, those of installed packages and of the settings; code not ours is sandboxed.
 
     Raises:
         UserError: a spec that names no task, or a name that is taken.
@@ -55,16 +57,20 @@ def all_tasks(specs: Sequence[str] = (), limits: Limits | None = None) -> dict[s
     tasks = dict(TASKS)
     installed = [entry.value for entry in entry_points(group=GROUP)]
     for spec in [*installed, *specs]:
-        task = load(spec, limits)
+        task = load(spec, limits, hidden)
         if task.name in tasks:
             raise UserError(f"task {spec!r}: the name {task.name!r} is taken; choose another")
         tasks[task.name] = task
     return tasks
 
 
-def load(spec: str, limits: Limits | None = None) -> Task:
-    """One own task, its verifier in a worker process with limits."""
-    return sandboxed(resolve(spec), spec, limits)
+def load(spec: str, limits: Limits | None = None, hidden: Iterable[Path] = ()) -> Task:
+    """One own task; its code runs in worker processes with limits, and cannot read ``hidden``.
+
+    Raises:
+        UserError: a spec that names no task.
+    """
+    return Sandbox(spec, limits, hidden).task()
 
 
 def tuned(
@@ -107,52 +113,93 @@ def pinned(tasks: Mapping[str, Task], revisions: Mapping[str, str]) -> dict[str,
     }
 
 
+class Problem(NamedTuple):
+    """One breach of the contract: its kind, by which breaches are counted, and this one of it."""
+
+    kind: str
+    key: str
+    text: str
+
+
 def check(task: Task, rows: Sequence[Row]) -> list[str]:
-    """What is wrong with a task, one line a problem; [] when it keeps the contract."""
+    """What is wrong with a task, one line for each kind of mistake; [] when it keeps the contract.
+
+    A line shows the first row on which the mistake was met and how many more there are.
+    """
     if not rows:
         return [f"{task.name}: no rows to check"]
-    problems = list(_repeated_keys(task, rows))
-    for row in rows:
-        problems += [f"{task.name} {task.key(row)}: {text}" for text in _row_problems(task, row)]
-    problems += [text for row in rows[:TIMED_ROWS] for text in _odd_problems(task, row)]
-    return problems
+    kinds: defaultdict[str, list[Problem]] = defaultdict(list)
+    for problem in _problems(task, rows):
+        kinds[problem.kind].append(problem)
+    return [_line(task, problems) for problems in kinds.values()]
 
 
-def _repeated_keys(task: Task, rows: Sequence[Row]) -> Iterator[str]:
-    for key, count in Counter(task.key(row) for row in rows).items():
+def _line(task: Task, problems: Sequence[Problem]) -> str:
+    first, more = problems[0], len(problems) - 1
+    alike = f" ({more} more like this)" if more else ""
+    return f"{task.name} {first.key}: {first.text}{alike}"
+
+
+def _problems(task: Task, rows: Sequence[Row]) -> Iterator[Problem]:
+    keys: list[str] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            key = task.key(row)
+        except Exception as error:
+            yield Problem(f"key {type(error)}", f"row {number}", f"key fails: {_said(error)}")
+            continue
+        keys.append(key)
+        try:
+            yield from _row_problems(task, key, row)
+        except Exception as error:  # of gold, wrong or fields, which the caller would meet, too
+            yield Problem(f"row {type(error)}", key, f"the row cannot be asked: {_said(error)}")
+    for key, count in Counter(keys).items():
         if count > 1:
-            yield f"{task.name}: key {key!r} names {count} rows; one is wanted"
+            text = f"key {key!r} names {count} rows; one is wanted"
+            yield Problem("key", "", text)
+    for row in rows[:TIMED_ROWS] if len(keys) == len(rows) else ():
+        yield from _odd_problems(task, row)
 
 
-def _row_problems(task: Task, row: Row) -> Iterator[str]:
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _row_problems(task: Task, key: str, row: Row) -> Iterator[Problem]:
     """Gold 1, wrong 0, nothing 0, pure, and a prompt that can be sent."""
     before = copy.deepcopy(row)
     gold, wrong = task.gold(row), task.wrong(row)
     for name, text, wanted in (("gold", gold, 1.0), ("wrong", wrong, 0.0), ("empty", "", 0.0)):
         verdict = judge(task, text, row)
+        scores = f"scores {verdict.reward:g}; {wanted:g} is wanted"
         if verdict.error and name != "empty":
-            yield f"the {name} answer fails: {verdict.error}"
+            kind = f"{name} {verdict.error.partition(':')[0]}"
+            yield Problem(kind, key, f"the {name} answer fails: {verdict.error}")
         elif verdict.reward != wanted:
-            yield f"the {name} answer {text[:80]!r} scores {verdict.reward:g}; {wanted:g} is wanted"
+            yield Problem(f"{name} scores", key, f"the {name} answer {text[:80]!r} {scores}")
         if judge(task, text, row) != verdict:
-            yield f"the {name} answer has two verdicts on two looks; verify must be pure"
+            said = f"the {name} answer has two verdicts on two looks; verify must be pure"
+            yield Problem("pure", key, said)
     if row != before:
-        yield "its row was changed; fields, gold, wrong and verify must leave it"
+        said = "its row was changed; fields, gold, wrong and verify must leave it"
+        yield Problem("changed", key, said)
     json.dumps(task.messages(row))
 
 
-def _odd_problems(task: Task, row: Row) -> Iterator[str]:
+def _odd_problems(task: Task, row: Row) -> Iterator[Problem]:
     """Odd completions are judged without an error and in time (the better of two looks)."""
+    key = task.key(row)
     for text in ODD:
-        shown = f"{task.name} {task.key(row)}: {text[:20]!r} ({len(text)} characters)"
+        shown = f"{text[:20]!r} ({len(text)} characters)"
         looks = [_timed(task, text, row) for _ in range(2)]
         verdict, taken_s = looks[0][0], min(taken for _, taken in looks)
         if verdict.error:
-            yield f"{shown} fails: {verdict.error}"
+            yield Problem("odd fails", key, f"{shown} fails: {verdict.error}")
         elif verdict.reward:
-            yield f"{shown} scores {verdict.reward:g}; 0 is wanted"
+            yield Problem("odd scores", key, f"{shown} scores {verdict.reward:g}; 0 is wanted")
         if taken_s > BOUND_S:
-            yield f"{shown} takes {1000 * taken_s:.0f} ms; at most {1000 * BOUND_S:.0f} are allowed"
+            took = f"{1000 * taken_s:.0f} ms; at most {1000 * BOUND_S:.0f} are allowed"
+            yield Problem("odd time", key, f"{shown} takes {took}")
 
 
 def _timed(task: Task, text: str, row: Row) -> tuple[Verdict, float]:

@@ -1,82 +1,151 @@
-"""Plug-in verifiers in a process of their own: bounded in CPU, memory and time, killed when over.
+"""Own tasks in processes that can read little, write nothing, reach nobody and leave nothing.
 
-The parent sends one JSON line a completion and waits a bounded time for one JSON line back. The
-worker asks the kernel for its limits before it runs foreign code: a CPU timer whose signal ends the
-process (nothing in Python can catch it), an address-space limit, no file growth, few open files;
-starting another process, which would escape them, is refused. A worker that dies, or answers
-anything but the question, costs its row (an error, reward 0) and is started again for the next.
+    this process -- pipes --> keeper --fork--> server --fork--> one process a verdict
+                                                     --fork--> one process for key, fields, gold ...
+
+The keeper enters the namespaces, runs no code of the task, and at the end kills whatever is left
+below it. The server gives up its rights before it imports the task's file, and forks for each
+verdict, so that what one verdict changes in a module is gone with its process. Time is kept by the
+server on the kernel's clocks. A verdict that fails, hangs or grows costs its row: an error, reward
+0. Which of the kernel's means hold on this machine is measured as they are taken (``Protections``):
+without them the file has to be trusted.
 """
 
 import json
 import os
-import resource
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import IO, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from agent.errors import UserError
-from evaluators.loading import resolve
-from evaluators.task import Row, Task, Verdict, failed, judge
+from evaluators.sandbox_worker import FIXED, Limits, parsed, read_line
+from evaluators.task import Row, Source, Task, Verdict, failed
 
-MAX_REPLY_BYTES = 1_000_000
-END_S = 2.0  # how long a worker that hung up may take to end
-BARRED = frozenset(  # audit events of what starts a process
-    {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn"}
-    | {"subprocess.Popen"}
-)
+END_S = 5.0  # how long the keeper may take to kill what is left
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one verdict may use."""
+class Protections:
+    """Which of the kernel's means hold on this machine."""
 
-    cpu_s: float = 0.1
-    wall_s: float = 5.0  # sleeping and waiting included
-    memory_bytes: int = 2**30  # address space, on top of what the started worker already holds
-    start_s: float = 60.0  # imports of the plug-in
+    active: frozenset[str]  # user, pid, network, ipc, mount, landlock, seccomp
+
+    def lines(self) -> list[str]:
+        """One line a promise: what is prevented and by what, or that it is not."""
+        promises = (
+            ("reading the service's home", "landlock", "mount"),
+            ("reading other files", "landlock"),
+            ("writing and removing files", "landlock", "seccomp"),
+            ("network", "network", "seccomp"),
+            ("starting processes from a verdict", "seccomp"),
+            ("processes left over", "pid", "keeper"),
+        )
+        lines = []
+        for promise, *means in promises:
+            by = ", ".join(name for name in means if name in self.active | {"keeper"})
+            lines.append(f"{promise}: {f'prevented ({by})' if by else 'possible'}")
+        if not self.complete:
+            lines.append("what is possible here is up to the task's file: use files you trust")
+        return lines
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything above is prevented; if not, the file has to be trusted."""
+        return {"landlock", "seccomp"} <= self.active
 
 
 class Sandbox:
-    """A verifier behind a pipe; one verdict at a time, safe to share between threads."""
+    """A task behind a pipe; one question at a time, safe to share between threads."""
 
-    def __init__(self, spec: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self, spec: str, limits: Limits | None = None, hidden: Iterable[Path] = ()
+    ) -> None:
         self.spec = spec
         self.limits = limits or Limits()
+        self._hidden = [str(path.resolve()) for path in (*hidden, *_homes())]
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._asked = 0
+        self._ready: dict[str, Any] | None = None
 
     def verify(self, completion: str, row: Row) -> Verdict:
         """The worker's verdict, or an error verdict when it failed, hung or grew too large."""
+        reply = self._ask({"call": "verify", "completion": completion, "row": dict(row)})
+        if isinstance(reply, str):
+            return failed(f"verifier {self.spec}: {reply}")
+        return Verdict(**reply["value"])
+
+    def call(self, name: str, row: Row) -> Any:
+        """One of FUNCTIONS of a row.
+
+        Raises:
+            ValueError: what the function raised, or how its process ended.
+        """
+        reply = self._ask({"call": name, "row": dict(row)})
+        if isinstance(reply, str):
+            raise ValueError(f"task {self.spec}: {name}: {reply}")
+        return reply["value"]
+
+    def task(self) -> Task:
+        """The task as this process sees it: its data, and functions that ask the worker.
+
+        Raises:
+            UserError: a spec that names no task, or a worker that does not start.
+        """
         with self._lock:
-            self._asked += 1
-            asked = {"number": self._asked, "completion": completion, "row": dict(row)}
-            worker = self._running()
-            reply = _exchange(worker, json.dumps(asked, default=str), self.limits.wall_s)
-            if isinstance(reply, Mapping) and reply.get("number") == self._asked:
-                return Verdict(**reply["verdict"])
-            self._stop()
-            return failed(f"verifier {self.spec}: {_ending(worker, reply, self.limits)}")
+            self._running()
+            assert self._ready is not None
+            described = self._ready["task"]
+        parts: dict[str, Any] = {name: described[name] for name in FIXED}
+        parts |= {name: self._function(name) for name in described["functions"]}
+        return Task(source=Source(**described["source"]), verify=self.verify, **parts)
+
+    def protections(self) -> Protections:
+        """What holds for the worker."""
+        with self._lock:
+            self._running()
+            assert self._ready is not None
+            return Protections(frozenset(self._ready["active"]))
 
     def close(self) -> None:
         """End the worker, if one runs."""
         with self._lock:
             self._stop()
 
+    def _function(self, name: str) -> Callable[[Row], Any]:
+        return lambda row: self.call(name, row)
+
+    def _ask(self, question: Mapping[str, Any]) -> Mapping[str, Any] | str:
+        """The reply with its ``value``, or why there is none."""
+        with self._lock:
+            self._asked += 1
+            worker = self._running()
+            line = json.dumps({**question, "number": self._asked}, default=str)
+            reply = _exchange(worker, line, self.limits.wall_s + END_S)
+            if isinstance(reply, Mapping) and reply.get("number") == self._asked:
+                return reply if "value" in reply else str(reply.get("error"))
+            self._stop()
+            return _ending(worker, reply, self.limits)
+
     def _running(self) -> "subprocess.Popen[bytes]":
-        if self._worker is None:
-            self._worker = _start(self.spec, self.limits)
-            self._finalizer = weakref.finalize(self, _end, self._worker)
-        return self._worker
+        if self._worker is not None:
+            return self._worker
+        worker, ready = _start(self.spec, self.limits, self._hidden)
+        self._worker = worker
+        self._finalizer = weakref.finalize(self, _end, worker)
+        if self._ready is not None and self._ready["task"] != ready["task"]:
+            self._stop()
+            raise UserError(f"task {self.spec}: its file has changed; start the service again")
+        self._ready = ready
+        return worker
 
     def _stop(self) -> None:
         if self._finalizer is not None:
@@ -84,35 +153,62 @@ class Sandbox:
         self._worker = self._finalizer = None
 
 
-def sandboxed(task: Task, spec: str, limits: Limits | None = None) -> Task:
-    """The same task with its verifier in a worker process."""
-    return replace(task, verify=Sandbox(spec, limits).verify)
+def protections() -> Protections:
+    """What the kernel of this machine gives to a sandbox, measured in one of our own tasks."""
+    sandbox = Sandbox("evaluators.tasks.piqa:TASK")
+    try:
+        return sandbox.protections()
+    finally:
+        sandbox.close()
 
 
-def _start(spec: str, limits: Limits) -> "subprocess.Popen[bytes]":
-    """A worker that has imported the plug-in and said so; it inherits no secrets."""
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
+def _homes() -> list[Path]:
+    """What must not be read: the service's home and the user's."""
+    service = Path(os.environ.get("ANCHORAGE_HOME") or ".anchorage")
+    return [service, *([Path(os.environ["HOME"])] if os.environ.get("HOME") else [])]
+
+
+def _start(
+    spec: str, limits: Limits, hidden: list[str]
+) -> tuple["subprocess.Popen[bytes]", dict[str, Any]]:
+    """A worker that has imported the plug-in, and how it described it; it inherits no secrets."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    paths = os.pathsep.join(path for path in sys.path if path)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "evaluators.sandbox", spec, json.dumps(asdict(limits))],
+        [
+            sys.executable,
+            "-m",
+            "evaluators.sandbox_worker",
+            spec,
+            json.dumps(asdict(limits)),
+            *hidden,
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},  # a fork copies one thread only
         bufsize=0,  # nothing is left to flush when the worker is gone
         start_new_session=True,
     )
-    ready = _read_line(worker.stdout, limits.start_s)
-    if ready is None or json.loads(ready or b"null") != "ready":
-        _end(worker)
-        raise UserError(f"verifier {spec}: its worker did not start within {limits.start_s:g} s")
-    return worker
+    line = read_line(worker.stdout, limits.start_s)
+    ready = parsed(line) if line else None
+    if isinstance(ready, dict) and "task" in ready:
+        return worker, ready
+    _end(worker)
+    if isinstance(ready, dict) and "error" in ready:
+        raise UserError(ready["error"])
+    raise UserError(f"verifier {spec}: its worker did not start within {limits.start_s:g} s")
 
 
 def _end(worker: "subprocess.Popen[bytes]") -> None:
-    """Kill the worker and whatever it may have started; it leads a session of its own."""
-    with suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    """Have the keeper kill everything below it, and itself end; kill it where it does not."""
+    worker.terminate()
+    try:
+        worker.wait(END_S)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
     for pipe in (worker.stdin, worker.stdout):
         if pipe is not None:
             pipe.close()
@@ -129,87 +225,22 @@ def _exchange(
             left = left[os.write(worker.stdin.fileno(), left) :]
     except OSError:  # it ended since its last verdict
         return b""
-    reply = _read_line(worker.stdout, wall_s)
+    reply = read_line(worker.stdout, wall_s)
     if reply == b"":
         with suppress(subprocess.TimeoutExpired):
             worker.wait(END_S)  # so that its own end is told, not ours
     if not reply:
         return reply
-    try:
-        value = json.loads(reply)
-    except ValueError:  # two lines, or what is no JSON
-        return {}
+    value = parsed(reply)
     return value if isinstance(value, Mapping) else {}
-
-
-def _read_line(pipe: IO[bytes] | None, wall_s: float) -> bytes | None:
-    """One line; b"" at the end of the stream or past MAX_REPLY_BYTES, None after ``wall_s``."""
-    assert pipe is not None
-    read = b""
-    deadline = time.monotonic() + wall_s
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while not read.endswith(b"\n"):
-            if not selector.select(max(deadline - time.monotonic(), 0)):
-                return None
-            chunk = os.read(pipe.fileno(), 65536)
-            if not chunk or len(read) > MAX_REPLY_BYTES:
-                return b""
-            read += chunk
-    return read
 
 
 def _ending(
     worker: "subprocess.Popen[bytes]", reply: Mapping[str, Any] | bytes | None, limits: Limits
 ) -> str:
-    """Why there is no verdict, in words."""
+    """Why there is no reply, in words."""
     if isinstance(reply, Mapping):
         return "its worker answered something else"
     if reply is None:
-        return f"no verdict within {limits.wall_s:g} s"
-    if worker.returncode == -signal.SIGPROF:
-        return f"more than {limits.cpu_s:g} s of CPU"
+        return f"no answer within {limits.wall_s:g} s"
     return f"its worker ended ({worker.returncode})"
-
-
-def _serve(spec: str, limits: Limits) -> None:
-    """The worker: verdicts for lines, until the input ends."""
-    source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the plug-in prints is no reply
-    task = resolve(spec)
-    _limit(limits)
-    _say(sink, "ready")
-    for line in source:
-        asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-        verdict = judge(replace(task, prefill=None), asked["completion"], asked["row"])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(sink, {"number": asked["number"], "verdict": asdict(verdict)})
-
-
-def _limit(limits: Limits) -> None:
-    """Hard limits of the kernel, set once."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer's signal ends the process
-    with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123
-        held_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    memory = held_bytes + limits.memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.addaudithook(_bar)
-
-
-def _bar(event: str, _arguments: tuple[object, ...]) -> None:
-    """Refuse to start processes: limits and timers are this process's alone."""
-    if event in BARRED:
-        raise PermissionError(f"{event}: a verifier may not start a process")
-
-
-def _say(sink: IO[bytes], value: object) -> None:
-    sink.write(json.dumps(value).encode("ascii") + b"\n")
-    sink.flush()
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], Limits(**json.loads(sys.argv[2])))

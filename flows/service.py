@@ -200,7 +200,7 @@ class Service:
             name: {"template": words} if isinstance(words, str) else words.model_dump()
             for name, words in chosen.prompts.items()
         }
-        known = pinned(all_tasks(chosen.files), chosen.revisions)
+        known = pinned(all_tasks(chosen.files, hidden=[self.home.root]), chosen.revisions)
         return tuned(known, prompts=prompts, max_tokens=chosen.max_tokens)
 
     def task(self, name: str) -> Task:

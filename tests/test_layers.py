@@ -26,6 +26,8 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("evaluators.loading", 2),
     ("evaluators.runner", 2),
     ("evaluators.sandbox", 2),
+    ("evaluators.sandbox_worker", 2),
+    ("evaluators.confine", 2),
     ("evaluators.plugins", 2),
     ("evaluators.export", 2),
     ("evaluators.openai_client", 2),

@@ -46,7 +46,8 @@ def main() -> None:
     quiet_libraries()
     signal.signal(signal.SIGTERM, _ended)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # a command's typer.Exit comes back as its code
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except typer.Abort:

@@ -74,9 +74,15 @@ def check_task(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """The contract of a task: gold scores 1, near misses 0, pure, bounded, keys unique."""
+    """Check a task on its rows: the gold answer scores 1, wrong and empty ones 0, keys are unique.
+
+    Also that the verifier is bounded and gives the same verdict twice. One line for each kind of
+    mistake, exit code 1 if there is one. For an own file: what its sandbox prevents here.
+    """
     from evaluators.loading import rows
     from evaluators.plugins import check, load
+    from evaluators.sandbox import protections
+    from evaluators.tasks import TASKS
     from flows.service import Service
 
     if ":" in spec:
@@ -86,10 +92,18 @@ def check_task(
         service = Service.at(home)
         task, asked = service.task(spec), service.rows(spec, "eval", limit)
     problems = check(task, asked)
+    kept = [f"{task.name}: {len(asked)} rows keep the contract"]
+    sandbox = None if task.name in TASKS else protections()
     show(
-        {"task": task.name, "rows": len(asked), "problems": problems},
+        {
+            "task": task.name,
+            "rows": len(asked),
+            "problems": problems,
+            "sandbox": sandbox and sandbox.lines(),
+        },
         as_json,
-        *(problems or [f"{task.name}: {len(asked)} rows keep the contract"]),
+        *(problems or kept),
+        *(sandbox.lines() if sandbox else ()),
     )
     raise typer.Exit(1 if problems else 0)
 

@@ -1,8 +1,6 @@
 """Own tasks: found, contained, checked; the examples that users copy keep their own contract."""
 
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,47 +10,21 @@ from agent.errors import UserError
 from evaluators import examples
 from evaluators.loading import read_file, resolve, rows
 from evaluators.plugins import all_tasks, check, load, tuned
-from evaluators.sandbox import Limits, Sandbox
 from evaluators.task import Row, Task, Verdict, judge, training_reward
 from evaluators.tasks import TASKS
 
 EXAMPLES = Path(examples.__file__).parent
 ROWS = Path(__file__).parent / "rows"
-LIMITS = Limits(cpu_s=0.1, wall_s=20.0, memory_bytes=2**28)
 
 PLUGIN = """
-import os, sys, time
 from evaluators.task import Source, Task, Verdict
-
-def verify(completion, row):
-    print("noise on stdout", flush=True)
-    if completion == "spin":
-        while True:
-            try:
-                while True: pass
-            except BaseException:
-                pass
-    if completion == "power": 9 ** 9 ** 9 ** 9
-    if completion == "sleep": time.sleep(60)
-    if completion == "memory": return Verdict(float(len(bytearray(2**31)) > 0), 0.0, "got it")
-    if completion == "exit": os._exit(0)
-    if completion == "leave": sys.exit("bye")
-    if completion == "fork": os.fork()
-    if completion == "shell": os.system("sleep 60")
-    if completion == "forge": os.write(3, b'{"number": 0, "verdict": {"reward": 1.0}}\\n')
-    if completion == "raise": raise ValueError("no such answer")
-    if completion == "write": open(row["file"], "w").write("x" * 100)
-    if completion == "secret": return Verdict(0.0, 0.0, os.environ.get("ANCHORAGE_SECRET"))
-    if completion == "long": return Verdict(0.0, 0.0, "x" * 5_000_000)
-    return Verdict(float(completion == row["word"]), 0.0, completion)
-
 TASK = Task(
     name="word", source=Source("", eval_split="train", file="words.jsonl"),
     key=lambda row: row["word"], fields=lambda row: {"word": row["word"]}, template="Say {word}.",
-    verify=verify, gold=lambda row: row["word"], wrong=lambda row: row["word"] + "s",
+    verify=lambda completion, row: Verdict(float(completion == row["word"]), 0.0, completion),
+    gold=lambda row: row["word"], wrong=lambda row: row["word"] + "s",
 )
 """
-ROW = {"word": "anchor"}
 
 
 @pytest.fixture
@@ -60,85 +32,6 @@ def spec(tmp_path: Path) -> str:
     (tmp_path / "word.py").write_text(PLUGIN)
     (tmp_path / "words.jsonl").write_text('{"word": "anchor"}\n{"word": "rope"}\n')
     return f"{tmp_path / 'word.py'}:TASK"
-
-
-@pytest.fixture
-def sandbox(spec: str) -> Iterator[Sandbox]:
-    sandbox = Sandbox(spec, LIMITS)
-    yield sandbox
-    sandbox.close()
-
-
-@pytest.mark.proof
-def test_a_verdict_comes_back_from_the_worker(sandbox: Sandbox) -> None:
-    assert sandbox.verify("anchor", ROW) == Verdict(1.0, 0.0, "anchor")
-    assert sandbox.verify("\ud800\n\x00", ROW) == Verdict(0.0, 0.0, "\ud800\n\x00")
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize(
-    ("completion", "told"),
-    [
-        ("spin", "more than 0.1 s of CPU"),
-        ("power", "more than 0.1 s of CPU"),
-        ("memory", "MemoryError"),
-        ("exit", "its worker ended (0)"),
-        ("leave", "its worker ended (1)"),
-        ("fork", "os.fork: a verifier may not start a process"),
-        ("shell", "os.system: a verifier may not start a process"),
-        ("forge", "its worker answered something else"),
-        ("raise", "ValueError: no such answer"),
-    ],
-)
-def test_a_verifier_that_hangs_grows_or_dies_costs_its_row_only(
-    sandbox: Sandbox, completion: str, told: str
-) -> None:
-    verdict = sandbox.verify(completion, ROW)
-    assert (verdict.reward, verdict.extracted) == (0.0, None)
-    assert verdict.error is not None
-    assert told in verdict.error
-    assert sandbox.verify("anchor", ROW).reward == 1.0
-
-
-@pytest.mark.proof
-def test_a_verifier_that_sleeps_is_given_up(spec: str) -> None:
-    sandbox = Sandbox(spec, Limits(wall_s=0.3))
-    told = sandbox.verify("sleep", ROW).error or ""
-    sandbox.close()
-    assert "no verdict within 0.3 s" in told
-
-
-@pytest.mark.proof
-def test_a_verifier_can_neither_write_files_nor_read_secrets(
-    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ANCHORAGE_SECRET", "key")
-    file = tmp_path / "written"
-    assert sandbox.verify("write", ROW | {"file": str(file)}).reward == 0.0
-    assert file.read_bytes() == b""
-    assert sandbox.verify("secret", ROW) == Verdict(0.0, 0.0, None)
-    assert len(sandbox.verify("long", ROW).extracted or "") == 1000
-
-
-@pytest.mark.proof
-def test_a_worker_that_was_killed_between_two_verdicts_is_replaced(sandbox: Sandbox) -> None:
-    assert sandbox.verify("anchor", ROW).reward == 1.0
-    assert sandbox._worker is not None
-    sandbox._worker.kill()
-    sandbox._worker.wait()
-    assert "its worker ended (-9)" in (sandbox.verify("anchor" * 100_000, ROW).error or "")
-    assert sandbox.verify("anchor", ROW).reward == 1.0
-
-
-@pytest.mark.proof
-def test_a_closed_sandbox_leaves_no_process(spec: str) -> None:
-    sandbox = Sandbox(spec, LIMITS)
-    sandbox.verify("anchor", ROW)
-    assert sandbox._worker is not None
-    pid = sandbox._worker.pid
-    sandbox.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
 
 
 def test_an_own_task_is_loaded_with_its_rows_and_a_version_of_its_text(
@@ -149,7 +42,10 @@ def test_an_own_task_is_loaded_with_its_rows_and_a_version_of_its_text(
     own = tasks["word"]
     assert own.source.file is not None
     assert [row["word"] for row in read_file(Path(own.source.file))] == ["anchor", "rope"]
-    assert judge(own, "rope", {"word": "rope"}).reward == 1.0
+    rope = {"word": "rope"}
+    assert judge(own, "rope", rope).reward == 1.0
+    assert (own.key(rope), own.gold(rope), own.wrong(rope)) == ("rope", "rope", "ropes")
+    assert own.messages(rope) == [{"role": "user", "content": "Say rope."}]
     before = own.version
     (tmp_path / "word.py").write_text(PLUGIN + "\n# changed\n")
     assert load(spec).version != before
@@ -250,6 +146,19 @@ def test_the_check_finds_every_breach(broken: dict[str, object], told: str) -> N
     every = [dict(row) for row in rows(TASKS["gsm8k"], "eval", data_dir=ROWS)]
     problems = check(task, every)
     assert any(told in problem for problem in problems), problems
+
+
+def test_a_mistake_met_on_every_row_is_one_line() -> None:
+    every = list(rows(TASKS["gsm8k"], "eval", data_dir=ROWS))
+    broken = replace(TASKS["gsm8k"], verify=lambda completion, row: Verdict(1 / 0, 0.0, None))
+    problems = check(broken, every)
+    assert len(problems) == 3  # of gold, of wrong, of odd answers
+    assert all(problem.endswith("more like this)") for problem in problems)
+    for name in ("key", "gold", "wrong", "fields"):
+        missing = replace(TASKS["gsm8k"], **{name: lambda row: row["nothing"]})  # type: ignore[arg-type]
+        told = check(missing, every)[0]
+        assert "KeyError: 'nothing'" in told
+        assert f"({len(every) - 1} more like this)" in told
 
 
 def test_a_check_without_rows_is_no_pass() -> None:
