@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.es import Applied
-from agent.learner.noise import Address
+from agent.learner.noise import Address, NoiseKind
 from agent.store.anchor import INDEX, SINGLE, Anchor, open_tensors, read_json
 from agent.store.tensorfile import (
     CODES,
@@ -68,6 +68,7 @@ def export(
     weights_root: Path,
     anchor_dir: Path | None = None,
     member: tuple[Address, float] | None = None,
+    noise: NoiseKind = "normal",
 ) -> Path:
     """Write ``weights_root/<digest>/`` and return it; a whole one that is there already is kept.
 
@@ -80,7 +81,7 @@ def export(
     with beside(weights_root / "weights") as folder:
         made = folder / "weights"
         made.mkdir()
-        target = weights_root / _write_model(parameters, made, source, member)
+        target = weights_root / _write_model(parameters, made, source, member, noise)
         _publish(made, target, parameters.anchor)
     flush_folder(weights_root)
     return target
@@ -99,11 +100,16 @@ def _publish(made: Path, target: Path, anchor: Anchor) -> None:
 
 
 def _write_model(
-    parameters: Theta, folder: Path, source: Path, member: tuple[Address, float] | None
+    parameters: Theta,
+    folder: Path,
+    source: Path,
+    member: tuple[Address, float] | None,
+    noise: NoiseKind,
 ) -> str:
     """Fill a new folder; returns the digest of the weights in it."""
     specs = parameters.anchor.specs
-    tensors = parameters.rendered(*(member or ()), order=file_order(specs))
+    address, scale = member or (None, 0.0)
+    tensors = parameters.rendered(address, scale, noise, order=file_order(specs))
     hashes = write_tensors(folder / SINGLE, specs, tensors, {"format": "pt"})
     digest = combined(specs, hashes)
     for name, original in companions(source).items():

@@ -1,0 +1,371 @@
+"""Does an engine answer like a cold engine of the same weights, however they were put into it?
+
+vLLM turns weights into other layouts when it loads them, and not every layer does so again when
+they are changed: a head or an expert then goes on answering with the old ones, without an error.
+A certificate says what was measured for one model configuration, vLLM version and set of engine
+options. Two models are compared, the anchor A and a perturbed member B of it:
+
+    member   B rendered into an engine that was started on A
+    theta    A rendered again after the member
+    load     the directory of B, loaded into the running engine
+    reload   the directory of A, loaded after B
+
+each with the answers of an engine that was started on exactly these weights. The first way in the
+order short, long (``worker``) that passes all four is taken; where none does, ``FreshEngine``.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from agent.errors import UserError
+from agent.learner.es import Applied, Step
+from agent.learner.noise import Address, NoiseKind
+from agent.population.logprobs import largest_difference
+from agent.population.schedule import Completion, Engine, Logprobs, Messages, Way
+from agent.store.anchor import read_json
+from agent.store.weights import Anchor, Parameters, Theta, export
+
+TOLERANCE = 1e-3  # nats; on the CPU every sound way differs from a cold start by 0.0
+SPREADS = 4.0  # times the difference between two askings of one cold engine, where that is larger
+TOKENS, POSITIONS, ANSWER = 5, 6, 16
+PERTURBED = 0.5  # scale of the member in units of a typical weight: a tensor left behind shows
+MEMBER = Address(run_seed=13, generation=0, pair=1)
+WORDS = (
+    "What is 17 plus 25?",
+    "Write the word river backwards.",
+    "Name three colours, then one number!",
+    "Q: if every bird can fly & a wren is a bird?",
+    "{'key': [1, 2, 3], 'other': null}",
+    "The quick brown fox; the lazy dog.",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+    "0123456789 9876543210 (3 * 4) - 5 / 6 = ?",
+    "JUMP? Vex, quiz & wolf: $7.50 #hymn @noon",
+    "def double(x):\n    return 2 * x\n",
+    "[ENTER] ~ ^ | \\ ` < > = + _ % *",
+    "Once upon a time there was a small house by the sea, and in it lived",
+)
+PROMPTS: tuple[Messages, ...] = tuple(({"role": "user", "content": text},) for text in WORDS)
+
+Member = tuple[Address, float]
+Start = Callable[[Path, Way], Engine]  # a cold engine on a directory
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one engine answered to some prompts: greedy texts and top log-probabilities."""
+
+    texts: tuple[str, ...]
+    logprobs: tuple[tuple[Logprobs, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        member: Member | None = None,
+        prompts: Sequence[Messages] = PROMPTS,
+        max_tokens: int | Sequence[int] = ANSWER,
+        positions: int = POSITIONS,
+    ) -> "Reply":
+        """Ask theta, the loaded directory, or a member."""
+        texts = [answer.text for answer in engine.generate(prompts, max_tokens, member)]
+        rows = engine.top_logprobs(prompts, TOKENS, positions, member)
+        return cls(tuple(texts), tuple(map(tuple, rows)))
+
+    def difference(self, other: "Reply") -> float:
+        """max |log p - log q| in nats; infinite where the likeliest tokens differ."""
+        return largest_difference(other.logprobs, self.logprobs)
+
+    def equal(self, other: "Reply") -> int:
+        """How many greedy texts are the same."""
+        return sum(a == b for a, b in zip(self.texts, other.texts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One way of putting weights against a cold start of the same weights."""
+
+    what: str  # member, theta, load, reload
+    difference: float  # max |log p - log q| in nats
+    equal: int  # greedy answers
+    of: int
+    error: str = ""  # what the engine said instead of answering
+
+    def passed(self, allowed: float) -> bool:
+        """Whether all greedy answers are equal and no log p differs by more than allowed."""
+        return self.difference <= allowed and self.equal == self.of
+
+    def text(self) -> str:
+        """For one line of a report."""
+        if self.error:
+            return f"{self.what}: {self.error}"
+        return (
+            f"{self.what}: {self.equal} of {self.of} answers equal a cold start's, "
+            f"log p differs by {self.difference:.3g}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How weights may be put into engines of one kind, and what was measured."""
+
+    family: str  # the architecture's name
+    way: Way
+    spread: float  # max |log p - log q| of two askings of one cold engine, nats
+    checks: tuple[Check, ...]  # of the way; of the last one tried where all failed
+    refused: tuple[str, ...] = ()  # what failed on the way there
+
+    @property
+    def allowed(self) -> float:
+        """The largest |log p - log q| between engines of the same weights, nats."""
+        return allowed(self.spread)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Certificate":
+        """Read what ``to_json`` wrote."""
+        checks = tuple(Check(**check) for check in data["checks"])
+        return cls(**{**data, "checks": checks, "refused": tuple(data["refused"])})
+
+
+def allowed(spread: float) -> float:
+    """The bound on |log p - log q| from what two askings of one cold engine differ by."""
+    return max(TOLERANCE, SPREADS * spread)
+
+
+def certify(
+    start: Start, directory: Path, scratch: Path, prompts: Sequence[Messages] = PROMPTS
+) -> Certificate:
+    """Measure the ways in order of speed and keep the first that is exact.
+
+    One engine at a time: two of a large model need not fit. Weights of the size of the model are
+    written to ``scratch`` once.
+
+    Raises:
+        UserError: The model cannot be started at all, or is not what an anchor may be.
+    """
+    anchor = Anchor.open(directory)
+    member = MEMBER, PERTURBED * typical(anchor)
+    other = export(Parameters.zeros(anchor), scratch, member=member)
+    engine = start(other, "long")
+    try:
+        on_member = Reply.of(engine, prompts=prompts)
+    finally:
+        engine.close()
+    refused: list[str] = []
+    way: Way = "short"
+    while True:
+        engine = start(directory, way)
+        try:
+            on_anchor = Reply.of(engine, prompts=prompts)
+            spread = Reply.of(engine, prompts=prompts).difference(on_anchor)
+            pair = (directory, on_anchor), (other, on_member)
+            checks = tuple(_checks(engine, *pair, member, prompts))
+            way = _taken(engine)
+        finally:
+            engine.close()
+        bad = [check.text() for check in checks if not check.passed(allowed(spread))]
+        if not bad or way == "long":
+            break
+        refused += [f"{way} way, {text}" for text in bad]
+        way = "long"
+    refused += [f"{way} way, {text}" for text in bad]
+    way = "fresh" if bad else way
+    return Certificate(family_of(directory), way, spread, checks, tuple(refused))
+
+
+def _checks(
+    engine: Engine,
+    anchor: tuple[Path, Reply],
+    other: tuple[Path, Reply],
+    member: Member,
+    prompts: Sequence[Messages],
+) -> Iterator[Check]:
+    """Each check of the module's table, in its order; an engine that breaks fails what is left.
+
+    anchor, other: a directory and what a cold engine on it answered.
+    """
+    steps: list[tuple[str, Callable[[], object], Member | None, Reply]] = [
+        ("member", lambda: engine.open(anchor[0]), member, other[1]),
+        ("theta", lambda: None, None, anchor[1]),
+        ("load", lambda: engine.load(other[0]), None, other[1]),
+        ("reload", lambda: engine.load(anchor[0]), None, anchor[1]),
+    ]
+    for what, put, asked, cold in steps:
+        try:
+            put()
+            reply = Reply.of(engine, asked, prompts)
+        except UserError:
+            raise
+        except Exception as error:  # the boundary of an engine: recorded against the way
+            why = " ".join(str(error).split())[:200]
+            yield Check(what, math.inf, 0, len(prompts), why)
+        else:
+            yield Check(what, reply.difference(cold), reply.equal(cold), len(prompts))
+
+
+def _taken(engine: Engine) -> Way:
+    """The way members really got in; short is only taken where the layout is sure."""
+    try:
+        return "short" if engine.state()["way"] == "short" else "long"
+    except Exception:  # the boundary of an engine: one that broke has its checks
+        return "long"
+
+
+def typical(anchor: Anchor) -> float:
+    """The median over matrices of the root mean square of their elements."""
+    sizes = [
+        float(torch.linalg.vector_norm(tensor.float())) / math.sqrt(tensor.numel())
+        for _, tensor in anchor.tensors()
+        if tensor.ndim > 1
+    ]
+    return median(sizes) if sizes else 1.0
+
+
+def family_of(directory: Path) -> str:
+    """The architecture's name in config.json."""
+    names: Sequence[str] = read_json(directory / "config.json").get("architectures") or ["unknown"]
+    return str(names[0])
+
+
+def key_of(anchor: Anchor, version: str, options: Mapping[str, Any]) -> str:
+    """Hex sha256 of what a certificate holds for: the model's configuration, not its weights.
+
+    config.json, the tensors' names, shapes and dtypes, vLLM's version, the kind of machine, and
+    the engine options that decide how weights are laid out.
+    """
+    config = hashlib.sha256((anchor.directory / "config.json").read_bytes()).hexdigest()
+    specs = {name: [list(shape), str(dtype)] for name, (shape, dtype) in anchor.specs.items()}
+    whole = [config, specs, version, platform.machine(), PROMPTS, dict(options)]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class FreshEngine:
+    """The ``Engine`` protocol where a running engine cannot be given other weights.
+
+    Theta lies in this process; every member and every directory is answered by an engine that is
+    started on it. Exact for every family that starts, at the price of one start a member.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Path], Engine],
+        scratch: Path,
+        directory: Path,
+        importance: Path | None = None,
+    ):
+        self._start, self._scratch, self._importance = start, scratch, importance
+        self._engine: Engine | None = None
+        self._on: Path | None = None
+        self._theta: Theta = Parameters.zeros(Anchor.open(directory), importance)
+        self._directory: Path | None = directory  # None: theta
+
+    def open(self, anchor: Path) -> str:
+        """See ``Engine``."""
+        held, self._directory = Anchor.open(anchor), None
+        self._theta = Parameters.zeros(held, self._importance)
+        return held.digest
+
+    def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
+        """See ``Engine``."""
+        anchor, self._directory = self._theta.anchor, None
+        kept = self._importance
+        self._theta = (
+            Parameters.load(anchor, snapshot, kept) if snapshot else Parameters.zeros(anchor, kept)
+        )
+        for step in steps:
+            self._theta.apply(step)
+        return self._theta.delta_hash()
+
+    def apply(self, step: Step) -> Applied:
+        """See ``Engine``."""
+        self._directory = None
+        return self._theta.apply(step)
+
+    def save(self, path: Path) -> str:
+        """See ``Engine``."""
+        self._theta.save(path)
+        return self._theta.delta_hash()
+
+    def load(self, directory: Path) -> str:
+        """See ``Engine``."""
+        self._directory = directory
+        return Anchor.open(directory).digest
+
+    def generate(
+        self,
+        prompts: Sequence[Messages],
+        max_tokens: int | Sequence[int],
+        member: Member | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[Completion]:
+        """See ``Engine``."""
+        return self._asked(member, noise).generate(prompts, max_tokens)
+
+    def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
+        """See ``Engine``."""
+        return self._asked().sample(prompts, max_tokens, seed)
+
+    def top_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: Member | None = None,
+    ) -> list[list[Logprobs]]:
+        """See ``Engine``."""
+        return self._asked(member).top_logprobs(prompts, k, positions)
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Messages], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """See ``Engine``."""
+        return self._asked().prompt_logprobs(prompts, continuations)
+
+    def state(self) -> dict[str, str | None]:
+        """See ``Engine``."""
+        return {
+            "served": self._on.name if self._on else "start",
+            "way": "fresh",
+            "anchor": self._theta.anchor.digest,
+            "delta_hash": self._theta.delta_hash(),
+        }
+
+    def spent(self) -> dict[str, float]:
+        """See ``Engine``; of the engine of the moment."""
+        return self._engine.spent() if self._engine else {}
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._on = None, None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _asked(self, member: Member | None = None, noise: NoiseKind = "normal") -> Engine:
+        """The engine of a member, of the directory, or of theta; the one before it ends first."""
+        if member is None and self._directory is not None:
+            wanted = self._directory
+        else:
+            wanted = export(self._theta, self._scratch, member=member, noise=noise)
+        if self._engine is None or self._on != wanted:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine, self._on = self._start(wanted), wanted
+        for left in self._scratch.glob("*"):  # one model's weights at a time
+            if left != wanted:
+                shutil.rmtree(left, ignore_errors=True)
+        return self._engine
