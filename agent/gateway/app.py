@@ -15,7 +15,7 @@ from agent.errors import UserError
 from agent.gateway import paths
 from agent.gateway.allow_list import ONE_MODEL, AllowList, PublicPath
 from agent.gateway.capture import Capture, Check, Verifier, Verify
-from agent.gateway.exchange import GatewayParts, KeptVersions
+from agent.gateway.exchange import GatewayParts, Versions
 from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
@@ -41,7 +41,7 @@ def create_app(
     version: str,
     keys: KeyStore | None = None,
     recover: Recover | None = None,
-    kept: KeptVersions = tuple,
+    versions: Versions | None = None,
 ) -> Starlette:
     """The public application; its ``state.parts`` is what ``admin.create_admin`` works on.
 
@@ -49,7 +49,7 @@ def create_app(
     ``capture``. version: digest of the weights the engine serves now. keys: where None, those of
     ``experience``; beyond this machine there must be one from the start. recover: called with
     that digest when a hold runs out; it restores the engine and returns the digest served then.
-    kept: digests to list beside the champion. UserError where the settings contradict each other.
+    versions: those beside the champion. UserError where the settings contradict each other.
     """
     keys = keys or KeyStore(experience, open_until_first=settings.loopback)
     if not settings.loopback and not keys.list_keys():
@@ -70,7 +70,7 @@ def create_app(
         metrics=metrics,
         store=experience,
         keys=keys,
-        kept=kept,
+        versions=versions or Versions(),
     )
     parts.admission.recover = recover
     _watch(parts)

@@ -2,9 +2,11 @@
 
 import asyncio
 import hashlib
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import orjson
@@ -23,9 +25,22 @@ from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore, Interaction, Status
 
 UNFOLLOWABLE = "response_format or tools: the engine cannot follow this schema"
-PIN_CHARACTERS = 12  # shortest digest prefix in `name@digest`
+PIN = re.compile("[0-9a-f]{12,64}")  # a digest, or its first characters, in `name@digest`
+CHAMPION = "champion"
 
-KeptVersions = Callable[[], Sequence[str]]  # digests whose weights are on disk
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Versions beside the champion, as the installation knows them; each is read when needed.
+
+    kept: digests whose weights are on disk. named: digest by name (anchor, previous). standby: the
+    digest the engine behind a socket was started with, which is another one once a swap has begun
+    to start that engine anew.
+    """
+
+    kept: Callable[[], Sequence[str]] = tuple
+    named: Callable[[], Mapping[str, str]] = dict
+    standby: Callable[[Path], str | None] = lambda _socket: None
 
 
 @dataclass(slots=True)
@@ -40,7 +55,22 @@ class GatewayParts:
     metrics: Metrics
     store: ExperienceStore
     keys: KeyStore
-    kept: KeptVersions
+    versions: Versions
+
+    def served(self) -> list[Route]:
+        """The champion's route, then those of other engines that still hold their version."""
+        warm = self.admission.warm.values()
+        return [self.admission.route, *(route for route in warm if self._holds(route))]
+
+    def _holds(self, route: Route) -> bool:
+        socket = route.upstream.socket
+        return socket is None or self.versions.standby(socket) == route.version
+
+    def digest_of(self, name: str) -> str | None:
+        """The digest a version's name means: champion, a name of the installation, or a prefix."""
+        if name == CHAMPION:
+            return self.admission.route.version
+        return name if PIN.fullmatch(name) else self.versions.named().get(name)
 
 
 @dataclass(slots=True)
@@ -122,9 +152,9 @@ class Exchange:
         The route is looked up twice: before, so that a model that is not served needs no place in
         the queue, and after, because a swap may have ended while the request waited.
         """
-        self._requested_route()
+        await self._requested_route()
         self.ticket = await self.parts.admission.enter()
-        self.ticket.route = self._requested_route()
+        self.ticket.route = await self._requested_route()
         try:
             async with asyncio.timeout(self.parts.settings.answer_timeout_s):
                 content = await self._send(self._body())
@@ -146,17 +176,21 @@ class Exchange:
         except httpx.HTTPError as error:
             raise upstream.failure(error) from error
 
-    def _requested_route(self) -> Route:
-        """The champion, or the version asked for by ``name@digest`` if an engine holds it."""
-        name, _, pin = self.call.model.rpartition("@")
-        current = self.parts.admission.route
+    async def _requested_route(self) -> Route:
+        """The champion, or the engine that holds the version of ``name@version``; else a 404."""
         if self.call.model == self.parts.model.name:
-            return current
-        if name == self.parts.model.name and len(pin) >= PIN_CHARACTERS:
-            for route in (current, *self.parts.admission.warm.values()):
-                if route.version.startswith(pin):
-                    return route
-        raise unknown_model(self.call.model)
+            return self.parts.admission.route
+        name, _, version = self.call.model.rpartition("@")
+        if name != self.parts.model.name:
+            raise unknown_model(self.call.model, self.parts)
+        # Names and slots are read from the installation's files and database.
+        digest, served = await asyncio.to_thread(
+            lambda: (self.parts.digest_of(version), self.parts.served())
+        )
+        for route in served:
+            if digest is not None and route.version.startswith(digest):
+                return route
+        raise unknown_model(self.call.model, self.parts, digest)
 
     def _body(self) -> bytes:
         """The request for the engine, with the engine's model name and a salt of its cache.
@@ -213,11 +247,13 @@ class Exchange:
         )
 
 
-def unknown_model(name: str) -> ApiError:
-    """OpenAI's answer for a model that is not there."""
+def unknown_model(name: str, parts: GatewayParts, digest: str | None = None) -> ApiError:
+    """OpenAI's answer for a model that is not there, with what is served instead."""
+    version = f" (version {digest[:12]})" if digest else ""
+    served = f"{parts.model.name} (version {parts.admission.route.version[:12]})"
     return ApiError(
         404,
-        f"The model `{name}` does not exist or is not being served.",
+        f"The model `{name}`{version} does not exist or is not being served; served: {served}",
         param="model",
         code="model_not_found",
     )

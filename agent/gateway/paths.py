@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from agent.gateway.capture import row_hash
 from agent.gateway.errors import ApiError, ClientGoneError
-from agent.gateway.exchange import Exchange, GatewayParts, unknown_model
+from agent.gateway.exchange import CHAMPION, Exchange, GatewayParts, unknown_model
 from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest
 from agent.gateway.keys import KeyStore, Principal
 from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row
@@ -56,19 +56,21 @@ def completer(read: Read) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def list_models(request: Request) -> Response:
-    """The champion under its plain name, then every kept version as ``name@digest``."""
+    """The champion under its plain name, then names and kept versions as ``name@version``."""
     await _principal(request, "infer")
-    return _json({"object": "list", "data": _models(request.app.state.parts)})
+    models = await asyncio.to_thread(_models, request.app.state.parts)
+    return _json({"object": "list", "data": models})
 
 
 async def one_model(request: Request) -> Response:
     """One entry of the list."""
     await _principal(request, "infer")
     name = request.scope["path"].removeprefix("/v1/models/")
-    for model in _models(request.app.state.parts):
+    parts: GatewayParts = request.app.state.parts
+    for model in await asyncio.to_thread(_models, parts):
         if model["id"] == name:
             return _json(model)
-    raise unknown_model(name)
+    raise unknown_model(name, parts)
 
 
 async def give_feedback(request: Request) -> Response:
@@ -219,12 +221,14 @@ async def _body(request: Request) -> bytes:
 
 
 def _models(parts: GatewayParts) -> list[dict[str, object]]:
-    admission, name = parts.admission, parts.model.name
-    served = [admission.route.version, *admission.warm]
-    kept = [digest for digest in parts.kept() if digest not in served]
-    models: list[dict[str, object]] = [_model(name, admission.route.version, True)]
-    models += [_model(f"{name}@{digest[:12]}", digest, True) for digest in served]
-    return models + [_model(f"{name}@{digest[:12]}", digest, False) for digest in kept]
+    name = parts.model.name
+    served = [route.version for route in parts.served()]
+    named = {CHAMPION: served[0], **parts.versions.named()}
+    digests = dict.fromkeys([*served, *parts.versions.kept()])  # each once, the champion first
+    versions = [*named.items(), *((digest[:12], digest) for digest in digests)]
+    return [_model(name, served[0], True)] + [
+        _model(f"{name}@{version}", digest, digest in served) for version, digest in versions
+    ]
 
 
 def _model(name: str, digest: str, served: bool) -> dict[str, object]:

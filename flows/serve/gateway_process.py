@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.capture import RowRefusedError
+from agent.gateway.exchange import Versions
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
-from deploy.serving.served import read_served
+from deploy.serving.served import SLOTS, read_served, read_slot
 from deploy.serving.watchdog import settled
 from evaluators.held_out import HeldOut
 from evaluators.task import Verdict, judge
@@ -35,7 +37,7 @@ def run(service: Service, port: int) -> None:
         experience=service.experience,
         version=served.digest,
         recover=lambda _before: settled(service.home),
-        kept=lambda: tuple(service.kept()),
+        versions=versions(service),
     )
     threading.Thread(target=warm, args=[service, judging_rows], name="warm", daemon=True).start()
     serve(
@@ -45,6 +47,22 @@ def run(service: Service, port: int) -> None:
         port=port,
         admin_socket=service.home.admin_socket,
     )
+
+
+def versions(service: Service) -> Versions:
+    """The versions of a home beside the champion."""
+
+    def named() -> dict[str, str]:
+        anchor = service.anchor_of(service.champion())
+        return {"previous": service.ledger.previous() or anchor, "anchor": anchor}
+
+    def standby(socket: Path) -> str | None:
+        slots = {service.home.engine_socket(slot): slot for slot in SLOTS}
+        with suppress(UserError, KeyError):
+            return read_slot(service.home, slots[socket]).digest
+        return None
+
+    return Versions(kept=service.kept, named=named, standby=standby)
 
 
 def served_model(service: Service) -> ServedModel:

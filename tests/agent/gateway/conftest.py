@@ -250,7 +250,7 @@ def start(engine: FakeEngine, store: ExperienceStore, tmp_path: Path) -> Iterato
     with contextlib.ExitStack() as stack:
 
         def begin(*, keys: Any = None, verify: Any = verdict_of, **options: Any) -> Running:
-            names = ("recover", "kept", "version", "check")
+            names = ("recover", "versions", "version", "check")
             parts = {name: options.pop(name) for name in names if name in options}
             settings = GatewaySettings(**options)
             app = create_app(

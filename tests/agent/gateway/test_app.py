@@ -11,7 +11,10 @@ import pytest
 
 from agent.errors import UserError
 from agent.gateway.app import PUBLIC_PATHS, create_app
+from agent.gateway.exchange import Versions
+from agent.gateway.hold import Route
 from agent.gateway.requests import ServedModel
+from agent.gateway.upstream import Upstream
 from agent.sections import GatewaySettings
 
 A = "a" * 64
@@ -112,24 +115,77 @@ def test_a_body_that_is_too_large_or_of_another_type_is_refused(start: Any) -> N
 
 def test_an_unknown_model_is_openais_error(running: Any) -> None:
     with running.openai() as client:
-        for name in ("gpt-4o", "tiny@", "tiny@" + "b" * 12, "tiny@aaa", "@" + SHORT):
+        for name in ("gpt-4o", "tiny@", "tiny@" + "b" * 12, "tiny@aaa", "@" + SHORT, "tiny@nosuch"):
             with pytest.raises(openai.NotFoundError) as caught:
                 client.chat.completions.create(model=name, messages=HELLO)
             assert caught.value.code == "model_not_found"
     assert running.engine.seen == []
 
 
-def test_models_lists_the_champion_its_pin_and_the_kept_versions(start: Any) -> None:
-    kept = "c" * 64
-    running = start(kept=lambda: [kept, A])
+KEPT = "c" * 64
+
+
+@pytest.fixture
+def versions() -> Versions:
+    """An anchor that is kept, and a previous version that is the champion's own."""
+    return Versions(kept=lambda: [KEPT, A], named=lambda: {"previous": A, "anchor": KEPT})
+
+
+def test_models_lists_the_champion_its_names_and_the_kept_versions(
+    start: Any, versions: Versions
+) -> None:
+    running = start(versions=versions)
     with running.openai() as client:
-        listed = {m.id: m for m in client.models.list()}
-        assert list(listed) == ["tiny", f"tiny@{SHORT}", f"tiny@{kept[:12]}"]
-        assert [m.served for m in listed.values()] == [True, True, False]  # type: ignore[attr-defined]
-        assert client.models.retrieve(f"tiny@{SHORT}").id == f"tiny@{SHORT}"
-        assert client.chat.completions.create(model=f"tiny@{SHORT}", messages=HELLO).choices
+        listed = {m.id: m.served for m in client.models.list()}  # type: ignore[attr-defined]
+        assert listed == {
+            "tiny": True,
+            "tiny@champion": True,
+            "tiny@previous": True,
+            "tiny@anchor": False,
+            f"tiny@{SHORT}": True,
+            f"tiny@{KEPT[:12]}": False,
+        }
+        for name in listed:
+            assert client.models.retrieve(name).id == name
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_version_by_name_is_answered_where_it_is_served(
+    start: Any, versions: Versions, stream: bool
+) -> None:
+    running = start(versions=versions)
+    with running.openai() as client:
+        for version in ("champion", "previous", SHORT, A):
+            raw = client.chat.completions.with_raw_response.create(
+                model=f"tiny@{version}", messages=HELLO, stream=stream
+            )
+            assert raw.headers["x-model-version"] == SHORT
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model="tiny@anchor", messages=HELLO, stream=stream)
+    assert caught.value.code == "model_not_found"
+    assert "`tiny@anchor` (version cccccccccccc)" in caught.value.message
+    assert f"served: tiny (version {SHORT})" in caught.value.message
+    assert len(running.engine.seen) == 4
+
+
+def test_a_second_engine_answers_for_its_version_until_it_is_started_anew(
+    start: Any, tmp_path: Any
+) -> None:
+    """Its socket outlives it: another version could answer there under the old one's name."""
+    slot = {"digest": KEPT}
+    running = start(versions=Versions(standby=lambda _socket: slot["digest"]))
+    admission = running.app.state.parts.admission
+    second = Upstream(running.engine, 1, tmp_path / "second.sock")
+    second._line = admission.route.upstream._line
+    running.call(lambda: admission.warm.update({KEPT: Route(KEPT, second)}))
+    with running.openai() as client:
+        name = f"tiny@{KEPT[:12]}"
+        answer = client.chat.completions.create(model=name, messages=HELLO)
+        assert answer.system_fingerprint == KEPT[:12]
+        slot["digest"] = "d" * 64
+        assert not {m.id: m.served for m in client.models.list()}.get(name)  # type: ignore[attr-defined]
         with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model=f"tiny@{kept[:12]}", messages=HELLO)
+            client.chat.completions.create(model=name, messages=HELLO)
 
 
 @pytest.mark.parametrize(

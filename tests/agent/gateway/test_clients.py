@@ -42,7 +42,7 @@ def test_the_openai_package_of_node_works_unchanged(running: Any, tmp_path: Path
         "tokens": 5,
         "tool": "look",
         "after": "AAAAA",
-        "models": ["tiny", f"tiny@{SHORT}"],
+        "models": ["tiny", "tiny@champion", f"tiny@{SHORT}"],
         "error": [True, "model_not_found"],
     }
 

@@ -11,7 +11,8 @@ from agent.errors import UserError
 from agent.gateway.keys import Quota
 from agent.home import Home
 from deploy.serving.controller import Strategy
-from flows.serve.gateway_process import served_model
+from deploy.serving.served import GREEN, Served, write_served, write_slot
+from flows.serve.gateway_process import served_model, versions
 from flows.service import Service
 
 
@@ -20,6 +21,20 @@ def test_the_endpoint_serves_the_settings_model_and_every_task(tmp_path: Path) -
     model = served_model(service)
     assert (model.name, model.upstream_name, model.max_tokens) == ("anchorage", "anchorage", 77)
     assert model.tasks == frozenset(service.tasks)
+
+
+def test_versions_are_those_of_the_home(tmp_path: Path) -> None:
+    home = Home.at(tmp_path)
+    service = Service(home, load())
+    anchor = service.origin.digest
+    known = versions(service)
+    assert known.named() == {"previous": anchor, "anchor": anchor}
+    assert known.kept() == [anchor]
+    assert known.standby(home.engine_socket(GREEN)) is None
+    write_served(home, Served("a" * 64, "/a"))
+    write_slot(home, Served("b" * 64, "/b", GREEN))
+    assert known.standby(home.engine_socket(GREEN)) == "b" * 64
+    assert known.standby(tmp_path / "other.sock") is None
 
 
 def test_the_ways_to_swap_are_those_there_are() -> None:
