@@ -237,8 +237,20 @@ class EngineSettings(Section):
     population: int = Field(1, ge=1, description="Engines that evaluate members.")
     placement: Literal["local", "ray"] = Field("local", description="Where those engines run.")
     ray_address: str | None = Field(None, description="Ray cluster; not set: one of this machine.")
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of the GPU each.")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
+    gpu_memory_utilization: float = Field(
+        0.45, gt=0, le=1, description="Share of its GPUs' memory that the serving engine takes."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of the serving engine.")
+    population_gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of its GPUs' memory that each population engine takes; not set: 0.9 of "
+        "GPUs of its own, 0.45 beside another engine.",
+    )
+    population_tensor_parallel_size: int | None = Field(
+        None, ge=1, description="GPUs of each population engine; not set: as many as serving has."
+    )
     max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch, in paired runs alike.")
     master_device: Literal["cpu", "cuda"] = Field(
         "cpu", description="Where delta lies: host memory, or 4 bytes a parameter of GPU memory."
@@ -248,6 +260,11 @@ class EngineSettings(Section):
         description="Load weights into the engine, or start a second one and switch to it.",
     )
     swap_deadline_s: float = Field(60.0, gt=0, description="Longest time for a swap.")
+
+    @property
+    def population_ranks(self) -> int:
+        """Tensor-parallel ranks of each population engine."""
+        return self.population_tensor_parallel_size or self.tensor_parallel_size
 
 
 class ProjectionSettings(Section):

@@ -19,6 +19,7 @@ from typing import Any
 from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home, locked, write_atomically
+from agent.population.vllm import on_cpu
 from deploy.orphans import shut_down, supervisor_of
 from deploy.serving import process
 from deploy.serving.process import private_socket
@@ -79,7 +80,7 @@ def _engine(home: Home, settings: Settings, slot: str) -> Program:
     return Program(
         slot,
         process.command(home, settings, slot),
-        process.environment(home, cpu=process.on_cpu()),
+        process.environment(home, cpu=on_cpu()),
         Probe("http://engine/health", home.engine_socket(slot)),
         autostart=slot == BLUE,
     )

@@ -6,16 +6,26 @@ start once and stay warm from one round to the next.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from agent.errors import UserError
-from agent.population.nursery import Nursery
+from agent.population.placement import (
+    ALONE,
+    available_cores,
+    cpus_each,
+    gpu_count,
+    gpu_places,
+    serving_cores,
+)
 from agent.population.pool import Population
+from agent.population.process import EngineLauncher
 from agent.population.schedule import Engine
 from agent.population.vllm import EngineOptions, on_cpu
+from agent.sections import EngineSettings
+from deploy.serving.engines import is_up
 from flows.service import Service
 from flows.show.progress import Reporter, Silent
 
@@ -30,7 +40,7 @@ class Session:
     ) -> None:
         self.service = service
         self.progress = progress
-        self._nursery: Nursery | None = None
+        self._launcher: EngineLauncher | None = None
         self._population = population
 
     @property
@@ -43,24 +53,22 @@ class Session:
 
     def engine(self, options: EngineOptions) -> Engine:
         """One more engine, placed as the settings say; the caller closes it."""
-        chosen = self.service.settings.engines
-        if chosen.placement == "ray":
-            from agent.population.ray import Placement, RayEngine, attach
+        if self.service.settings.engines.placement == "ray":
+            from agent.population.ray import Placement, RayEngine
 
-            attach(chosen.ray_address)
             gpus = 0.0 if on_cpu() else float(options.tensor_parallel)
-            return RayEngine(options, Placement(cpus=float(len(options.cores) or 1), gpus=gpus))
-        if self._nursery is None:
-            self._nursery = Nursery(self.service.home.log("nursery"))
-        return self._nursery.engine(options)
+            return RayEngine(options, Placement(cpus=float(options.threads or 1), gpus=gpus))
+        if self._launcher is None:
+            self._launcher = EngineLauncher(self.service.home.log("launcher"))
+        return self._launcher.engine(options)
 
     def close(self) -> None:
         """End the engines."""
         if self._population is not None:
             self._population.close()
-        if self._nursery is not None:
-            self._nursery.close()
-        self._population = self._nursery = None
+        if self._launcher is not None:
+            self._launcher.close()
+        self._population = self._launcher = None
 
 
 @contextmanager
@@ -80,27 +88,61 @@ def session(home: Path, progress: Reporter | None = None) -> Iterator[Session]:
 
 
 def engine_options(service: Service) -> list[EngineOptions]:
-    """One set of options an engine: all alike but for the CPU cores each has to itself.
+    """One set of options an engine: all alike but for the cores and GPUs of each.
 
-    The engines take the last cores: the serving engine and the gateway keep the first.
+    Raises:
+        UserError: More engines than the GPUs of this machine hold, or a device that is not there.
     """
     chosen, model = service.settings.engines, service.settings.model
     if chosen.master_device == "cuda" and chosen.placement == "local" and on_cpu():
         raise UserError("engines.master_device: 'cuda', allowed here: cpu (vLLM's CPU build)")
-    cores = sorted(psutil.Process().cpu_affinity() or [0])
-    count = chosen.population
+    common = EngineOptions(
+        model=service.anchor.directory,
+        dtype=model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=chosen.max_num_seqs,
+        tensor_parallel=chosen.population_ranks,
+        master_device=chosen.master_device,
+        importance=service.home.importance,
+    )
+    placed = _local if chosen.placement == "local" else _on_ray
+    places = placed(chosen, is_up(service.home))
     return [
-        EngineOptions(
-            model=service.anchor.directory,
-            dtype=model.dtype,
-            max_model_len=model.max_model_len,
-            max_num_seqs=chosen.max_num_seqs,
-            cores=(cores[-1 - index % len(cores)],),
-            gpu_memory_utilization=chosen.gpu_memory_utilization / count,
-            tensor_parallel=chosen.tensor_parallel_size,
-            master_device=chosen.master_device,
-            importance=service.home.importance,
-            log=service.home.log(f"population-{index}"),
-        )
-        for index in range(count)
+        replace(common, log=service.home.log(f"population-{index}"), **place)
+        for index, place in enumerate(places)
     ]
+
+
+def _local(engines: EngineSettings, serving: bool) -> list[dict[str, Any]]:
+    """Options of each engine on this machine: all its cores, or those that serving leaves."""
+    count = engines.population
+    if on_cpu():
+        kept = serving_cores(len(available_cores())) if serving else 0
+        return [{"place": place, "places": count, "kept_cores": kept} for place in range(count)]
+    gpus = gpu_places(
+        gpu_count(),
+        count,
+        engines.population_ranks,
+        engines.population_gpu_memory_utilization,
+        engines.tensor_parallel_size if serving else 0,
+        engines.gpu_memory_utilization if serving else 0.0,
+    )
+    return [{"devices": devices, "gpu_memory_utilization": memory} for devices, memory in gpus]
+
+
+def _on_ray(engines: EngineSettings, serving: bool) -> list[dict[str, Any]]:
+    """Options of each engine on the cluster, which is told what the serving engine holds here."""
+    from agent.population.ray import Placement, attach
+
+    cpu = on_cpu()
+    held = Placement(
+        cpus=float(serving_cores(len(available_cores()))),
+        gpus=0.0 if cpu else float(engines.tensor_parallel_size),
+    )
+    nodes = attach(engines.ray_address, held if serving else None)
+    place: dict[str, Any] = (
+        {"threads": cpus_each(nodes, engines.population)}
+        if cpu
+        else {"gpu_memory_utilization": engines.population_gpu_memory_utilization or ALONE}
+    )
+    return [place] * engines.population

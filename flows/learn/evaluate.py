@@ -136,7 +136,7 @@ def engine_settings(service: Service) -> dict[str, Any]:
         "dtype": service.settings.model.dtype,
         "max_model_len": service.settings.model.max_model_len,
         "max_num_seqs": service.settings.engines.max_num_seqs,
-        "tensor_parallel_size": service.settings.engines.tensor_parallel_size,
+        "tensor_parallel_size": service.settings.engines.population_ranks,
         "decoding": "greedy",
     }
 

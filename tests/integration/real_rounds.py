@@ -18,8 +18,8 @@ from typing import Any
 from agent.config import load
 from agent.home import Home
 from agent.learner.noise import Address, NoiseKind
-from agent.population.nursery import Nursery
 from agent.population.pool import Population, Result, Start
+from agent.population.process import EngineLauncher
 from agent.population.schedule import Messages
 from agent.store.replay import replay
 from flows.learn.improve import run_round
@@ -64,7 +64,7 @@ def service_of(home: Path) -> Service:
     return Service(Home.at(home), load(**SETTINGS))
 
 
-def child(home: Path, nursery: Nursery, log: Path) -> int:
+def child(home: Path, launcher: EngineLauncher, log: Path) -> int:
     """Run or resume the home's round in a process of its own."""
     pid = os.fork()
     if pid == 0:
@@ -72,7 +72,7 @@ def child(home: Path, nursery: Nursery, log: Path) -> int:
         try:
             service = service_of(home)
             [options] = engine_options(service)
-            population = Logged([lambda: nursery.engine(options)], log)
+            population = Logged([lambda: launcher.engine(options)], log)
             with alone(service):
                 run_round(service, population, "gsm8k", Silent())
             population.close()
@@ -100,11 +100,11 @@ def killed(pid: int, log: Path, count: int, pause: float) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def trial(home: Path, nursery: Nursery, kills: list[tuple[int, float]]) -> dict[str, Any]:
+def trial(home: Path, launcher: EngineLauncher, kills: list[tuple[int, float]]) -> dict[str, Any]:
     """A round that is killed at these points, then left alone."""
     log = home.with_suffix(".log")
-    hit = sum(killed(child(home, nursery, log), log, *kill) for kill in kills)
-    status = os.waitpid(child(home, nursery, log), 0)[1]
+    hit = sum(killed(child(home, launcher, log), log, *kill) for kill in kills)
+    status = os.waitpid(child(home, launcher, log), 0)[1]
     assert status == 0, f"{home}: ended with {status}"
     service = service_of(home)
     [run] = service.journal.runs()
@@ -125,15 +125,15 @@ def trial(home: Path, nursery: Nursery, kills: list[tuple[int, float]]) -> dict[
 
 def main(folder: Path, trials: int, seed: int) -> list[dict[str, Any]]:
     folder.mkdir(parents=True)
-    draw, nursery = random.Random(seed), Nursery(folder / "nursery.log")
+    draw, launcher = random.Random(seed), EngineLauncher(folder / "launcher.log")
     try:
-        found = [trial(folder / "whole", nursery, [])]
+        found = [trial(folder / "whole", launcher, [])]
         for number in range(trials):
             points = sorted(draw.sample(range(MEMBERS), draw.choice([1, 1, 2])))
             kills = [(point, draw.uniform(0, 0.2)) for point in points]
-            found.append(trial(folder / f"trial{number}", nursery, kills))
+            found.append(trial(folder / f"trial{number}", launcher, kills))
     finally:
-        nursery.close()
+        launcher.close()
     return found
 
 

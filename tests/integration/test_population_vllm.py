@@ -1,13 +1,17 @@
 """A real vLLM engine: what is loaded into it is what it answers with, to the bit."""
 
+import json
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from reference import Family, ReferenceEngine, random_checkpoint
@@ -18,9 +22,9 @@ from agent.learner.es import Step, members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.population.logprobs import kl_per_token, largest_difference
-from agent.population.nursery import Nursery
+from agent.population.placement import available_cores
 from agent.population.pool import Population
-from agent.population.process import EngineLostError, EngineProcess
+from agent.population.process import EngineLauncher, EngineLostError, EngineProcess
 from agent.population.schedule import Completion, Logprobs
 from agent.population.vllm import EngineOptions
 from agent.store.weights import Anchor, Parameters, export
@@ -29,7 +33,7 @@ pytestmark = pytest.mark.integration
 
 PROMPTS = [[{"role": "user", "content": f"What is {n} plus {3 * n}?"}] for n in range(8)]
 MEMBER = (Address(run_seed=7, generation=3, pair=2), 0.05)
-CORES = sorted(os.sched_getaffinity(0))
+CORES = available_cores()
 MODELS: dict[str, tuple[Family, bool]] = {
     "qwen2-tied": ("qwen2", True),
     "llama-untied": ("llama", False),
@@ -37,13 +41,14 @@ MODELS: dict[str, tuple[Family, bool]] = {
 
 
 def options(model: Path, core: int = 0) -> EngineOptions:
-    """A small engine on one core."""
+    """A small engine on one core; the next number has the next core."""
     return EngineOptions(
         model=model,
         dtype="float32",
         max_model_len=128,
         max_num_seqs=16,
-        cores=(CORES[core % len(CORES)],),
+        place=core % len(CORES),
+        places=len(CORES),
         kv_cache_mib=64,
         log=model.parent / "engine.log",
     )
@@ -83,11 +88,11 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineLauncher]:
     """One import of vLLM for every engine of this file."""
-    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "nursery.log")
-    yield nursery
-    nursery.close()
+    launcher = EngineLauncher(tmp_path_factory.mktemp("launcher") / "launcher.log")
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -102,17 +107,17 @@ def pair(
 
 
 @pytest.fixture(scope="module")
-def engine(nursery: Nursery, pair: tuple[Path, Path]) -> Iterator[EngineProcess]:
+def engine(launcher: EngineLauncher, pair: tuple[Path, Path]) -> Iterator[EngineProcess]:
     """An engine started cold on A."""
-    engine = nursery.engine(options(pair[0]))
+    engine = launcher.engine(options(pair[0]))
     yield engine
     engine.close()
 
 
 def test_reload_equals_cold_start(
-    nursery: Nursery, engine: EngineProcess, pair: tuple[Path, Path]
+    launcher: EngineLauncher, engine: EngineProcess, pair: tuple[Path, Path]
 ) -> None:
-    cold = nursery.engine(options(pair[1], core=1))
+    cold = launcher.engine(options(pair[1], core=1))
     wanted = probes(cold)
     cold.close()
     assert engine.load(pair[0]) == Anchor.open(pair[0]).digest
@@ -231,12 +236,14 @@ def test_kl_is_zero_for_the_anchor_and_grows_with_distance(
     assert 0 < distances[0] < distances[2]
 
 
-def test_seeded_answers_to_more_than_a_batch_of_prompts(nursery: Nursery, tmp_path: Path) -> None:
+def test_seeded_answers_to_more_than_a_batch_of_prompts(
+    launcher: EngineLauncher, tmp_path: Path
+) -> None:
     """More tokens than one step of the engine reads, and a seed for each of the requests."""
     model = random_checkpoint(tmp_path / "model", family="qwen2", tied=True, seed=1)
     chosen = replace(options(model), max_model_len=256, max_num_seqs=40)
     prompts = [[{"role": "user", "content": f"{n} " + "long " * 40}] for n in range(40)]
-    engine = nursery.engine(chosen)
+    engine = launcher.engine(chosen)
     try:
         first = engine.sample(prompts, 8, seed=3)
         assert first == engine.sample(prompts, 8, seed=3) != engine.sample(prompts, 8, seed=400)
@@ -287,13 +294,13 @@ def served_by(log: Path) -> list[int]:
     return found
 
 
-def test_a_killed_engine_gives_its_member_back(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_killed_engine_gives_its_member_back(launcher: EngineLauncher, tmp_path: Path) -> None:
     model = random_checkpoint(tmp_path / "model", seed=4)
     logs = [tmp_path / f"engine{number}.log" for number in range(2)]
     starts = []
     for number, log in enumerate(logs):
         settings = options(model, core=number).to_json() | {"log": str(log)}
-        starts.append(partial(nursery.engine, EngineOptions.from_json(settings)))
+        starts.append(partial(launcher.engine, EngineOptions.from_json(settings)))
     population = Population(starts)
     population.open(model)
     first = population.apply(one_step())
@@ -319,9 +326,9 @@ def test_a_killed_engine_gives_its_member_back(nursery: Nursery, tmp_path: Path)
     assert [served_by(log) for log in logs] == [[], []]
 
 
-def test_an_engine_ends_with_its_caller(nursery: Nursery, tmp_path: Path) -> None:
+def test_an_engine_ends_with_its_caller(launcher: EngineLauncher, tmp_path: Path) -> None:
     settings = options(random_checkpoint(tmp_path / "model", seed=4))
-    engine = nursery.engine(settings)
+    engine = launcher.engine(settings)
     engine.ready()
     assert settings.log is not None
     (pid,) = served_by(settings.log)
@@ -334,32 +341,106 @@ def test_an_engine_ends_with_its_caller(nursery: Nursery, tmp_path: Path) -> Non
     engine.close()
 
 
-def test_what_cannot_start_says_why(nursery: Nursery, tmp_path: Path) -> None:
-    engine = nursery.engine(options(tmp_path / "nothing"))
+DRIVER = """
+import sys
+from pathlib import Path
+from agent.population.process import EngineLauncher
+from agent.population.vllm import EngineOptions
+import json
+launcher = EngineLauncher(Path(sys.argv[2]))
+engine = launcher.engine(EngineOptions.from_json(json.loads(sys.argv[1])))
+engine.ready()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_tensor_parallel_ranks_end_with_their_engine(
+    launcher: EngineLauncher, tmp_path: Path
+) -> None:
+    """After close, after kill -9 of the driver and after a failed start no process is left."""
+    model = random_checkpoint(tmp_path / "model", family="qwen2", tied=True, seed=1)
+    two = replace(options(model), tensor_parallel=2)
+    assert two.log is not None
+    before = set(Path("/dev/shm").iterdir())
+
+    broken = random_checkpoint(tmp_path / "broken", family="qwen2", tied=True, seed=1)
+    save_file({"model.norm.weight": torch.ones(64)}, broken / "model.safetensors", {"format": "pt"})
+    failed = launcher.engine(replace(two, model=broken))
+    with pytest.raises(UserError, match="engine: "):
+        failed.ready()
+    assert gone(two.log)
+    failed.close()
+
+    engine = launcher.engine(two)
+    engine.ready()
+    assert len(served_by(two.log)) >= 4  # the engine, its core, two ranks
+    one = moved_answers(engine, model)
+    engine.close()
+    assert gone(two.log)
+    single = launcher.engine(options(model))
+    assert moved_answers(single, model) == one
+    single.close()
+
+    arguments = [json.dumps(two.to_json()), str(tmp_path / "driver.log")]
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "ready\n"
+        assert len(served_by(two.log)) >= 4
+        driver.kill()
+    assert gone(two.log)
+    assert gone(tmp_path / "driver.log")
+    assert set(Path("/dev/shm").iterdir()) <= before
+
+
+def moved_answers(engine: EngineProcess, model: Path) -> tuple[str, list[Completion]]:
+    """The hash of delta after a step, and a member's answers."""
+    engine.open(model)
+    applied = engine.apply(one_step())
+    return applied.delta_hash, engine.generate(PROMPTS, 6, MEMBER)
+
+
+def gone(log: Path) -> bool:
+    """Whether every process that writes to a log ends within 5 s."""
+    left = [psutil.Process(pid) for pid in served_by(log)]
+    return not psutil.wait_procs(left, timeout=5)[1] and not served_by(log)
+
+
+def test_what_cannot_start_says_why(launcher: EngineLauncher, tmp_path: Path) -> None:
+    engine = launcher.engine(options(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"engine: .*nothing"):
         engine.ready()
     engine.close()
 
 
-def test_a_nursery_that_is_gone_is_told(tmp_path: Path) -> None:
-    log = tmp_path / "nursery.log"
-    lost = Nursery(log)
-    engine = lost.engine(options(tmp_path / "model"))
-    lost._child.kill()
+def test_a_killed_launcher_is_started_again(tmp_path: Path) -> None:
+    model = random_checkpoint(tmp_path / "model", seed=4)
+    launcher = EngineLauncher(tmp_path / "launcher.log")
+    engine = launcher.engine(options(model))
+    launcher._child.kill()
     with pytest.raises(EngineLostError, match="the other end is gone"):
         engine.ready()
-    lost._child.wait()
-    with pytest.raises(UserError, match="the nursery is gone"):
-        lost.engine(options(tmp_path / "model"))
     engine.close()
-    lost.close()
+    launcher._child.wait()
+    again = launcher.engine(options(model))
+    again.ready()
+    launcher.close()  # and with it an engine that was never closed
+    assert gone(tmp_path / "engine.log")
+    again.close()
 
 
-def test_start_again_is_quick_because_nothing_is_imported(nursery: Nursery, tmp_path: Path) -> None:
-    """An engine of a warm nursery takes a fraction of the CPU time of the import it saves."""
-    engine = nursery.engine(options(random_checkpoint(tmp_path / "model", seed=4)))
+def test_start_again_is_quick_because_nothing_is_imported(
+    launcher: EngineLauncher, tmp_path: Path
+) -> None:
+    """An engine of a warm launcher takes a fraction of the CPU time of the import it saves."""
+    engine = launcher.engine(options(random_checkpoint(tmp_path / "model", seed=4)))
     engine.ready()
-    imported = cpu_seconds(nursery._child.pid)
+    imported = cpu_seconds(launcher._child.pid)
     started = cpu_seconds(served_by(tmp_path / "engine.log")[0])
     engine.close()
     assert started < imported / 2

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ def test_options_travel_as_json() -> None:
         dtype="bfloat16",
         max_model_len=512,
         max_num_seqs=7,
-        cores=(1, 3),
+        place=1,
+        places=2,
+        kept_cores=3,
+        threads=4,
+        devices=(2, 3),
         kv_cache_mib=64,
         gpu_memory_utilization=0.25,
         tensor_parallel=2,
@@ -33,29 +38,45 @@ def test_options_travel_as_json() -> None:
         assert EngineOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "kv_cache_mib", "tensor_parallel"])
+@pytest.mark.parametrize("name", ["max_num_seqs", "kv_cache_mib", "tensor_parallel", "places"])
 def test_a_size_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: 0, allowed: 1 or more"):
         EngineOptions.from_json(EngineOptions(Path("/models/a")).to_json() | {name: 0})
 
 
-def test_two_engines_get_their_own_cores_and_no_more_threads() -> None:
-    first, second = (environment(EngineOptions(Path("m"), cores=(core,))) for core in (0, 1))
+def test_an_engine_has_threads_for_its_own_cores_and_no_more() -> None:
+    plain = EngineOptions(Path("m"))
+    first, second = (environment(plain, (core,)) for core in (0, 1))
     assert first["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     assert second["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert first["OMP_NUM_THREADS"] == first["NUMBA_NUM_THREADS"] == "1"
-    wide = environment(EngineOptions(Path("m"), cores=(2, 3), tensor_parallel=2))
-    assert wide["VLLM_CPU_OMP_THREADS_BIND"] == "2,3|2,3"
-    assert wide["OMP_NUM_THREADS"] == "2"
-    free = environment(EngineOptions(Path("m")))
+    free = environment(plain)
     assert free["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "OMP_NUM_THREADS" not in free
+    somewhere = environment(replace(plain, threads=3))
+    assert somewhere["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert somewhere["OMP_NUM_THREADS"] == somewhere["NUMBA_NUM_THREADS"] == "3"
+
+
+def test_ranks_share_the_cores_of_their_engine() -> None:
+    two = EngineOptions(Path("m"), tensor_parallel=2)
+    wide = environment(two, (2, 3, 4, 5))
+    assert (wide["VLLM_CPU_OMP_THREADS_BIND"], wide["OMP_NUM_THREADS"]) == ("2,3|4,5", "2")
+    narrow = environment(two, (7,))
+    assert (narrow["VLLM_CPU_OMP_THREADS_BIND"], narrow["OMP_NUM_THREADS"]) == ("7|7", "1")
+
+
+def test_an_engine_sees_its_own_gpus_of_those_its_process_may_use() -> None:
+    third = EngineOptions(Path("m"), devices=(2,))
+    assert environment(third)["CUDA_VISIBLE_DEVICES"] == "2"
+    assert environment(third, visible="4,5,6,7")["CUDA_VISIBLE_DEVICES"] == "6"
+    assert "CUDA_VISIBLE_DEVICES" not in environment(EngineOptions(Path("m")), visible="4,5")
 
 
 def test_the_callers_side_imports_neither_torch_nor_vllm() -> None:
     """Whoever drives engines in other processes does not wait for their imports."""
     code = (
-        "import sys, agent.population.nursery, agent.population.ray, agent.population.pool;"
+        "import sys, agent.population.process, agent.population.ray, agent.population.pool;"
         "sys.exit(' '.join({'torch', 'vllm', 'ray', 'numba'} & set(sys.modules)) or None)"
     )
     found = subprocess.run(

@@ -101,6 +101,7 @@ def ends() -> Iterator[tuple[EngineProcess, Kept]]:
 
         def serving() -> None:
             channel.send({"result": process.pid})
+            channel.send({"result": None})
             with pytest.raises((EOFError, OSError)):
                 serve(channel, kept)
 
