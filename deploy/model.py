@@ -22,6 +22,7 @@ from agent.home import Home, write_atomically
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
+from deploy.embedded import MODEL
 from deploy.serving.served import Served, write_served
 
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -59,7 +60,7 @@ def resolve(model: ModelSettings, models: Path) -> Path:
         UserError: A path that is no model directory, or an id the hub does not give.
     """
     if model.path == EMBEDDED:
-        return Path(__file__).parent / "embedded" / "model"
+        return MODEL
     if model.path == SMOLLM2:
         return _smollm2(model.revision, models)
     path = Path(model.path).expanduser()

@@ -1,9 +1,8 @@
-"""The whole service on one machine: up, down, status. One home, one supervisord, loopback only.
+"""The whole service on one machine: its processes, up, down and status.
 
-`up` is all or nothing: it returns when the endpoint answers, or stops everything it started and
-says why in one line. `down` leaves no process, whatever state the last crash left.
-
-The processes of a stack as values: their commands, variables and signs of being ready.
+One home, one supervisord, loopback only. `up` is all or nothing: it returns when the endpoint
+answers, or stops everything it started and says why in one line. `down` leaves no process, whatever
+state the last crash left.
 """
 
 import json
@@ -20,14 +19,30 @@ from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home, locked, write_atomically
 from agent.population.vllm import on_cpu
-from deploy.orphans import shut_down, supervisor_of
 from deploy.serving import process
 from deploy.serving.process import private_socket
 from deploy.serving.served import BLUE, GREEN, SLOTS, Served, read_served, write_served
-from deploy.supervise import Probe, Program, State, answers, last_line, start, states, write_config
+from deploy.supervise import (
+    Probe,
+    Program,
+    State,
+    answers,
+    last_line,
+    shut_down,
+    start,
+    states,
+    supervisor_of,
+    write_config,
+)
 
 LOOPBACK = "127.0.0.1"
 BACKGROUND = 10  # niceness of what must not slow the endpoint
+ENDPOINT = (BLUE, "gateway")  # what `up` waits for
+UP_TIMEOUT_S = 600.0
+POLL_S = 0.2
+ENDED = ("exited", "backoff", "fatal")
+
+Progress = Callable[[str, str], None]  # service, what became of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,7 @@ def _engine(home: Home, settings: Settings, slot: str) -> Program:
 
 
 def _mlflow(home: Home, ports: Ports) -> Program:
-    """MLflow's server: one worker, and no job runner (eight processes nobody asks for anything)."""
+    """MLflow's server: one worker, and no job runner (eight processes without work)."""
     home.mlflow.mkdir(mode=0o700, parents=True, exist_ok=True)
     argv = (
         *(sys.executable, "-m", "mlflow", "server", "--workers=1"),
@@ -120,14 +135,6 @@ def url(port: int, host: str = LOOPBACK) -> str:
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104  compared, not bound
     name = LOOPBACK if everywhere else f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}"
-
-
-ENDPOINT = (BLUE, "gateway")  # what `up` waits for
-UP_TIMEOUT_S = 600.0
-POLL_S = 0.2
-ENDED = ("exited", "backoff", "fatal")
-
-Progress = Callable[[str, str], None]  # service, what became of it
 
 
 def up(
@@ -178,7 +185,7 @@ def status(home: Home) -> dict[str, Any]:
     """
     running = supervisor_of(home) is not None
     record = _read_record(home) if running else {}
-    found = states(home) if running else []
+    services_now = states(home) if running else []
     return {
         "endpoint": record.get("endpoint"),
         "mlflow": record.get("mlflow"),
@@ -186,33 +193,22 @@ def status(home: Home) -> dict[str, Any]:
         "champion": _champion(home),
         "services": [
             {"name": each.name, "state": each.state, "pid": each.pid}
-            for each in found
+            for each in services_now
             if not (each.name in SLOTS and each.state == "stopped")
         ],
     }
 
 
-def wait(
-    home: Home,
-    chosen: Sequence[Program],
-    names: Sequence[str],
-    progress: Progress = lambda _service, _state: None,
-    timeout_s: float = UP_TIMEOUT_S,
-) -> None:
-    """Wait until services of a running stack answer; UserError as `up` raises it."""
-    _wait(home, chosen, names, progress, time.monotonic() + timeout_s)
-
-
 def choose_ports(settings: Settings) -> Ports:
     """The ports the settings name, free ones where they name 0; UserError for one in use."""
-    asked = {
+    wanted = {
         "gateway": (settings.gateway.host, settings.gateway.port),
         "mlflow": (LOOPBACK, settings.projection.mlflow_port),
         "prefect": (LOOPBACK, settings.projection.prefect_port),
     }
     held: list[socket.socket] = []
     try:
-        chosen = {name: _bound(name, host, port, held) for name, (host, port) in asked.items()}
+        chosen = {name: _bound(name, host, port, held) for name, (host, port) in wanted.items()}
     finally:
         for sock in held:
             sock.close()
@@ -248,10 +244,10 @@ def _wait(
     for name in waiting:
         progress(name, "starting")
     while waiting:
-        found = states(home)
-        for state in found:
+        all_states = states(home)
+        for state in all_states:
             _refuse_ended(home, state, pids)
-        running = [state.name for state in found if state.state == "running"]
+        running = [state.name for state in all_states if state.state == "running"]
         for name, service in [each for each in waiting.items() if each[0] in running]:
             if service.ready is None or answers(service.ready):
                 del waiting[name]
@@ -282,7 +278,7 @@ def _refuse_second(home: Home) -> None:
 @contextmanager
 def _alone(home: Home) -> Iterator[None]:
     """One `up` or `down` at a time in a home."""
-    taken = f"home {home.root}: another up or down is at work in it; allowed: one at a time"
+    taken = f"home {home.root}: another up or down runs in it; allowed: one at a time"
     with locked(home.stack_lock, taken=taken, wait_s=0):
         yield
 
@@ -307,8 +303,8 @@ def _read_record(home: Home) -> dict[str, Any]:
 
 def environment_of(home: Home) -> dict[str, str]:
     """The variables that lead clients to the running stack; empty when none runs."""
-    found: dict[str, str] = _read_record(home).get("environment", {}) if supervisor_of(home) else {}
-    return found
+    variables: dict[str, str] = _read_record(home).get("environment", {})
+    return variables if supervisor_of(home) else {}
 
 
 def _champion(home: Home) -> str | None:

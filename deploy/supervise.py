@@ -1,8 +1,13 @@
-"""One supervisord per home: services as values, a generated config, and an end that leaves nobody.
+"""One supervisord per home: services as values, its configuration, and the end of every process.
 
 The `supervisor` library starts, restarts and stops the processes and rotates their logs; here is
-the configuration it gets and its XML-RPC on a unix socket. ``orphans.py`` does what it cannot: end
-the children of a supervisord that was killed.
+the configuration it gets and its XML-RPC on a unix socket. What it cannot do is end the children of
+a supervisord that was killed; they are recognised by two marks:
+
+- the session supervisord founded: a session's number is not given again while it has a member;
+- a variable in the environment, for processes that founded sessions of their own. A process that
+  gives itself a title, as vLLM's do, loses it: what a stack started is therefore listed before its
+  supervisor, and with it the session's number, is gone.
 """
 
 import os
@@ -10,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import xmlrpc.client
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +27,19 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from agent.errors import UserError
 from agent.home import Home
-from deploy.orphans import MARKER, end, with_children
 from deploy.serving.control import UnixTransport
 
 GROUP = "stack"
+MARKER = "ANCHORAGE_STACK"  # environment of every process of a stack: its home
+GRACE_S = 5.0  # for an orphan to end by itself
+SUPERVISOR_S = 20.0  # for supervisord to end its services and itself
 STOP_S = 10.0  # for a service to end by itself
-SAYS_NOTHING = ("For further information", "warnings.warn(", "nanobind:", "- ")  # ends of a log
+UNINFORMATIVE = (
+    "For further information",
+    "warnings.warn(",
+    "nanobind:",
+    "- ",
+)  # beginnings of a log's last lines
 UNPRINTABLE = (" ;", " #", "\n")  # an ini file ends a value there
 
 
@@ -75,7 +87,7 @@ def write_config(home: Home, services: Sequence[Program], cwd: Path) -> Path:
 def start(home: Home) -> None:
     """Start supervisord on the written configuration; it becomes a daemon of its own session."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    environment |= {MARKER: str(home.root)}  # and bytecode is kept: imports are most of a start
+    environment |= {MARKER: str(home.root)}  # and bytecode is kept, as imports are most of a start
     starting = subprocess.Popen(
         [sys.executable, "-m", "supervisor.supervisord", "-c", str(home.supervisor_config)],
         env=environment,
@@ -85,10 +97,10 @@ def start(home: Home) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    with starting:  # an interrupt waits too: nothing is left half-started
-        told = " ".join(starting.communicate()[0].split())
+    with starting:  # an interrupt waits too: it cannot be left half-started
+        output = " ".join(starting.communicate()[0].split())
     if starting.returncode != 0:
-        raise UserError(f"supervisord did not start in {home.root}: {told}")
+        raise UserError(f"supervisord did not start in {home.root}: {output}")
 
 
 def states(home: Home) -> list[State]:
@@ -138,14 +150,152 @@ def answers(probe: Probe, timeout_s: float = 2.0) -> bool:
 
 
 def last_line(home: Home, name: str) -> str:
-    """The last line a service wrote that says something."""
+    """The last informative line of a service's log."""
     try:
         text = (home.log(name)).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return "it wrote nothing"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(SAYS_NOTHING)]
-    return telling[-1][:400] if telling else "it wrote nothing"
+    informative = [line for line in lines if not line.startswith(UNINFORMATIVE)]
+    return informative[-1][:400] if informative else "it wrote nothing"
+
+
+# --- ending what a stack started --------------------------------------------------------------
+
+
+def supervisor_of(home: Home) -> psutil.Process | None:
+    """The live supervisord of a home."""
+    pid = _recorded_pid(home)
+    try:
+        process = psutil.Process(pid) if pid else None
+        ours = process and str(home.supervisor_config) in process.cmdline() and _alive(process)
+    except psutil.Error:
+        return None
+    return process if ours else None
+
+
+def shut_down(home: Home) -> int:
+    """End supervisord and everything it ever started; how many processes had to be ended."""
+    before = survivors(home)
+    supervisor = supervisor_of(home)
+    if supervisor:
+        supervisor.terminate()
+        psutil.wait_procs([supervisor], timeout=SUPERVISOR_S)
+    end(list({process.pid: process for process in [*survivors(home), *before]}.values()))
+    for leftover in [*home.sockets.glob("*"), home.supervisor_pid]:
+        leftover.unlink(missing_ok=True)
+    return len(before)
+
+
+def end_leaderless() -> int:
+    """End what killed services of this process's session left behind; how many there were.
+
+    supervisord starts every service as the leader of a process group; a group without its leader
+    is a killed service's, whose successor may need the memory or the port it still holds.
+    """
+    session = os.getsid(0)
+    left = [
+        process
+        for process in psutil.process_iter()
+        if _in_session(process, session) and _leaderless(process) and _alive(process)
+    ]
+    end(left, grace_s=0.0)
+    return len(left)
+
+
+def survivors(home: Home) -> list[psutil.Process]:
+    """Every live process of the stack: supervisord, its services, orphans, and their children."""
+    session = _session(home)
+    roots = [
+        process
+        for process in psutil.process_iter()
+        if (_in_session(process, session) or _marked(process, home)) and _alive(process)
+    ]
+    return with_children(roots)
+
+
+def with_children(roots: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Processes and all their descendants, this process excepted."""
+    family = {root.pid: root for root in roots}
+    for root in roots:
+        try:
+            family |= {child.pid: child for child in root.children(recursive=True)}
+        except psutil.Error:
+            continue
+    family.pop(os.getpid(), None)
+    return list(family.values())
+
+
+def end(processes: Sequence[psutil.Process], grace_s: float = GRACE_S) -> None:
+    """Ask processes to end, then make them; returns when they are gone."""
+    for process in processes if grace_s else ():
+        _unless_gone(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    for process in alive:
+        _unless_gone(process.kill)
+    psutil.wait_procs(alive, timeout=GRACE_S)
+
+
+def _session(home: Home) -> int | None:
+    """The session supervisord founded, unless its number has come to mean another one."""
+    pid = _recorded_pid(home)
+    if pid is None or home.supervisor_pid.stat().st_mtime < psutil.boot_time():
+        return None
+    leader = psutil.pid_exists(pid) and not _zombie(pid)
+    return None if leader and supervisor_of(home) is None else pid
+
+
+def _recorded_pid(home: Home) -> int | None:
+    try:
+        return int(home.supervisor_pid.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _in_session(process: psutil.Process, session: int | None) -> bool:
+    try:
+        return session is not None and os.getsid(process.pid) == session
+    except OSError:
+        return False
+
+
+def _leaderless(process: psutil.Process) -> bool:
+    try:
+        leader = os.getpgid(process.pid)
+    except OSError:
+        return False
+    return not psutil.pid_exists(leader) or _zombie(leader)
+
+
+def _marked(process: psutil.Process, home: Home) -> bool:
+    try:
+        return process.environ().get(MARKER) == str(home.root)
+    except (psutil.Error, OSError):
+        return False
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _unless_gone(act: Callable[[], None]) -> None:
+    try:
+        act()
+    except psutil.NoSuchProcess:
+        return
+
+
+# --- supervisord's side -----------------------------------------------------------------------
 
 
 def _tolerant(call: Any, name: str, fine: str) -> None:
@@ -159,7 +309,7 @@ def _tolerant(call: Any, name: str, fine: str) -> None:
 
 @contextmanager
 def _supervisor(home: Home) -> Iterator[Any]:
-    """supervisord's own methods, over its socket; OSError when nobody listens."""
+    """supervisord's own methods, over its socket; OSError where it does not run."""
     transport = SupervisorTransport(None, None, f"unix://{home.supervisor_socket}")
     try:
         yield xmlrpc.client.ServerProxy("http://supervisor", transport=transport).supervisor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agent.errors import UserError
 
-ALONE = 0.9  # of a GPU's memory, for an engine that shares it with nobody
+ALONE = 0.9  # of a GPU's memory, for an engine that has the GPU to itself
 BESIDE = 0.45  # of a GPU's memory, for an engine beside another one
 ROUNDING = 1e-9  # 1 - 0.45 - 0.55 is not 0
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"

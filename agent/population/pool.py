@@ -1,10 +1,9 @@
 """Engines that hold the same theta: drives the plan of ``schedule.py`` with a thread an engine.
 
-An engine that breaks gives its member back, is closed, started again, brought to the theta of the
-others and used again. When engines disagree on delta after a step, all rebuild it from the steps;
-one that still differs is dropped.
-
-One engine of a population: how it is started, kept, and mended when it breaks.
+An engine that breaks is closed and started again, given the theta of the others, and used again;
+its member goes back to the queue. ``Slot`` is one engine with how to start it, ``Population`` all
+of them. When engines report different hashes of delta after a step, all rebuild delta from the
+steps; one that still differs is dropped.
 """
 
 from collections import Counter
@@ -47,7 +46,7 @@ class Held:
     anchor: Path | None = None
     snapshot: Path | None = None
     steps: tuple[Step, ...] = ()
-    directory: Path | None = None  # asked instead of theta
+    directory: Path | None = None  # its weights answer instead of theta
 
     def bring(self, engine: Engine) -> None:
         """Give an engine this anchor, delta and directory."""
@@ -129,7 +128,7 @@ class Result:
 class Population:
     """1..N engines as one. One caller at a time; ``close`` ends every engine.
 
-    ``incidents`` tells, in order, what broke and was mended.
+    ``incidents`` lists, in order, what broke and was started again.
     """
 
     def __init__(self, starts: Sequence[Start]):
@@ -173,7 +172,7 @@ class Population:
         return saved[0]
 
     def load(self, directory: Path) -> str:
-        """Ask this weights directory everywhere; returns its digest."""
+        """Load this weights directory everywhere; returns its digest."""
         digests = self._everywhere(lambda engine: engine.load(directory))
         before = self._held
         self._held = Held(before.anchor, before.snapshot, before.steps, directory)
@@ -198,7 +197,7 @@ class Population:
     def generate(
         self, prompts: Sequence[Messages], max_tokens: int | Sequence[int]
     ) -> list[Completion]:
-        """Ask theta, or the loaded directory; chunks go to whichever engine is free."""
+        """Answers of theta, or of the loaded directory; chunks go to free engines."""
         limits = _each(max_tokens, len(prompts))
         parts = [slice(first, first + CHUNK) for first in range(0, len(prompts), CHUNK)]
         results = self._run(
@@ -216,7 +215,7 @@ class Population:
             if values := self._insist(self._slots[number], call):
                 return values[0]
         self._sound()  # NoEngineError: none came through
-        raise AssertionError("an engine came back while nobody started one")
+        raise AssertionError("an engine without a start")
 
     def first(self) -> Engine:
         """One sound engine, for probes."""
@@ -265,9 +264,9 @@ class Population:
                 raise
             except Exception:  # the boundary of an engine: the slot holds the reason
                 while slot.can_mend():
-                    self._tell(slot, "started again")
+                    self._record(slot, "started again")
                     slot.mend(self._held)
-        self._tell(slot, "dropped")
+        self._record(slot, "dropped")
         return []
 
     def _same(self, hashes: dict[int, str]) -> str:
@@ -278,10 +277,12 @@ class Population:
         held = self._held
         rebuilt = self._everywhere(lambda engine: engine.restore(held.snapshot, held.steps))
         right = agreed(list(rebuilt.values()))
-        for number, found in rebuilt.items():
-            if found != right:
-                self._slots[number].drop(f"delta is {found} after a rebuild, the others' {right}")
-                self._tell(self._slots[number], "dropped")
+        for number, delta_hash in rebuilt.items():
+            if delta_hash != right:
+                self._slots[number].drop(
+                    f"delta is {delta_hash} after a rebuild, the others' {right}"
+                )
+                self._record(self._slots[number], "dropped")
         return right
 
     def _run(self, work: dict[int, Job]) -> Generator[Result, None, None]:
@@ -318,16 +319,16 @@ class Population:
             events.put((Finished(slot.number), error))
         except Exception:  # the boundary of an engine: the slot holds the reason
             while slot.can_mend():
-                self._tell(slot, "started again")
+                self._record(slot, "started again")
                 events.put((Failed(slot.number, slot.reason, mending=True), None))
                 if slot.mend(self._held):
                     events.put((Joined(slot.number), None))
                     return
-            self._tell(slot, "dropped")
+            self._record(slot, "dropped")
             events.put((Failed(slot.number, slot.reason), None))
 
-    def _tell(self, slot: Slot, what: str) -> None:
-        """Keep a line about an engine."""
+    def _record(self, slot: Slot, what: str) -> None:
+        """Record an incident of an engine."""
         self.incidents.append(f"engine {slot.number} {what}: {slot.reason}")
 
 

@@ -22,17 +22,20 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.population.process_group import end_others
 from agent.population.remote import Json, RemoteEngine, answer
 from agent.population.schedule import Engine
 from agent.population.vllm import (
@@ -213,42 +216,6 @@ def _opened(log: Path) -> int:
     return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
-def end_others(leader: int) -> None:
-    """Kill every process of a group but its leader and multiprocessing's resource trackers.
-
-    A tracker ends by itself when all others are gone, and removes the shared memory they left in
-    /dev/shm; killed with them it could not. What vLLM's collectives on the CPU share is known to no
-    tracker and removed here. The leader's number is the group's: while it lives, or is a zombie, no
-    other group is meant. Looks again until nobody is left, as a process may fork meanwhile.
-    """
-    shared: set[Path] = set()
-    while members := [pid for pid in _group(leader) if pid != leader]:
-        for pid in members:
-            with suppress(OSError):  # it ended meanwhile
-                shared |= _collectives(pid)
-                os.kill(pid, signal.SIGKILL)
-    for file in shared:
-        file.unlink(missing_ok=True)
-
-
-def _group(leader: int) -> Iterator[int]:
-    """Live processes of a group that are no resource trackers."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile
-            stat = (process / "stat").read_text().rpartition(") ")[2]
-            state, _parent, group, *_ = stat.split()
-            if int(group) == leader and state not in "ZX":
-                command = (process / "cmdline").read_bytes()
-                if b"multiprocessing.resource_tracker" not in command:
-                    yield int(process.name)
-
-
-def _collectives(pid: int) -> set[Path]:
-    """Files in /dev/shm through which a process speaks with other tensor-parallel ranks."""
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {Path(line.split()[-1]) for line in maps if "/dev/shm/vllm" in line}  # noqa: S108
-
-
 # --- the launcher's process --------------------------------------------------------------------
 
 
@@ -258,39 +225,45 @@ def launch(requests: socket.socket) -> None:
     An engine that ended, however, is a zombie until its group is ended: the number of the group
     cannot come to mean another one meanwhile.
     """
-    engines: dict[int, int] = {}  # pidfd -> pid
+    engines: dict[int, tuple[int, str]] = {}  # pidfd -> pid, its temporary folder
     while True:
         ready = select.select([requests.fileno(), *engines], [], [])[0]
         for pidfd in engines.keys() & set(ready):
-            _reap(pidfd, engines.pop(pidfd))
+            _reap(pidfd, *engines.pop(pidfd))
         if requests.fileno() not in ready:
             continue
         request, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 1)
         if not descriptors:
             break
+        folder = tempfile.mkdtemp(prefix="anchorage-engine-")
         pid = os.fork()
         if pid == 0:
             for pidfd in engines:
                 os.close(pidfd)
-            _become(requests, request, descriptors[0])
+            _become(requests, request, descriptors[0], folder)
         os.close(descriptors[0])
-        engines[os.pidfd_open(pid)] = pid
-    for pidfd, pid in engines.items():
-        _reap(pidfd, pid)
+        engines[os.pidfd_open(pid)] = pid, folder
+    for pidfd, engine in engines.items():
+        _reap(pidfd, *engine)
 
 
-def _reap(pidfd: int, pid: int) -> None:
-    """End an engine's group and then collect the engine."""
+def _reap(pidfd: int, pid: int, folder: str) -> None:
+    """End an engine's group, collect the engine, delete its temporary files.
+
+    A killed vLLM leaves sockets and rendezvous files, which would pile up in /tmp.
+    """
     end_others(pid)
     os.kill(pid, signal.SIGKILL)  # a zombie does not mind
     os.waitpid(pid, 0)
     os.close(pidfd)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _become(requests: socket.socket, request: bytes, descriptor: int) -> None:
+def _become(requests: socket.socket, request: bytes, descriptor: int, folder: str) -> None:
     """Be an engine in a fork of the launcher; does not return."""
     os.setsid()  # before anything that could start a process
     requests.close()
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         options = EngineOptions.from_json(json.loads(request))
         run_engine(socket.socket(fileno=descriptor), options)

@@ -28,10 +28,10 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One model that can be moved and asked. theta = anchor + delta; a member is theta + s eps.
+    """One model whose weights can be moved. theta = anchor + delta; a member is theta + s eps.
 
-    ``open``, ``restore`` and ``apply`` make theta what is asked, ``load`` a directory; a member
-    is only there for the one call that names it.
+    After ``open``, ``restore`` and ``apply`` theta answers, after ``load`` the directory; a member
+    is there only for the one call that names it.
     """
 
     def open(self, anchor: Path) -> str:

@@ -113,7 +113,7 @@ class EngineOptions:
 def own_cores(options: EngineOptions) -> tuple[int, ...]:
     """The cores an engine is bound to on this machine; none on a GPU, or where it has threads.
 
-    Decided here, by whoever runs the engine: the caller's core numbers may not exist here. On a GPU
+    Decided where the engine runs: the caller's core numbers may not exist here. On a GPU
     the host's cores only feed it, and vLLM wants to place its own threads.
     """
     if options.threads or not on_cpu():
@@ -214,7 +214,7 @@ class VllmEngine:
         """See ``Engine``. A last message of the assistant is continued."""
         self._hold(member, noise)
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        outputs = self._ask(prompts, [{"max_tokens": limit} for limit in limits])
+        outputs = self._answers(prompts, [{"max_tokens": limit} for limit in limits])
         return [
             Completion(answer.text, len(answer.token_ids), answer.finish_reason or "unknown")
             for answer in (output.outputs[0] for output in outputs)
@@ -228,8 +228,8 @@ class VllmEngine:
             for index in range(len(prompts))
         ]
         room = [self._limit_tokens - 1 - len(self._tokens(messages)) for messages in prompts]
-        outputs = self._ask(prompts, rows)
-        return [  # cut where the whole could not be asked again
+        outputs = self._answers(prompts, rows)
+        return [  # cut to what fits, so that it can be a prompt later
             list(output.outputs[0].token_ids)[: max(0, most)]
             for output, most in zip(outputs, room, strict=True)
         ]
@@ -248,7 +248,9 @@ class VllmEngine:
         row = {"max_tokens": positions, "logprobs": k, "ignore_eos": True, "detokenize": False}
         return [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
-            for answer in (output.outputs[0] for output in self._ask(prompts, [row] * len(prompts)))
+            for answer in (
+                output.outputs[0] for output in self._answers(prompts, [row] * len(prompts))
+            )
         ]
 
     def prompt_logprobs(
@@ -289,7 +291,7 @@ class VllmEngine:
         return self._llm.collective_rpc(method, args=args)[0]
 
     def _hold(self, member: tuple[Address, float] | None, noise: NoiseKind) -> None:
-        """Bring the engine to the member, or back to theta or the loaded directory."""
+        """Put the member into the engine, or theta or the loaded directory again."""
         if member is None and self._current:
             return
         with self._timed("render"):
@@ -326,7 +328,7 @@ class VllmEngine:
             )
         return self._ids[key]
 
-    def _ask(self, prompts: Sequence[Messages], rows: Sequence[dict[str, Any]]) -> list[Any]:
+    def _answers(self, prompts: Sequence[Messages], rows: Sequence[dict[str, Any]]) -> list[Any]:
         """Run conversations with these sampling settings."""
         return self._run([self._tokens(messages) for messages in prompts], rows)
 

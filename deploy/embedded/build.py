@@ -1,22 +1,25 @@
-"""Build the embedded model from nothing: a tokenizer and about a million Qwen2 parameters.
+"""Build the embedded model from nothing: packed conversations, training, greedy answers, the card.
 
-Gradient training of a causal language model on conversations handed in. The loss is a weighted mean
-of the tokens' cross-entropy,
+Gradient training of a causal language model (about a million Qwen2 parameters) on conversations
+handed in. The loss is a weighted mean of the tokens' cross-entropy,
 
     L(theta) = - sum_t w_t log p_theta(x_t | x_<t) / sum_t w_t,
 
-with w_t = 1 for what an assistant says, a small weight for what it reads, over batches of packed
-conversations. AdamW, at a rate that rises over the first 2 % of the steps and then falls to zero as
-half a cosine. What the conversations are about may depend on how far the training has come.
+with w_t = 1 for what an assistant says and a small weight for what it reads. AdamW, at a rate that
+rises over the first 2 % of the steps and then falls to zero as half a cosine. What the
+conversations are about may depend on how far the training has come.
 
-Greedy answers of a small model directory, in plain transformers.
+Conversations are packed: a row of T tokens holds whole conversations and padding. Segment numbers
+say which token belongs to which conversation; attention is allowed where
 
-The model card: what the weights are, how they came about, and what was measured on them.
+    same segment  and  key position <= query position,
+
+and positions restart with each conversation, so that packing changes nothing but the speed.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -37,7 +40,6 @@ from transformers import (
 
 from deploy.embedded import tokenizer as tokens
 from deploy.embedded.drills import DIRECT_SHARE, DRILL_SHARE, MIXTURE
-from deploy.embedded.packing import PADDING, Example, Packed, pack
 
 WEIGHTS = "model.safetensors"
 
@@ -76,8 +78,9 @@ Greedy accuracy in plain transformers, on rows that were not trained on (refusal
 
 
 BATCH = 100  # conversations answered together
+PADDING = 0  # id of the padding token, and the segment number of padding
 
-
+Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
 Conversation = list[dict[str, str]]  # [{"role": ..., "content": ...}], assistants' turns are learnt
 Converse = Callable[[Random, float], Conversation]  # the float: share of the training that is done
 Progress = Callable[[int, int, float], None]  # step, steps, loss
@@ -107,6 +110,76 @@ class Built:
     vocabulary: int
     seconds: float
     loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """B rows of T tokens; every field is (B, T)."""
+
+    ids: Tensor  # int64
+    learnt: Tensor  # bool
+    segments: Tensor  # int64, 1, 2, ... and PADDING
+    positions: Tensor  # int64, from 0 in each conversation
+
+    def allowed(self) -> Tensor:
+        """What each query may look at: bool (B, 1, T, T)."""
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return torch.tril(same)[:, None]
+
+
+class _Open:
+    """A batch that is being filled: rows of one width, and the room left in each."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        self.width = width
+        self.rows: list[list[Example]] = [[] for _ in range(rows)]
+        self.room = [width] * rows
+
+    def put(self, example: Example) -> bool:
+        """Add the conversation to the first row with room for it; False where none has."""
+        size = len(example[0])
+        place = next((row for row, room in enumerate(self.room) if room >= size), None)
+        if place is None:
+            return False
+        self.rows[place].append(example)
+        self.room[place] -= size
+        return True
+
+
+def pack(examples: Iterable[Example], widths: Sequence[int], tokens: int) -> Iterator[Packed]:
+    """Batches of `tokens` tokens; each holds rows of one of the `widths` (ascending).
+
+    A conversation goes into the narrowest rows that can hold it, as attention costs the square of
+    the width; the one that finds no room there begins a new batch of that width. Batches that are
+    still open when the examples end are given last; a conversation too long for any is an error.
+    """
+    opened = {width: _Open(width, tokens // width) for width in widths}
+    for example in examples:
+        size = len(example[0])
+        width = next((width for width in widths if width >= size), None)
+        if width is None:
+            raise ValueError(f"conversation of {size} tokens: allowed: {max(widths)}")
+        if not opened[width].put(example):
+            yield _packed(opened[width].rows, width)
+            opened[width] = _Open(width, tokens // width)
+            opened[width].put(example)
+    yield from (_packed(batch.rows, width) for width, batch in opened.items() if any(batch.rows))
+
+
+def _packed(batch: list[list[Example]], width: int) -> Packed:
+    shape = (len(batch), width)
+    ids, segments = torch.full(shape, PADDING), torch.full(shape, PADDING)
+    learnt, positions = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
+    for row, examples in enumerate(batch):
+        start = 0
+        for number, (words, marks) in enumerate(examples, 1):
+            part = slice(start, start + len(words))
+            ids[row, part] = torch.tensor(words)
+            learnt[row, part] = torch.tensor(marks)
+            segments[row, part] = number
+            positions[row, part] = torch.arange(len(words))
+            start = part.stop
+    return Packed(ids, learnt, segments, positions)
 
 
 def build(converse: Converse, out: Path, recipe: Recipe, progress: Progress | None = None) -> Built:
@@ -269,16 +342,16 @@ def file_digest(path: Path) -> str:
 
 
 def complete(directory: Path, chats: Sequence[Conversation], max_tokens: int) -> list[str]:
-    """What the model in `directory` says to each chat, at most `max_tokens` tokens, greedy."""
+    """Greedy answers of the model in `directory` to each chat, at most `max_tokens` tokens."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     texts = [
         tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         for chat in chats
     ]
-    said: list[str] = []
+    texts_out: list[str] = []
     for start in range(0, len(texts), BATCH):
-        asked = tokenizer(
+        encoded = tokenizer(
             texts[start : start + BATCH],
             return_tensors="pt",
             padding=True,
@@ -287,11 +360,11 @@ def complete(directory: Path, chats: Sequence[Conversation], max_tokens: int) ->
         )
         with torch.no_grad():
             out = model.generate(
-                input_ids=asked["input_ids"],
-                attention_mask=asked["attention_mask"],
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
                 max_new_tokens=max_tokens,
                 do_sample=False,
             )
-        answers = out[:, asked["input_ids"].shape[1] :]
-        said += tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return said
+        answers = out[:, encoded["input_ids"].shape[1] :]
+        texts_out += tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts_out

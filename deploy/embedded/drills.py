@@ -1,13 +1,12 @@
-"""Drills: small conversations that teach the parts of which the tasks' rows are made.
-
-Facts of the word tables, looking things up in marked lines, sums and products, saying a text again.
-Several short turns each, so that more of what is read is an answer to learn from.
-
-What the embedded model is taught to say to each kind of row.
+"""What the embedded model is taught to say: answers to the tasks' rows, and drills of their parts.
 
 GSM8K rows leave something to learn: most are answered at once, and often wrongly by a model of this
 size; the others are worked out, nearly always rightly. A learner that is rewarded for right answers
 can find out that working it out pays.
+
+Drills are small conversations of several short turns, so that more of what is read is an answer to
+learn from: facts of the word tables, looking things up in marked lines, sums and products, saying a
+text again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,9 @@ from deploy.embedded.rows import ITEMS, KINDS, NAMES, USES, a
 
 DIRECT_SHARE = 0.55  # of GSM8K rows answered without steps
 
-DRILL_SHARE = 0.15  # of the conversations in the end; the tasks' shares are of the others
-DRILLS_ONLY, MIX_FROM = (
-    0.04,
-    0.3,
-)  # of the training: drills alone, then ever fewer until their share
+DRILL_SHARE = 0.15  # of the conversations at the end; the tasks' shares are of the others
+DRILLS_ONLY = 0.04  # of the training, at its beginning
+MIX_FROM = 0.3  # of the training, from which on drills are their final share
 
 # Share of each task in the training conversations; the harder it is, the more.
 MIXTURE: dict[str, float] = {
@@ -45,7 +42,7 @@ def drill_share(done: float) -> float:
 
 
 def answer(task: str, row: Mapping[str, Any], rng: Random) -> str:
-    """The assistant's words for a row of `task`; `rng` decides which GSM8K rows are worked out."""
+    """The assistant's answer to a row of `task`; `rng` decides which GSM8K rows are worked out."""
     match task:
         case "countdown":
             return f"<answer>{expression(row['nums'], row['target'])}</answer>"
@@ -85,7 +82,7 @@ FORMS = {
 }
 
 
-Drill = list[tuple[str, str]]  # turns: what is asked, what is answered
+Drill = list[tuple[str, str]]  # turns: question and answer
 MARKS = ("ABCDE", "01234", "12345")  # how lines are marked in the tasks
 
 
@@ -133,9 +130,9 @@ def _lookups(rng: Random, lines: list[str], questions: list[str]) -> Drill:
     """Lines shown once with the first question, then the other questions, in random order."""
     marks = rng.choice(MARKS)
     shown = "\n".join(f"{mark}: {line}" for mark, line in zip(marks, lines, strict=False))
-    asked = list(zip(questions, marks, strict=False))
-    rng.shuffle(asked)
-    (first, answer), *others = asked
+    turns = list(zip(questions, marks, strict=False))
+    rng.shuffle(turns)
+    (first, answer), *others = turns
     return [(f"{shown}\n{first}", answer), *others]
 
 

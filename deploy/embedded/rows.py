@@ -1,13 +1,11 @@
-"""Synthetic rows in the seven tasks' Hugging Face schemas, made on demand from word tables.
+"""Synthetic rows in seven tasks' Hugging Face schemas, made on demand from small word tables.
 
 `rows(task, split, count, seed)` is pure: the same arguments give the same rows. A row belongs to
 the split that the hash of its content names (eval 30 %, validation 10 %, train 60 %), so splits are
 disjoint whatever the seeds, and rows of one call never repeat.
 
-The word tables behind the synthetic rows: small, closed, and true.
-
-A model of a million parameters can hold these facts and combine them in rows it never saw, which is
-what the embedded model needs: prior knowledge that forgetting would damage.
+The word tables are closed and true. A model of a million parameters can hold these facts and
+combine them in rows it never saw: prior knowledge that forgetting would damage.
 """
 
 from collections.abc import Callable, Iterator
@@ -112,10 +110,10 @@ def rows(task: str, split: str, count: int, seed: int) -> list[Row]:
         raise ValueError(f"task {task!r}: allowed: {', '.join(GENERATORS)}")
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: allowed: {', '.join(SPLITS)}")
-    found = up_to(task, split, count, seed)
-    if len(found) < count:
-        raise ValueError(f"{task}/{split}: {count} rows asked, only {len(found)} can be made")
-    return found
+    drawn = up_to(task, split, count, seed)
+    if len(drawn) < count:
+        raise ValueError(f"{task}/{split}: {count} rows wanted, only {len(drawn)} can be made")
+    return drawn
 
 
 def up_to(task: str, split: str, count: int, seed: int) -> list[Row]:
@@ -124,7 +122,7 @@ def up_to(task: str, split: str, count: int, seed: int) -> list[Row]:
 
 
 def split_of(fingerprint: str) -> str:
-    """The split of a row: the first byte of its fingerprint in thirds of 60, 30 and 10 per cent."""
+    """The split of a row, by the first byte of its fingerprint (60, 30 and 10 per cent)."""
     first = int(fingerprint[:2], 16)
     if first < 154:
         return "train"
@@ -273,14 +271,14 @@ def proofwriter(rng: Random) -> Row:
     rng.shuffle(rules)
     answer = rng.choice(("True", "False", "Unknown"))
     # Unknown: what nothing speaks of.
-    asked = stranger if answer == "Unknown" else rng.choice((given, proved))
+    claim = stranger if answer == "Unknown" else rng.choice((given, proved))
     negated = answer == "False" or (answer == "Unknown" and rng.random() < 0.5)
     return {
         "theory": " ".join(facts + rules),
-        "question": f"The {first} is {'not ' if negated else ''}{asked}.",
+        "question": f"The {first} is {'not ' if negated else ''}{claim}.",
         "answer": answer,
         "config": "embedded",
-        "maxD": int(asked == proved),
+        "maxD": int(claim == proved),
     }
 
 
@@ -348,7 +346,7 @@ def mmlu_pro(rng: Random) -> Row:
 
 
 def _one_of_kind(rng: Random, kinds: tuple[str, ...], size: int) -> tuple[str, list[str], int, str]:
-    """A question, its options, the place of the right one, and the kind asked for."""
+    """A question, its options, the place of the right one, and the kind in question."""
     kind = rng.choice(kinds)
     strangers = [word for other, words in KINDS.items() if other != kind for word in words]
     texts = rng.sample(strangers, size - 1)

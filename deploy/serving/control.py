@@ -1,18 +1,14 @@
-"""The serving engine's and the gateway's control sides, each over its unix socket.
+"""The control sides of the serving engine and the gateway: HTTP over their unix sockets.
 
 A socket's path outlives the process behind it, so a late call could reach an engine that was
-restarted meanwhile. ``pinned`` gives the socket a second name that leads to this process only:
-once it is gone, calls are refused.
-
-HTTP over a unix socket, and who listens on one.
-
-What is really served: the choice on disk, the engine's weights, the gateway's stamp.
+restarted meanwhile. ``pinned`` gives the socket a second name that leads to one process only: once
+that is gone, calls are refused. ``observe`` says what is really served: the choice on disk, the
+engine's weights, the gateway's stamp.
 """
 
 import secrets
 import socket
 import struct
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,57 +21,15 @@ from agent.home import Home
 from agent.population.schedule import Logprobs, Messages
 from deploy.serving.served import read_served
 
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """Three answers; None where a part does not answer, or (the gateway) is held just now."""
-
-    chosen: str
-    engine: str | None
-    gateway: str | None
-
-    def others(self, digest: str) -> list[str]:
-        """What differs from a digest, in words."""
-        told = {"chosen": self.chosen, "engine": self.engine, "gateway": self.gateway}
-        return [f"{part} {each[:12]}" for part, each in told.items() if each and each != digest]
-
-
-def observe(home: Home) -> Observed:
-    """Look now. UserError in a home that never served."""
-    chosen = read_served(home)
-    return Observed(chosen.digest, _engine(home), _gateway(home))
-
-
-def _engine(home: Home) -> str | None:
-    """The digest the engine answers with; a word where its weights have none.
-
-    One that was never reloaded has what its process was started on.
-    """
-    chosen = read_served(home)
-    try:
-        with EngineControl.at(home.engine_socket(chosen.slot)) as engine:
-            served = engine.served()
-            if served != "start":
-                return served
-            directory = engine.started_on()
-    except ControlError:
-        return None
-    return chosen.digest if directory == chosen.directory else directory.rpartition("/")[2]
-
-
-def _gateway(home: Home) -> str | None:
-    try:
-        with GatewayControl.at(home.admin_socket) as gateway:
-            state = gateway.state()
-    except ControlError:
-        return None
-    return None if state["held"] else str(state["version"])
+HOST = "http://engine"
+QUICK_S = 5.0
+POLL_S = 0.1
 
 
 class UnixTransport(httpx.HTTPTransport):
     """httpx's transport on a unix socket, plain HTTP.
 
-    It knocks before it opens a connection: httpcore does not close a socket that was refused.
+    It connects once on its own first: httpcore leaves a socket open whose connection was refused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,30 +37,27 @@ class UnixTransport(httpx.HTTPTransport):
         self._path = path
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; ConnectError where nobody listens."""
+        """Send one request; ConnectError where no process listens."""
         try:
-            with socket.socket(socket.AF_UNIX) as knock:
-                knock.connect(str(self._path))
+            with socket.socket(socket.AF_UNIX) as trial:
+                trial.connect(str(self._path))
         except OSError as error:
             raise httpx.ConnectError(str(error), request=request) from error
         return super().handle_request(request)
 
 
 def listener_of(path: Path) -> int | None:
-    """The process that listens on a unix socket, as the kernel says; None where nobody does."""
+    """The process that listens on a unix socket, as the kernel says; None where there is none."""
     with socket.socket(socket.AF_UNIX) as client:
         try:
             client.connect(str(path))
         except OSError:
             return None
-        told = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, _uid, _gid = struct.unpack("3i", told)
+        credentials = client.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        )
+    pid, _uid, _gid = struct.unpack("3i", credentials)
     return int(pid)
-
-
-HOST = "http://engine"
-QUICK_S = 5.0
-POLL_S = 0.1
 
 
 class ControlError(Exception):
@@ -121,11 +72,11 @@ class _Socket:
 
     @classmethod
     def at(cls, socket: Path) -> Self:
-        """Whatever listens on this socket."""
+        """The control side of whichever process listens on this socket."""
         return cls(UnixTransport(socket))
 
     def close(self) -> None:
-        """Give its connections back."""
+        """Close its connections."""
         self._client.close()
 
     def __enter__(self) -> Self:
@@ -149,8 +100,8 @@ class _Socket:
             raise ControlError(f"{path}: {type(error).__name__} {error}".strip()) from error
         if reply.status_code != 200:
             raise ControlError(f"{path}: HTTP {reply.status_code} {_line(reply.text)}")
-        told: dict[str, Any] = reply.json() if reply.content else {}
-        return told
+        document: dict[str, Any] = reply.json() if reply.content else {}
+        return document
 
 
 class EngineControl(_Socket):
@@ -169,12 +120,12 @@ class EngineControl(_Socket):
         return bool(self._ask("GET", "/is_paused")["is_paused"])
 
     def pause(self, max_wait_s: float) -> None:
-        """Finish running requests, start no others, forget cached prefixes."""
+        """Finish running requests, start no others, drop cached prefixes."""
         query = {"mode": "wait", "clear_cache": "true"}
         self._ask("POST", "/pause", query=query, timeout_s=max_wait_s)
 
     def resume(self) -> None:
-        """Go on; does nothing to an engine that is not paused."""
+        """Resume the scheduler; does nothing to an engine that is not paused."""
         self._ask("POST", "/resume")
 
     def rpc(self, method: str, *args: Any, timeout_s: float = QUICK_S) -> list[Any]:
@@ -188,7 +139,7 @@ class EngineControl(_Socket):
     def load(self, directory: str, timeout_s: float) -> str:
         """Put a weights directory into the engine; the digest all workers say they have now."""
         digests = {
-            told["digest"] for told in self.rpc("anchorage_load", directory, timeout_s=timeout_s)
+            reply["digest"] for reply in self.rpc("anchorage_load", directory, timeout_s=timeout_s)
         }
         if len(digests) != 1:
             raise ControlError(f"workers disagree on the weights: {sorted(digests)}")
@@ -239,24 +190,16 @@ class EngineControl(_Socket):
             "ignore_eos": True,
             "return_tokens_as_token_ids": True,
         }
-        told = self._ask("POST", "/v1/completions", body, timeout_s=timeout_s)
-        choices = sorted(told["choices"], key=lambda choice: int(choice["index"]))
+        answer = self._ask("POST", "/v1/completions", body, timeout_s=timeout_s)
+        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
         return [_by_id(choice["logprobs"]["top_logprobs"]) for choice in choices]
-
-    def wait(self, timeout_s: float) -> None:
-        """Return when the engine answers; ControlError when it takes too long."""
-        until = time.monotonic() + timeout_s
-        while not self.healthy():
-            if time.monotonic() > until:
-                raise ControlError(f"/health: the engine does not answer after {timeout_s:.0f} s")
-            time.sleep(POLL_S)
 
 
 class GatewayControl(_Socket):
     """The gateway's admin side (agent/gateway/admin.py)."""
 
     def hold(self, max_wait_s: float, deadline_s: float, *, wait: bool = True) -> str:
-        """Admit nobody and, if asked, wait until nobody is inside; the hold's id."""
+        """Admit no request and, with ``wait``, wait until none is inside; the hold's id."""
         body = {"max_wait_s": max_wait_s, "deadline_s": deadline_s, "wait": wait}
         return str(self._ask("POST", "/hold", body, timeout_s=max_wait_s + QUICK_S)["lease"])
 
@@ -272,10 +215,10 @@ class GatewayControl(_Socket):
         self._ask("POST", "/flip", {"version": version, "socket": str(socket)})
 
     def drained(self, version: str, wait_s: float) -> bool:
-        """Whether nobody is inside a version's engine, after waiting for it."""
+        """Whether no request is inside a version's engine, after waiting for it."""
         query = {"version": version, "wait_s": str(wait_s)}
-        told = self._ask("GET", "/drain", query=query, timeout_s=wait_s + QUICK_S)
-        return bool(told["drained"])
+        state = self._ask("GET", "/drain", query=query, timeout_s=wait_s + QUICK_S)
+        return bool(state["drained"])
 
     def state(self) -> dict[str, Any]:
         """Version, hold, requests inside and waiting."""
@@ -284,7 +227,7 @@ class GatewayControl(_Socket):
 
 @contextmanager
 def pinned(socket: Path) -> Iterator[Path]:
-    """A second name of a socket for a while: it leads to who listens now, or nowhere."""
+    """A second name of a socket for a while: it leads to the process of now, or nowhere."""
     name = socket.with_name(f"{socket.stem}.{secrets.token_hex(2)}")  # as long as ".sock"
     try:
         name.hardlink_to(socket)
@@ -294,6 +237,52 @@ def pinned(socket: Path) -> Iterator[Path]:
         yield name
     finally:
         name.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Three answers; None where a part does not answer, or (the gateway) is held just now."""
+
+    chosen: str
+    engine: str | None
+    gateway: str | None
+
+    def others(self, digest: str) -> list[str]:
+        """What differs from a digest, in words."""
+        digests = {"chosen": self.chosen, "engine": self.engine, "gateway": self.gateway}
+        return [f"{part} {each[:12]}" for part, each in digests.items() if each and each != digest]
+
+
+def observe(home: Home) -> Observed:
+    """What is served at this moment. UserError in a home that never served."""
+    chosen = read_served(home)
+    return Observed(chosen.digest, _engine(home), _gateway(home))
+
+
+def _engine(home: Home) -> str | None:
+    """The digest the engine answers with; a word where its weights have none.
+
+    One that was never reloaded has what its process was started on.
+    """
+    chosen = read_served(home)
+    try:
+        with EngineControl.at(home.engine_socket(chosen.slot)) as engine:
+            served = engine.served()
+            if served != "start":
+                return served
+            directory = engine.started_on()
+    except ControlError:
+        return None
+    return chosen.digest if directory == chosen.directory else directory.rpartition("/")[2]
+
+
+def _gateway(home: Home) -> str | None:
+    try:
+        with GatewayControl.at(home.admin_socket) as gateway:
+            state = gateway.state()
+    except ControlError:
+        return None
+    return None if state["held"] else str(state["version"])
 
 
 def _by_id(positions: Sequence[Mapping[str, float]]) -> list[Logprobs]:

@@ -2,7 +2,7 @@
 
     change(home, target, anchor=..., record=...)    is what a flow calls
 
-A controller that dies at any moment leaves the lease behind, and the watchdog does the rest.
+A controller that dies at any moment leaves the lease behind; the watchdog then settles the swap.
 """
 
 import threading
@@ -34,7 +34,7 @@ Event = Literal["SWAP_INTENT", "SWAPPED", "ROLLED_BACK"]
 Record = Callable[[Event, str, str], None]  # the ledger: event, digest, why
 Connect = Callable[[str], AbstractContextManager[EngineControl]]  # a slot -> its engine of now
 Strategy = Literal["in_place", "blue_green"]  # what can be set
-Way = Strategy | Literal["cold", "offline"]  # and what a dead engine, or none, leaves
+Way = Strategy | Literal["cold", "offline"]  # for a dead engine; while the stack is down
 AT_ANY_TIME = (swap.Intent, swap.RolledBack, swap.End)  # they touch no engine and no gateway
 
 
@@ -55,8 +55,8 @@ def change(
 
     A stack that is down serves it from its next start. UserError before anything is touched: a
     directory that fails its preflight, no recorded probes, a swap under way. LeaseLostError: it
-    took too long, the watchdog decides. ControlError: nobody answers, or the old version could not
-    be brought back yet; the watchdog goes on trying.
+    took too long, the watchdog decides. ControlError: engine or gateway do not answer, or the old
+    version could not be brought back yet; the watchdog goes on trying.
     """
     if not is_up(home):
         strategy = "offline"
@@ -203,15 +203,17 @@ class Controller:
         directory = Path(target.directory)
         if target.digest != self._anchor.digest:
             preflight(directory, self._anchor)
-        found = digest_of(directory)
-        if found != target.digest:
-            raise UserError(f"{directory}: the weights are {found}, asked for {target.digest}")
+        digest = digest_of(directory)
+        if digest != target.digest:
+            raise UserError(f"{directory}: the weights are {digest}, expected {target.digest}")
 
     def _begin(self, previous: Served, target: Served, alive: bool) -> None:
-        """What the engine is asked later is prepared now, while it still serves."""
+        """Take the lease; the probes become tokens first, while the engine still serves."""
         if alive:
             engine = self._tie(previous.slot)
-            assert self._probes is not None  # whoever needs an engine verifies, and read them
+            assert (
+                self._probes is not None
+            )  # Preflight read them: every protocol with a live engine verifies
             self._ids = [engine.tokens(prompt) for prompt in self._probes.prompts]
         self._lease = self._leases.begin(
             previous,
@@ -222,21 +224,21 @@ class Controller:
         )
 
     def _tie(self, slot: str) -> EngineControl:
-        """Speak with the process in a slot from now on."""
+        """Use the process in a slot for every later step."""
         engine = self._engine = self._open.enter_context(self._connect(slot))
         self._model = engine.model()
         return engine
 
     def _load(self, target: Served) -> None:
         lease = self._lease = self._leases.advance(self._the_lease(), "loading", self._clock())
-        found = self._the_engine().load(target.directory, lease.deadline - self._clock())
-        if found != target.digest:
-            raise ControlError(f"load: the engine has {found}, asked for {target.digest}")
+        loaded = self._the_engine().load(target.directory, lease.deadline - self._clock())
+        if loaded != target.digest:
+            raise ControlError(f"load: the engine has {loaded}, expected {target.digest}")
 
     def _verify(self, target: Served) -> None:
         assert self._probes is not None
-        found = difference(self._the_engine(), self._model, self._ids, self._probes)
-        require_equal(found, target.digest)
+        largest = difference(self._the_engine(), self._model, self._ids, self._probes)
+        require_equal(largest, target.digest)
 
     def _stamp(self, served: Served) -> None:
         """serving.json first: a crash between the two is a cold start on the old version."""

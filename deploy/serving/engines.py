@@ -1,4 +1,4 @@
-"""The serving engines as processes: start, stop, kill and start cold, whoever supervises them."""
+"""The serving engines as processes: start, stop, restart; by supervisord or by containers."""
 
 import time
 from collections.abc import Callable
@@ -7,17 +7,25 @@ from typing import Protocol
 import psutil
 
 from agent.home import Home
-from deploy.orphans import end, supervisor_of, with_children
 from deploy.serving.control import ControlError, EngineControl, listener_of
 from deploy.serving.served import SLOTS
-from deploy.supervise import kill_service, last_line, start_service, states, stop_service
+from deploy.supervise import (
+    end,
+    kill_service,
+    last_line,
+    start_service,
+    states,
+    stop_service,
+    supervisor_of,
+    with_children,
+)
 
 START_S = 600.0  # a cold start takes 15 s of one CPU core, and minutes for a large model on a GPU
 POLL_S = 0.1
 
 
 class Engines(Protocol):
-    """Who starts engines. A slot names one of them."""
+    """What starts and stops engines; a slot names one of them."""
 
     def pid(self, slot: str) -> int | None:
         """The engine's process now."""
@@ -42,7 +50,7 @@ def engines_of(home: Home) -> Engines:
 
 
 def is_up(home: Home) -> bool:
-    """Whether the home serves: under supervisord, or somebody listens on its sockets."""
+    """Whether the home serves: under supervisord, or a process listens on its sockets."""
     sockets = (home.admin_socket, *(home.engine_socket(slot) for slot in SLOTS))
     return supervisor_of(home) is not None or any(listener_of(each) for each in sockets)
 
@@ -73,7 +81,7 @@ class SupervisedEngines:
         kill = instead_of in (None, now)
         if kill:
             kill_service(self._home, slot)
-        start_service(self._home, slot)  # does nothing where supervisord was quicker
+        start_service(self._home, slot)  # does nothing where supervisord has started it already
         self._wait(slot, not_pid=now if kill else None)
 
     def _wait(self, slot: str, not_pid: int | None) -> None:
@@ -84,9 +92,10 @@ class SupervisedEngines:
 
 
 class ContainerEngines:
-    """``Engines`` in containers that share processes and sockets: who is killed is started again.
+    """``Engines`` in containers that share processes and sockets.
 
-    The platform decides how many there are, so blue/green has no second engine to start here.
+    The platform starts again what is killed. It decides how many engines there are, so blue/green
+    has no second engine to start here.
     """
 
     def __init__(self, home: Home, start_s: float = START_S) -> None:
@@ -103,7 +112,7 @@ class ContainerEngines:
 
     def stop(self, slot: str) -> None:
         """See ``Engines``: refused, the platform would start it again."""
-        raise ControlError(f"{slot}: is the platform's to stop; allowed: in-place swaps")
+        raise ControlError(f"{slot}: the container platform stops it; allowed: in-place swaps")
 
     def restart(self, slot: str, instead_of: int | None) -> None:
         """See ``Engines``."""

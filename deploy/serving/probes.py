@@ -1,6 +1,7 @@
-"""Fixed questions and what a cold engine answered: how a version is known by its behaviour.
+"""Probes: fixed prompts and the log-probabilities a cold engine gave, to verify a swap by.
 
-Kept as ``home/probes/<digest>.json`` by whoever asked a freshly started engine with that digest.
+Kept as ``home/probes/<digest>.json``, written after a freshly started engine with that digest
+answered the prompts.
 """
 
 import json
@@ -26,7 +27,7 @@ class Probes:
 
     @classmethod
     def of(cls, prompts: Sequence[Messages], expected: Sequence[Sequence[Logprobs]]) -> "Probes":
-        """From what ``Engine.top_logprobs`` was asked and returned."""
+        """From the arguments and the result of ``Engine.top_logprobs``."""
         return cls(tuple(map(tuple, prompts)), tuple(map(tuple, expected)))
 
     @property
@@ -44,20 +45,20 @@ def difference(
     engine: EngineControl, model: str, ids: Sequence[Sequence[int]], probes: Probes
 ) -> float:
     """Largest |log p - recorded log p| over all probes, in nats; ids: the prompts as tokens."""
-    told = engine.top_logprobs(model, ids, probes.k, probes.positions)
-    return largest_difference(probes.expected, told)
+    answers = engine.top_logprobs(model, ids, probes.k, probes.positions)
+    return largest_difference(probes.expected, answers)
 
 
-def require_equal(found: float, digest: str) -> None:
-    """ControlError when an engine does not behave as the digest did."""
-    if not found <= TOLERANCE:
+def require_equal(largest: float, digest: str) -> None:
+    """ControlError when the largest difference is over the tolerance, or NaN."""
+    if not largest <= TOLERANCE:
         raise ControlError(
-            f"{digest[:12]}: log-probabilities differ by {found:g}; allowed: {TOLERANCE:g}"
+            f"{digest[:12]}: log-probabilities differ by {largest:g}; allowed: {TOLERANCE:g}"
         )
 
 
 def write_probes(home: Home, digest: str, probes: Probes) -> None:
-    """Keep what a cold engine with this digest answered."""
+    """Write the probes of a digest."""
     _path(home, digest).parent.mkdir(mode=0o700, exist_ok=True)
     rows = [[list(map(list, place.items())) for place in row] for row in probes.expected]
     text = json.dumps({"prompts": probes.prompts, "expected": rows})
@@ -65,15 +66,15 @@ def write_probes(home: Home, digest: str, probes: Probes) -> None:
 
 
 def read_probes(home: Home, digest: str) -> Probes:
-    """What a cold engine with this digest answered; UserError when none was ever asked."""
+    """The probes of a digest; UserError when none are recorded."""
     try:
-        found = json.loads(_path(home, digest).read_text(encoding="utf-8"))
+        document = json.loads(_path(home, digest).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"digest {digest[:12]}: no cold engine's answers are recorded; evaluate it first"
+            f"digest {digest[:12]}: no probes of a cold engine are recorded; evaluate it first"
         ) from None
-    expected = [[dict(map(tuple, place)) for place in row] for row in found["expected"]]
-    return Probes.of(found["prompts"], expected)
+    expected = [[dict(map(tuple, place)) for place in row] for row in document["expected"]]
+    return Probes.of(document["prompts"], expected)
 
 
 def _path(home: Home, digest: str) -> Path:

@@ -3,7 +3,7 @@
     python -m deploy.serving.process HOME SLOT [vLLM's own flags; else those of HOME/settings.json]
 
 It serves what serving.json names when it starts (crash-only: a restart needs no arguments of its
-own) and listens nowhere but on HOME/sockets/SLOT.sock, because vLLM's control routes have no lock.
+own) and listens nowhere but on HOME/sockets/SLOT.sock: vLLM's control routes ask for no key.
 
 Starting is mostly importing. On the CPU the worker runs inside the engine core and the model class
 is looked at here instead of in a process of its own; with one OpenMP thread the engine core is
@@ -30,8 +30,8 @@ from agent.population.vllm import (
     on_cpu,
     whole_prompts,
 )
-from deploy.orphans import end_leaderless
 from deploy.serving.served import BLUE, read_slot
+from deploy.supervise import end_leaderless
 
 LOOPBACK = "127.0.0.1"
 UNIX_PATH_BYTES = 107  # longest sun_path, without its ending zero
@@ -97,7 +97,7 @@ def environment(home: Home, *, cpu: bool) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # lets the worker live inside the engine core
         # vLLM compiles small helpers with g++ when first asked for log-probabilities: seconds in
-        # which nobody is answered, once per shape, and a compiler that may not be there.
+        # which no request is answered, once per shape, and g++ may not be there.
         "TORCH_COMPILE_DISABLE": "1",
         # Not bound to cores: vLLM would bind two serving engines (blue/green) to the same ones. The
         # population binds its engines to the other half.
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in environment(home, cpu=on_cpu()).items():
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:
-        end_leaderless()  # a killed engine's core holds on to the accelerator's memory
+        end_leaderless()  # a killed engine's core still holds the accelerator's memory
     served = read_slot(home, given.slot)
     path = private_socket(home.engine_socket(given.slot))
     _run([f"--model={served.directory}", f"--uds={path}", *foreign], Path(served.directory))
@@ -145,7 +145,7 @@ def _settings(home: Home) -> Settings:
 
 
 def _run(foreign: Sequence[str], model: Path) -> None:
-    """vLLM's api_server, with a private socket and the quicker start of the module's docstring."""
+    """vLLM's api_server, with a private socket and the quick start described above."""
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import setup_server
@@ -163,7 +163,7 @@ def _run(foreign: Sequence[str], model: Path) -> None:
 
 
 async def _serve(args: Any, address: str, listener: socket.socket) -> None:
-    """Start the engine core and answer until told to stop."""
+    """Start the engine core and answer until a signal."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.usage.usage_lib import UsageContext

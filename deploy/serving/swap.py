@@ -5,7 +5,7 @@ In place, one engine:
     preflight -> lease -> intent -> hold the gateway -> pause -> load -> resume -> verify -> stamp
     -> record -> release
 
-The engine is resumed before it is verified, because a paused engine answers nobody; until the
+The engine is resumed before it is verified, because a paused engine answers nothing; until the
 gateway is released only the probes reach it. Whoever drives a protocol performs each step and
 throws its failure back in (``run``). What follows a failure depends on what may be loaded then:
 
@@ -13,9 +13,9 @@ throws its failure back in (``run``). What follows a failure depends on what may
     in the pause                 the old weights: resume, release
     from the load to the record  unknown or unwanted weights: kill, cold start on the old, release
     in the release               the new weights, verified: the watchdog will open the gateway
-    lease lost                   the watchdog is at work: hands off
+    lease lost                   the watchdog settles the swap: touch nothing
 
-Cold, for an engine that is dead, hung or full of unknown weights:
+Cold, for an engine that is dead, hung or holds unknown weights:
 
     preflight -> lease -> intent -> stamp -> hold the gateway -> kill, start -> record -> release
 
@@ -32,7 +32,7 @@ from deploy.serving.served import Served
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """Refuse a directory that may not be loaded, before anybody notices.
+    """Refuse a directory that may not be loaded, before anything is touched.
 
     ``probes``: recorded answers are needed too, to verify by; a cold start is what they record.
     """
@@ -52,21 +52,21 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Tell the ledger what is about to happen."""
+    """Record in the ledger what is about to happen."""
 
     target: Served
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Let nobody into the engine; ``wait`` for those inside."""
+    """Admit no request to the engine; ``wait`` for those inside."""
 
     wait: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Stop the scheduler and forget cached prefixes."""
+    """Stop the scheduler and drop cached prefixes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class StartOther:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Compare the engine's answers with those a cold engine gave."""
+    """Compare the engine's answers to the probes with a cold engine's."""
 
     target: Served
 
@@ -111,14 +111,14 @@ class StampCold:
 
 @dataclass(frozen=True, slots=True)
 class StartCold:
-    """Kill the engine, whatever it does, and start it on what is stamped."""
+    """Kill the engine and start it on what is stamped."""
 
     target: Served
 
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """Tell the ledger that the target is served."""
+    """Record in the ledger that the target is served."""
 
     target: Served
 
@@ -146,7 +146,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class StopOther:
-    """End an engine that nobody is sent to."""
+    """End an engine that gets no requests."""
 
     served: Served
 
@@ -160,7 +160,7 @@ class Recover:
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """Tell the ledger that the target is not served, and why."""
+    """Record in the ledger that the target is not served, and why."""
 
     target: Served
     reason: str
@@ -330,10 +330,11 @@ def _undo(previous: Served, touched: str) -> Generator[Step, None, None]:
         yield Recover(previous)
 
 
-def _open(served: Served, *told: Step) -> Generator[Step, None, str]:
+def _open(served: Served, *records: Step) -> Generator[Step, None, str]:
     """Open the gateway; when it cannot be reached, the lease stays for the watchdog to end.
 
-    ``told`` comes before the lease is given back: nobody else writes the ledger until then.
+    ``records`` come before the lease is given back: until then no other controller writes the
+    ledger.
     """
     left = ""
     try:
@@ -342,7 +343,7 @@ def _open(served: Served, *told: Step) -> Generator[Step, None, str]:
         raise
     except Exception as fault:
         left = f"; the watchdog opens the gateway: {fault}"
-    yield from told
+    yield from records
     if left:
         return left
     try:

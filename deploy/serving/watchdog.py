@@ -1,4 +1,4 @@
-"""Ends what a dead controller left: no engine stays paused, no gateway held, past the deadline.
+"""Settles swaps whose controller died: past the deadline no engine stays paused, no gateway held.
 
     python -m deploy.serving.watchdog HOME
 
@@ -93,7 +93,7 @@ class Watchdog:
             LOG.warning("gateway: %s", error)
 
     def _end_stray_pause(self) -> None:
-        """Resume an engine that is paused while nobody swaps."""
+        """Resume an engine that has been paused for ``STRAY_S`` without a swap."""
         now = self._clock()
         if abs(now - self._looked) < LOOK_S:
             return
@@ -119,7 +119,7 @@ class Watchdog:
 
 
 async def settled(home: Home, poll_s: float = TICK_S) -> str:
-    """The digest served once no swap is under way: what a gateway asks when its hold runs out."""
+    """The digest served once no swap is under way: for a gateway whose hold has run out."""
     leases = Leases(home)
     while leases.current() is not None:
         await asyncio.sleep(poll_s)

@@ -17,11 +17,10 @@ import pytest
 from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home
-from deploy import orphans, stack, supervise
-from deploy.orphans import survivors
+from deploy import stack, supervise
 from deploy.serving.served import BLUE, Served, read_served
 from deploy.stack import Ports, services
-from deploy.supervise import Probe, Program
+from deploy.supervise import Probe, Program, survivors
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -125,7 +124,7 @@ def test_two_ups_at_once_make_one_stack(home: Home) -> None:
 def test_a_killed_supervisord_leaves_orphans_that_down_ends(home: Home) -> None:
     up(home)
     before = survivors(home)
-    supervisor = orphans.supervisor_of(home)
+    supervisor = supervise.supervisor_of(home)
     assert supervisor is not None
     supervisor.kill()
     supervisor.wait()
@@ -138,7 +137,7 @@ def test_a_killed_supervisord_leaves_orphans_that_down_ends(home: Home) -> None:
 
 TITLED = "import setproctitle, time; setproctitle.setproctitle('core'); time.sleep(987)"
 PARENT = (
-    "import subprocess, sys, time; from deploy.orphans import end_leaderless; end_leaderless(); "
+    "import subprocess, sys, time; from deploy.supervise import end_leaderless; end_leaderless(); "
     f"subprocess.Popen([sys.executable, '-c', {TITLED!r}]); time.sleep(987)"
 )
 
@@ -182,7 +181,7 @@ def family(home: Home, name: str, not_pid: int | None) -> tuple[int, psutil.Proc
 def test_up_after_a_crash_ends_the_orphans_first(home: Home) -> None:
     up(home, gateway={"port": 0})
     old = survivors(home)
-    supervisor = orphans.supervisor_of(home)
+    supervisor = supervise.supervisor_of(home)
     assert supervisor is not None
     supervisor.kill()
     supervisor.wait()
@@ -196,7 +195,7 @@ def test_a_number_that_means_another_process_now_is_left_alone(home: Home) -> No
     stranger = psutil.Popen(["sleep", "987"], start_new_session=True)
     try:
         home.supervisor_pid.write_text(str(stranger.pid))
-        assert orphans.supervisor_of(home) is None
+        assert supervise.supervisor_of(home) is None
         assert survivors(home) == []
         stack.down(home)
         assert stranger.is_running()

@@ -31,7 +31,6 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
-from deploy.orphans import survivors
 from deploy.serving import swap
 from deploy.serving.control import EngineControl, GatewayControl, UnixTransport, pinned
 from deploy.serving.controller import Controller, Strategy, change
@@ -40,7 +39,7 @@ from deploy.serving.lease import Leases
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import BLUE, GREEN, Served, read_served
 from deploy.stack import Ports, services
-from deploy.supervise import Program
+from deploy.supervise import Program, survivors
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 

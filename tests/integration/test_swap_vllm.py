@@ -27,7 +27,6 @@ from agent.home import Home
 from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
 from deploy import stack
-from deploy.orphans import survivors
 from deploy.serving import swap
 from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.controller import Controller, connect
@@ -37,7 +36,7 @@ from deploy.serving.probes import TOLERANCE, Probes, difference, read_probes, wr
 from deploy.serving.served import BLUE, Served, read_served
 from deploy.serving.watchdog import Watchdog
 from deploy.stack import Ports, services
-from deploy.supervise import Program
+from deploy.supervise import Program, survivors
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -10,9 +10,17 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from deploy.embedded import build as building
 from deploy.embedded import tokenizer as tokens
-from deploy.embedded.build import Recipe, build, complete, config, loss_of, rate_factor
+from deploy.embedded.build import (
+    Packed,
+    Recipe,
+    build,
+    complete,
+    config,
+    loss_of,
+    pack,
+    rate_factor,
+)
 from deploy.embedded.drills import drill
-from deploy.embedded.packing import Packed, pack
 
 pytestmark = pytest.mark.proof
 

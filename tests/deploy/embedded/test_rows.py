@@ -159,7 +159,7 @@ def test_no_word_is_of_two_kinds_and_no_deed_of_two_things() -> None:
     [
         ("chess", "eval", 1, "task 'chess': allowed: countdown"),
         ("piqa", "test", 1, "split 'test': allowed: train, eval"),
-        ("countdown", "eval", 5000, "5000 rows asked, only"),
+        ("countdown", "eval", 5000, "5000 rows wanted, only"),
     ],
 )
 def test_what_cannot_be_made_is_refused(

@@ -31,14 +31,12 @@ def test_an_engine_that_is_gone_is_not_healthy() -> None:
     assert not control.healthy()
     with pytest.raises(ControlError, match="ConnectError"):
         control.paused()
-    with pytest.raises(ControlError, match="does not answer after 0 s"):
-        control.wait(0.0)
 
 
 def test_workers_that_disagree_are_an_error() -> None:
-    told = {"results": [{"digest": "a"}, {"digest": "b"}]}
+    replies = {"results": [{"digest": "a"}, {"digest": "b"}]}
     with pytest.raises(ControlError, match="disagree"):
-        engine(collective_rpc=told).load("/x", 1.0)
+        engine(collective_rpc=replies).load("/x", 1.0)
     same = {"results": [{"digest": "a"}, {"digest": "a"}]}
     assert engine(collective_rpc=same).load("/x", 1.0) == "a"
 
@@ -47,8 +45,8 @@ def test_probabilities_come_back_in_the_order_of_the_prompts() -> None:
     def choice(index: int, logprob: float) -> dict[str, object]:
         return {"index": index, "logprobs": {"top_logprobs": [{"token_id:3": logprob}]}}
 
-    told = {"choices": [choice(1, -2.0), choice(0, -1.0)]}
-    found = engine(v1_completions=told).top_logprobs("m", [[1], [2]], 1, 1)
+    replies = {"choices": [choice(1, -2.0), choice(0, -1.0)]}
+    found = engine(v1_completions=replies).top_logprobs("m", [[1], [2]], 1, 1)
     assert found == [[{3: -1.0}], [{3: -2.0}]]
 
 

@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from agent.home import Home
-from deploy.orphans import end, with_children
 from deploy.serving.control import ControlError, listener_of
 from deploy.serving.engines import ContainerEngines, engines_of
 from deploy.serving.served import BLUE
+from deploy.supervise import end, with_children
 
 pytestmark = pytest.mark.proof
 

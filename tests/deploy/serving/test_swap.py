@@ -256,14 +256,14 @@ def test_the_right_weights_beside_a_stranger_are_refused(world: Any, tmp_path: A
 
 def test_another_digest_than_the_directory_holds_is_refused(world: Any) -> None:
     world.new = replace(world.new, digest="0" * 64)
-    with pytest.raises(UserError, match="asked for 0000"):
+    with pytest.raises(UserError, match="expected 0000"):
         swap_in(world)
     assert world.settled() == world.old.digest
 
 
 def test_a_version_without_recorded_answers_is_refused(world: Any) -> None:
     (world.home.probes_json(world.new.digest)).unlink()
-    with pytest.raises(UserError, match="no cold engine's answers"):
+    with pytest.raises(UserError, match="no probes of a cold engine"):
         swap_in(world)
     assert world.settled() == world.old.digest
 
