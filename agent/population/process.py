@@ -49,6 +49,7 @@ from agent.population.vllm import (
 LIMIT_S = 3600.0  # no call, nor the start, may take longer: the engine hangs
 MODULE = "agent.population.process"
 REQUEST_BYTES = 65536
+CLOSE_S = 2.0  # for the launcher to end its engines
 
 
 class EngineLostError(Exception):
@@ -173,9 +174,16 @@ class EngineLauncher:
         return EngineProcess(near, [options.log, self._log], limit_s)
 
     def close(self) -> None:
-        """End the launcher and every engine that is still open."""
+        """End the launcher and every engine that is still open.
+
+        One that still imports has no engine yet, and would notice only afterwards: it is killed.
+        """
         self._requests.close()
-        self._child.wait()
+        try:
+            self._child.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
 
     def _request(self, options: EngineOptions, far: socket.socket) -> None:
         """Hand the launcher the options of an engine and its end of the channel."""

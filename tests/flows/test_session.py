@@ -1,5 +1,6 @@
 """What engines are started with, and what is refused before any of them is."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
+from agent.population.placement import available_cores, serving_cores
 from agent.population.vllm import on_cpu
 from agent.store.device import DeviceParameters
 from flows.service import Service
@@ -36,3 +38,27 @@ def test_a_device_that_is_not_there_is_one_line(
     anchor = opened.anchor
     with pytest.raises(UserError, match="master_device: 'cuda', allowed here: cpu"):
         DeviceParameters(anchor, "cuda")
+
+
+@pytest.mark.skipif(not on_cpu(), reason="cores are shared out by vLLM's CPU build")
+def test_a_population_leaves_serving_its_cores_while_the_stack_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = service(tmp_path, monkeypatch, "cpu")
+    assert [(o.place, o.places, o.kept_cores) for o in engine_options(opened)] == [
+        (0, 2, 0),
+        (1, 2, 0),
+    ]
+    opened.home.sockets.mkdir()
+    with socket.socket(socket.AF_UNIX) as gateway:
+        gateway.bind(str(opened.home.admin_socket))
+        gateway.listen()
+        kept = serving_cores(len(available_cores()))
+        assert {o.kept_cores for o in engine_options(opened)} == {kept} != {0}
+
+
+def test_settings_of_the_population_are_its_own() -> None:
+    plain = load(engines={"tensor_parallel_size": 2}).engines
+    assert plain.population_ranks == 2
+    own = load(engines={"tensor_parallel_size": 2, "population_tensor_parallel_size": 1}).engines
+    assert own.population_ranks == 1
