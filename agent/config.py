@@ -44,6 +44,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "prompts": 96,
             "generations": 15,
             "lam": 3.0,
+            "budget_minutes": 0.0,
         },
         "tasks": {"max_tokens": 48, "rows": 400, "curve_every": 5},
         # At 45 % right, one row in five flips whatever is learnt: 400 rows carry 8 points.

@@ -64,6 +64,12 @@ class LearnerSettings(Section):
         lt=1,
         description="Choose lambda for this share of the ||delta|| expected without decay.",
     )
+    budget_minutes: float = Field(
+        240.0,
+        ge=0,
+        description="Longest round, evaluation included: a longer one is refused before it starts, "
+        "and one that meets it in between stops and is judged; 0: no limit.",
+    )
     early_stop: bool = Field(True, description="End a round when norm grows and reward is flat.")
     snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")
 

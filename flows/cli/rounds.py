@@ -1,6 +1,7 @@
 """The loop step by step: collect, improve, evaluate, promote, roll back, review."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
-from flows.show.terminal import collected_tables, pairs, reporter, show
+from flows.show.terminal import collected_tables, forecast_tables, pairs, reporter, show
 
 app = typer.Typer()
 anchor_app = typer.Typer(help="What rounds are tied to.", no_args_is_help=True)
@@ -35,6 +36,7 @@ def improve(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="A learner setting: alpha=0.02")
     ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what it would cost: `plan`.")] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,9 +46,44 @@ def improve(
     asked = _changes(changes or [])
     if generations is not None:
         asked["generations"] = generations
+    if dry_run:
+        _plan(home, target, asked, None, as_json)
+        return
     with reporter(as_json) as bars:
         told = improve_now(home, target, asked, bars)
     show(told, as_json, pairs("candidate", told))
+
+
+@app.command()
+def plan(
+    target: Target = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="A learner setting: population=8")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of an hour of this machine.")
+    ] = None,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a round would cost and what its gate could decide, measured on a few rows."""
+    _plan(home, target, _changes(changes or []), price, as_json)
+
+
+def _plan(
+    home: Path | None,
+    target: str | None,
+    changes: Mapping[str, Any],
+    price: float | None,
+    as_json: bool,
+) -> None:
+    from flows.commands.runs import plan_now
+
+    with reporter(as_json) as bars:
+        planned = plan_now(home, target, changes, bars)
+    if price is not None:
+        planned["price"] = round(planned["minutes"] / 60 * price, 2)
+    show(planned, as_json, *forecast_tables(planned))
 
 
 @app.command()

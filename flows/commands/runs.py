@@ -48,6 +48,22 @@ def improve_now(
         return report | {"state": opened.service.ledger.state(report["digest"])}
 
 
+def plan_now(
+    home: Path | None, target: str | None, changes: Mapping[str, Any], progress: Reporter
+) -> dict[str, Any]:
+    """What a round would cost and what its gate could decide; measured, nothing is written."""
+    from flows.learn.forecast import forecast, measure_rates
+    from flows.learn.plan import chosen
+
+    with session(Home.at(home).root, progress) as opened:
+        service = opened.service
+        name = service.target(target).name
+        learner = chosen(service.settings.learner, changes)
+        rates = measure_rates(service, opened.population, name, learner, progress)
+        budget = {"budget_minutes": learner.budget_minutes}
+        return forecast(service, name, learner, rates).to_json() | budget
+
+
 def weigh_now(home: Path | None, digests: Sequence[str], progress: Reporter) -> dict[str, str]:
     """Weigh candidates that are proposed and not judged, such as replays: digest -> its state."""
     from flows.learn.weigh import weigh

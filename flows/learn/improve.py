@@ -27,6 +27,7 @@ from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
 from flows.learn.collect import collect_rows, mark_used
 from flows.learn.curve import Curve, Pace
+from flows.learn.forecast import within_budget
 from flows.learn.plan import chosen, plan_of, settled
 from flows.learn.prompts import Asked, judging, opened_prompts
 from flows.learn.snapshots import NEWEST, keep_snapshots, sweep
@@ -65,7 +66,7 @@ def run_round(
     """
     task = service.target(target)
     learner = chosen(service.settings.learner, changes)
-    run = _opened(service, task, learner, progress)
+    run = _opened(service, population, task, learner, progress)
     return Driver(service, population, task, learner, run, progress).finish()
 
 
@@ -81,7 +82,13 @@ def unweighed(
     return None
 
 
-def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Reporter) -> Run:
+def _opened(
+    service: Service,
+    population: Population,
+    task: Task,
+    learner: LearnerSettings,
+    progress: Reporter,
+) -> Run:
     """The interrupted round of this target and these settings, or a new one."""
     plan = learner.model_dump(mode="json")
     for run in _begun(service, task, plan):
@@ -89,6 +96,7 @@ def _opened(service: Service, task: Task, learner: LearnerSettings, progress: Re
             generation = service.journal.next_generation(run.run_id)
             progress.say(f"round {run.run_id}: resumed at generation {generation}")
             return run
+    within_budget(service, population, task.name, learner, progress)
     return _new(service, task, learner, plan, progress)
 
 
@@ -184,6 +192,7 @@ class Driver:
         self._learner, self._run, self._progress = learner, run, progress
         self._anchor = service.open_anchor(run.anchor_digest)  # another may be in force by now
         self._prompts, self._places = _prompts(service, task, run, progress)
+        self._files = RoundFiles(service.home, run.run_id)
         self._curve = Curve(service, task.name, run.run_id)
         self._pace = Pace(service, run.run_id, population)
         self._delta_hash = ""
@@ -215,10 +224,14 @@ class Driver:
         advance = self._progress.track(f"round {self._run.run_id}", plan.generations)
         decisions = improve(plan, past)
         answer: Rewards | Applied | None = None
+        outcome: RoundOutcome
         try:
             while True:
                 decision = decisions.send(answer)
                 if isinstance(decision, Evaluate):
+                    if spent := self._over_budget(decision.generation):
+                        outcome = RoundOutcome(decision.generation, spent)
+                        break
                     self._curve.measure(self._population, decision.generation)
                     answer = self._evaluate(decision)
                 elif isinstance(decision, Apply):
@@ -228,9 +241,20 @@ class Driver:
                     answer = None
                     advance(decision.step.generation + 1)
         except StopIteration as end:
-            outcome: RoundOutcome = end.value
+            outcome = end.value
         self._curve.measure(self._population, outcome.generations, last=True)
         return outcome
+
+    def _over_budget(self, generation: int) -> str | None:
+        """Why learning ends here: its generations have taken the budget. None when they have not.
+
+        Read from the files of the round, so that time before an interruption counts.
+        """
+        budget = self._learner.budget_minutes
+        spent_s = sum(row["seconds.generation"] for row in self._files.pace())
+        if not budget or not generation or spent_s < budget * 60:
+            return None
+        return f"budget: {spent_s / 60:.1f} of {budget:g} minutes are used"
 
     def _past(self) -> list[Drift]:
         """The drift of the generations that are in the journal, which the learner goes on from."""

@@ -71,6 +71,31 @@ def collected_tables(preview: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def forecast_tables(planned: Mapping[str, Any]) -> list[Table]:
+    """A round's parts, what it needs and can decide, and what speaks against it."""
+    title = f"a round on {planned['target']}"
+    parts = Table("part", "completions", "tokens", "minutes", title=title, title_justify="left")
+    total = {name: planned[name] for name in ("completions", "tokens", "minutes")}
+    for each in [*planned["costs"], {"part": "all", **total}]:
+        minutes = f"{each['minutes']:.1f}"
+        parts.add_row(each["part"], f"{each['completions']:,}", f"{each['tokens']:,}", minutes)
+    gain = planned["smallest_gain"]
+    needs = {
+        "budget, minutes": planned["budget_minutes"] or "none",
+        "memory of delta, GiB": f"{planned['memory_gib']:.2f}",
+        "disk of a candidate, GiB": f"{planned['disk_gib']:.2f}",
+        "smallest gain the gate can show": "none" if gain is None else f"{100 * gain:.1f} points",
+    }
+    needs |= {
+        f"margin of {task}": f"{100 * m:.1f} points" for task, m in planned["margins"].items()
+    }
+    needs |= {"price": planned["price"]} if "price" in planned else {}
+    warnings = Table(title="warnings", title_justify="left", show_header=False)
+    for warning in planned["warnings"]:
+        warnings.add_row(warning)
+    return [parts, pairs("needs", needs), *([warnings] if warnings.row_count else [])]
+
+
 def status_table(status: Mapping[str, Any]) -> Table:
     """Addresses, champion and services."""
     title = f"endpoint {status['endpoint'] or 'down'}"

@@ -25,6 +25,7 @@ SETTINGS = {
     "tasks": {"rows": 60, "curve_every": 0, "priors": tuple(TASKS)},
     "gate": {"margins": dict.fromkeys(TASKS, 0.3)},
 }
+RENDER_S, UPDATE_S, ANSWER_S = 0.5, 0.25, 0.01  # what a planted engine says it spends
 SHIFT = 0.003  # of a tensor's mean, at which every row of its task is right
 
 
@@ -41,6 +42,7 @@ class PlantedEngine:
         norms = [name for name in service.anchor.names if name.endswith("norm.weight")]
         self._tensor = {task: norms[place] for task, place in TASKS.items()}
         self._loaded: Anchor | None = None
+        self._spent = {"render": 0.0, "update": 0.0, "generate": 0.0}
         self._answers: dict[str, tuple[str, float, str, str]] = {}
         for task in map(service.task, TASKS):
             for split in ("train", "eval"):
@@ -66,6 +68,7 @@ class PlantedEngine:
 
     def apply(self, step: Step) -> Applied:
         self._loaded = None
+        self._spent["update"] += UPDATE_S
         return self._theta.apply(step)
 
     def save(self, path: Path) -> str:
@@ -84,6 +87,8 @@ class PlantedEngine:
         noise: NoiseKind = "normal",
     ) -> list[Completion]:
         moved = self._moved(member, noise)
+        self._spent["render"] += RENDER_S if member else 0.0
+        self._spent["generate"] += ANSWER_S * len(prompts)
         told = []
         for prompt in prompts:
             task, wanted, gold, wrong = self._answers[json.dumps(prompt)]
@@ -116,7 +121,7 @@ class PlantedEngine:
         }
 
     def spent(self) -> dict[str, float]:
-        return {}
+        return dict(self._spent)
 
     def close(self) -> None:
         """It holds nothing."""

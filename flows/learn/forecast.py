@@ -1,0 +1,298 @@
+"""What a round will cost and what its gate can decide, before it begins.
+
+Rates are measured on a few members and rows of the very model, tasks and settings:
+
+    seconds = generations * (N * (render + P * answer_target) + update)        the learning
+            + sum over tasks and models of rows * answer_task                  the evaluation
+
+with N members, P prompts, and answer_x the seconds of one completion of task x. Memory is that of
+delta in every engine, disk that of one candidate. The gate's part says which prior tasks are at
+their floor or ceiling, and the smallest gain on the target that its rows can show.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from agent.errors import UserError
+from agent.learner.es import members, step
+from agent.learner.noise import Address
+from agent.learner.penalty import Penalty
+from agent.population.pool import Population
+from agent.sections import LearnerSettings
+from evaluators.comparison import task_margin
+from evaluators.stats import mcnemar_exact, wilson
+from evaluators.task import Message, Row, Task, judge
+from flows.learn.evaluate import pools
+from flows.service import Service
+from flows.show.progress import Reporter
+
+TRIED_MEMBERS = 2
+TRIED_PROMPTS = 48  # of the target: a batch of this size runs at nearly the rate of larger ones
+TRIED_ROWS = 24  # of each prior task
+LOST = 0.03  # share of rows that learning may turn wrong, assumed for the smallest visible gain
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRate:
+    """One task as it was tried: seconds and tokens of a completion, right answers of rows."""
+
+    task: str
+    seconds: float
+    tokens: float
+    right: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What engines of this home take: seconds a member's render, a generation's update."""
+
+    render_s: float
+    update_s: float  # with the members that were tried; it grows with their number
+    engines: int
+    spread: float  # standard deviation of the tried members' mean rewards
+    tasks: tuple[TaskRate, ...]  # the target first
+
+    def of(self, task: str) -> TaskRate:
+        """The rate of one task."""
+        return next(rate for rate in self.tasks if rate.task == task)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One part of a round."""
+
+    part: str
+    completions: int
+    tokens: int
+    minutes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A round before it begins: its parts, what it needs, and what speaks against it."""
+
+    target: str
+    costs: tuple[Cost, ...]
+    memory_gib: float  # delta in float32, once an engine; vLLM's own weights come on top
+    disk_gib: float  # of one candidate and its snapshots
+    smallest_gain: float | None  # a share; None: no number of right answers would be enough
+    margins: Mapping[str, float]  # of the prior tasks, shares
+    warnings: tuple[str, ...]
+
+    @property
+    def minutes(self) -> float:
+        """All parts together."""
+        return sum(cost.minutes for cost in self.costs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with their totals."""
+        totals = {
+            name: sum(getattr(cost, name) for cost in self.costs)
+            for name in ("completions", "tokens", "minutes")
+        }
+        return asdict(self) | totals
+
+
+def measure_rates(
+    service: Service,
+    population: Population,
+    target: str,
+    learner: LearnerSettings,
+    progress: Reporter,
+) -> Rates:
+    """Try two members on rows of the target, one update, and the anchor on rows of each prior.
+
+    Delta of the engines is zero afterwards, as when a round opens them.
+    """
+    task, names = service.target(target), service.priors(target)
+    advance = progress.track("measure rates", 1 + len(names))
+    population.open(service.anchor.directory)
+    rows = service.rows(target, "train", min(learner.prompts, TRIED_PROMPTS))
+    prompts, limit = _prompts(service, task, rows), task.max_tokens
+    population.generate(prompts[:1], limit)  # the first call also pays what is paid once
+    before = population.spent()
+    jobs = [(pair, Address(0, 0, pair), learner.sigma) for pair in range(TRIED_MEMBERS)]
+    results = list(population.members(jobs, prompts, limit, learner.noise))
+    spent = _difference(before, population.spent())
+    texts = [[answer.text for answer in each.completions] for each in results]
+    rewards = np.array([list(map(partial(_reward, task), each, rows)) for each in texts])
+    completions, right = rewards.size, round(float(rewards.sum()) / len(results))
+    tokens = sum(answer.tokens for each in results for answer in each.completions)
+    per_answer = (spent["generate"] / completions, tokens / completions)
+    rates = [TaskRate(target, *per_answer, right, len(rows))]
+    advance(1)
+    update_s = _update_s(population, learner)
+    for done, name in enumerate(names, start=2):
+        rates.append(_tried(service, population, name))
+        advance(done)
+    return Rates(
+        spent["render"] / len(results),
+        update_s,
+        population.engines(),
+        float(rewards.mean(axis=1).std(ddof=1)),
+        tuple(rates),
+    )
+
+
+def _update_s(population: Population, learner: LearnerSettings) -> float:
+    """Seconds of one update with ``TRIED_MEMBERS`` members; delta is zero again afterwards."""
+    before = population.spent()
+    population.apply(
+        step(
+            np.array([0.0, 1.0]),
+            members(TRIED_MEMBERS, False),
+            run_seed=0,
+            generation=0,
+            sigma=learner.sigma,
+            alpha=learner.alpha,
+            shaping="zscore",
+            penalty=Penalty("none", 0.0),
+            noise=learner.noise,
+        )
+    )
+    spent = _difference(before, population.spent())["update"] / population.engines()
+    population.restore(None, [])
+    return spent
+
+
+def _tried(service: Service, population: Population, name: str) -> TaskRate:
+    """The anchor on a few open evaluation rows of a task."""
+    task, rows = service.task(name), pools(service, name)[0][:TRIED_ROWS]
+    before = population.spent()
+    answers = population.generate(_prompts(service, task, rows), task.max_tokens)
+    seconds = _difference(before, population.spent())["generate"]
+    right = round(sum(_reward(task, a.text, row) for a, row in zip(answers, rows, strict=True)))
+    tokens = sum(answer.tokens for answer in answers)
+    return TaskRate(name, seconds / len(rows), tokens / len(rows), right, len(rows))
+
+
+def _reward(task: Task, text: str, row: Row) -> float:
+    return judge(task, text, row).reward
+
+
+def _prompts(service: Service, task: Task, rows: Sequence[Row]) -> list[list[Message]]:
+    """The rows as the task's template asks them."""
+    shots = service.shots(task.name)
+    return [task.messages(row, shots(row)) for row in rows]
+
+
+def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by part between two readings; an engine that never did a part has none of it."""
+    parts = ("render", "update", "generate")
+    return {part: after.get(part, 0.0) - before.get(part, 0.0) for part in parts}
+
+
+def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rates) -> Forecast:
+    """Costs, needs and warnings of a round on ``target`` with these settings."""
+    population, generations = learner.population, learner.generations
+    asked = population * learner.prompts * generations
+    rate = rates.of(target)
+    learning_s = generations * (
+        (population * rates.render_s + population * learner.prompts * rate.seconds) / rates.engines
+        + rates.update_s * population / TRIED_MEMBERS
+    )
+    judged = {name: len(pools(service, name)[0]) for name in [target, *service.priors(target)]}
+    models = 2 if service.champion() == service.anchor.digest else 3
+    first = {name: count * models for name, count in judged.items()}
+    sealed = {
+        name: 2 * len(pools(service, name)[1][:count])
+        for name, count in judged.items()
+        if name != target and service.settings.gate.confirm
+    }
+    costs = (
+        Cost("learning", asked, round(asked * rate.tokens), learning_s / 60),
+        _evaluation("evaluation", first, rates),
+        _evaluation("sealed draw, if it gets there", sealed, rates),
+    )
+    anchor = service.anchor
+    return Forecast(
+        target,
+        costs,
+        memory_gib=rates.engines * anchor.parameters * 4 / 2**30,
+        disk_gib=anchor.parameters * (2 + 2 * 4) / 2**30,
+        smallest_gain=smallest_gain(judged[target], service.settings.gate.target_alpha),
+        margins={
+            name: service.settings.gate.margins.get(name, task_margin(count))
+            for name, count in judged.items()
+            if name != target and count
+        },
+        warnings=tuple(_warnings(target, learner, rates)),
+    )
+
+
+def within_budget(
+    service: Service,
+    population: Population,
+    target: str,
+    learner: LearnerSettings,
+    progress: Reporter,
+) -> None:
+    """Refuse a round that would take longer than its budget, before anything of it is written.
+
+    Raises:
+        UserError: It would, with the minutes and what they are spent on.
+    """
+    if not learner.budget_minutes:
+        return
+    planned = forecast(
+        service, target, learner, measure_rates(service, population, target, learner, progress)
+    )
+    parts = ", ".join(f"{cost.part} {cost.minutes:.0f}" for cost in planned.costs)
+    if planned.minutes > learner.budget_minutes:
+        raise UserError(
+            f"learner.budget_minutes = {learner.budget_minutes:g}: the round would take "
+            f"{planned.minutes:.0f} minutes ({parts}); allowed: a larger budget, or fewer "
+            "generations, members, prompts or rows (`anchorage plan`)"
+        )
+    progress.say(f"about {planned.minutes:.0f} minutes at most ({parts})")
+    for warning in planned.warnings:
+        progress.say(f"note: {warning}")
+
+
+def _evaluation(part: str, rows: Mapping[str, int], rates: Rates) -> Cost:
+    """The cost of asking so many completions of each task."""
+    seconds = sum(count * rates.of(name).seconds for name, count in rows.items()) / rates.engines
+    tokens = sum(count * rates.of(name).tokens for name, count in rows.items())
+    return Cost(part, sum(rows.values()), round(tokens), seconds / 60)
+
+
+def smallest_gain(rows: int, alpha: float) -> float | None:
+    """The smallest net gain, a share of the rows, that exact McNemar shows at ``alpha``.
+
+    ``LOST`` of the rows are taken to turn wrong, as they do when a model learns.
+    """
+    lost = round(LOST * rows)
+    won = np.arange(rows - lost + 1)
+    enough = won[np.asarray(mcnemar_exact(lost, won)) < alpha]
+    return float(enough[0] - lost) / rows if enough.size else None
+
+
+def _warnings(target: str, learner: LearnerSettings, rates: Rates) -> Sequence[str]:
+    """What speaks against a round like this, each with its figures."""
+    found = []
+    tried = rates.of(target)
+    if tried.right == 0:
+        found.append(
+            f"{target}: none of {tried.rows} answers was right: there is nothing to select"
+        )
+    if tried.right == tried.rows:
+        found.append(f"{target}: all of {tried.rows} answers were right: no headroom")
+    if rates.spread == 0:
+        found.append(
+            f"members: no spread of mean rewards at sigma {learner.sigma:g}: a larger sigma, or "
+            "more prompts than were tried"
+        )
+    for rate in rates.tasks[1:]:
+        low, high = wilson(rate.right, rate.rows)
+        if high < 0.15 or low > 0.99:
+            place = "floor" if high < 0.15 else "ceiling"
+            found.append(
+                f"{rate.task}: {rate.right} of {rate.rows} right: at its {place}, a loss there "
+                "could hardly be seen"
+            )
+    return found
