@@ -172,7 +172,7 @@ class Registry:
             description: Markdown a reviewer can read without opening anything else.
         """
         version = self.version(digest)
-        if version is not None:
+        if version is not None:  # shown before, and judged again since
             self.tag(digest, VERDICT, verdict)
             return version
         tags = {DIGEST: digest, PARENT: parent, VERDICT: verdict}

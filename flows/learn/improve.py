@@ -222,7 +222,7 @@ class Driver:
         plan, past = plan_of(self._service, self._run, self._learner), self._past()
         self._prepare()
         advance = self._progress.track(f"round {self._run.run_id}", plan.generations)
-        decisions = improve(plan, past)
+        decisions = improve(plan, past)  # a generator: this loop answers it
         answer: Rewards | Applied | None = None
         outcome: RoundOutcome
         try:

@@ -114,7 +114,7 @@ def _open_stage(
             break
         count = len(looks.paths)
         session.progress.say(f"look {count}: a prior task is undecided, more rows are evaluated")
-        looks = Looks(
+        looks = Looks(  # decided on all looks together: betting allows it after every one of them
             (*looks.questions, more),
             (*looks.paths, answered(more)),
             (*looks.undecided, _undecided_rows(decision)),
@@ -208,6 +208,7 @@ def _report(
 ) -> RoundReport:
     """The round's report: the gate's figures, with each model's accuracy interval by task."""
     document = decision.to_json()
+    # The gate compares models pairwise; the interval of each one alone is computed here.
     measured = {
         who: summaries(row for path in own for row in read_samples(path))
         for who, own in paths.items()

@@ -22,6 +22,7 @@ def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
     settled.
     """
     service, baking = session.service, session.service.settings.baking
+    # Before the traffic is read: what another controller does from here on outdates the verdict.
     epoch, entry = service.ledger.epoch(), service.ledger.unsettled()
     if entry is None or entry.state not in ("SWAPPED", "BAKING"):
         return {"state": "nothing bakes"}

@@ -56,7 +56,7 @@ def concluding(service: Service) -> Iterator[None]:
 
 
 def somebody_concludes(service: Service) -> bool:
-    """Whether a loop that lives is between its verdict and what follows from it."""
+    """Whether a living loop is between its verdict and the promotion or review that follows."""
     return is_locked(service.home.verdict_lock)
 
 

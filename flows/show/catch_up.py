@@ -42,7 +42,13 @@ def catch_up(service: Service) -> list[str]:
         newest = _newest_row(service)  # read first: a row that comes meanwhile is shown next time
         done = _show_origin(service)
         for run in service.journal.runs():
-            done += show_run(service, run.run_id)
+            try:
+                done += show_run(service, run.run_id)
+            except Exception as error:
+                # Where MLflow answers, the fault is this round's (its weights are gone, for
+                # instance): later rounds are shown. Where it does not, this call raises as well.
+                service.registry.version(service.origin.digest)
+                LOG.warning("round %s cannot be shown: %s", run.run_id, error)
         done += _show_states(service)
         mlflow.show_aliases(service)
         if done or newest != _shown_row(service):

@@ -46,6 +46,7 @@ def within(seconds: float, act: Callable[[], T]) -> T:
         except Exception as error:
             errors.append(error)
 
+    # A daemon, so that a process does not wait at its end for a call that is late.
     thread = threading.Thread(target=run, name="MLflow", daemon=True)
     thread.start()
     thread.join(seconds)
@@ -123,6 +124,7 @@ def show_round(
     verdict: dict[str, Any] = {"verdict": report.verdict, "reasons": list(report.reasons)}
     verdict |= {"tasks": dict(report.tasks), "shift": dict(report.shift)}
     registry.log_text(mlflow_run, json.dumps(verdict, indent=1), "verdict.json")
+    # Last: a version is what makes the run visible to reviewers and may take an alias.
     registry.register(
         mlflow_run,
         service.directory(report.digest),

@@ -54,7 +54,7 @@ def drift(records: Sequence[Mapping[str, Any]]) -> Figure:
         known = [(r["generation"], r[key]) for r in records if r.get(key) is not None]
         if known:
             left.plot(*zip(*known, strict=True), linestyle=style, color=INK, label=label)
-    right = left.twinx()
+    right = left.twinx()  # a scale of its own: rewards lie in 0..1.1, norms anywhere
     mean = [_number(r["reward_mean"]) for r in records]
     spread = [_number(r["reward_std"]) for r in records]
     right.plot(x, mean, color=COLOURS[1], linewidth=1.6, label="reward (right)")
@@ -103,6 +103,8 @@ def rounds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     targets = {str(each["target"]) for each in rows}
     drawn = [*sorted(targets), *sorted({name for each in rows for name in each["tasks"]} - targets)]
     for colour, name in zip(_cycle(len(drawn)), drawn, strict=True):
+        # A round that was not promoted leaves the champion served: its accuracy then, not the
+        # candidate's, continues the line.
         served = [100 * rows[0]["tasks"][name]["champion"]] if rows else []
         served += [
             100 * each["tasks"][name]["candidate" if each["promoted"] else "champion"]

@@ -263,6 +263,7 @@ def study_tables(document: Mapping[str, Any]) -> list[Table]:
         verdict = "promoted" if row["promoted"] else row["verdict"]
         norm = f"{row['norm']:.2f}"
         drawn.add_row(row["round"], row["target"], verdict, *shares, difference(row), norm)
+    # By task, after all rounds: what none of them lost alone, many together may have.
     end = Table(title=f"{short(document['champion'])} against the anchor", title_justify="left")
     end.add_column("task")
     for column in ("n", "anchor %", "champion %", "difference (interval), points", "margin"):
@@ -314,6 +315,7 @@ def demo_tables(document: Mapping[str, Any]) -> list[Table]:
             shift=each["shift"],
         )
         shown = table(report)
+        # The findings of a promotion are in the table already; those of a refusal are its reason.
         if each["verdict"] != "promote":
             shown.caption = "\n".join(each["reasons"])
             shown.caption_justify = "left"

@@ -19,6 +19,7 @@ from openai import OpenAI
 
 from evaluators import examples
 from flows.service import Service
+from flows.show.catch_up import shown_within
 
 pytestmark = pytest.mark.integration
 
@@ -106,6 +107,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def candidate(running: Running) -> dict[str, Any]:
     """One learnt and judged round on the copied example task."""
     told: dict[str, Any] = as_json("improve", "--target", "json_answer", home=running.home)
+    assert shown_within(Service.at(running.home), 300.0), "by the flows' process"
     return told
 
 

@@ -1,5 +1,6 @@
 """MLflow is a subscriber: a round and a promotion never call it, and a hung one is made up for."""
 
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -148,8 +149,26 @@ def test_what_is_waited_for_is_bounded_and_its_error_is_raised() -> None:
     assert within(60.0, lambda: 7) == 7
 
 
+@pytest.mark.integration
+def test_a_round_that_cannot_be_shown_keeps_no_other_from_being_shown(planted: Any) -> None:
+    opened = planted(shown=True)
+    service = opened.service
+    rounds = []
+    for target in ("gsm8k", "countdown"):
+        rounds.append(loop.learn(opened, target, {"generations": 1}))
+        weigh(opened, rounds[-1].run_id)
+    shutil.rmtree(service.home.weights / rounds[0].digest)
+    done = catch_up(service)
+    assert f"round {rounds[1].run_id}" in done
+    assert f"round {rounds[0].run_id}" not in done
+    assert service.registry.version(rounds[1].digest) is not None
+    assert service.registry.aliases()["champion"].digest == service.champion()
+    assert behind(service), "it is tried again with every pass"
+
+
+@pytest.mark.integration
 def test_an_mlflow_that_was_wiped_is_shown_everything_again(planted: Any) -> None:
-    """Its cursors say that all is shown; the missing version of the original model says more."""
+    """The cursors say that all is shown; the original model's version is missing all the same."""
     opened = planted(shown=True)
     learnt = loop.learn(opened, "gsm8k", {"generations": 1})
     weigh(opened, learnt.run_id)
