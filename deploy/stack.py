@@ -247,6 +247,7 @@ def _wait(
         all_states = states(home)
         for state in all_states:
             _refuse_ended(home, state, pids)
+        # Probed only while supervisord says it runs: an old socket or another's port may answer.
         running = [state.name for state in all_states if state.state == "running"]
         for name, service in [each for each in waiting.items() if each[0] in running]:
             if service.ready is None or answers(service.ready):

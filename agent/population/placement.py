@@ -89,9 +89,10 @@ def gpu_places(
     Raises:
         UserError: Not all fit; it says how many do.
     """
-    if memory is None:
+    if memory is None:  # decided for all at once: equal engines give equal answers
         memory = ALONE if engines * tensor_parallel <= gpus - serving_gpus else BESIDE
     free = [1 - serving_memory if gpu < serving_gpus else 1.0 for gpu in range(gpus)]
+    # Windows of neighbours that do not overlap, the last GPUs first; serving's come last.
     starts = range(gpus - tensor_parallel, -1, -tensor_parallel)
     windows = [tuple(range(start, start + tensor_parallel)) for start in starts]
     places: list[tuple[int, ...]] = []

@@ -244,9 +244,9 @@ def launch(requests: socket.socket) -> None:
         if not descriptors:
             break
         folder = tempfile.mkdtemp(prefix="anchorage-engine-")
-        pid = os.fork()
+        pid = os.fork()  # this process has one thread: nothing can be held locked in the child
         if pid == 0:
-            for pidfd in engines:
+            for pidfd in engines:  # the other engines'
                 os.close(pidfd)
             _become(requests, request, descriptors[0], folder)
         os.close(descriptors[0])

@@ -37,7 +37,7 @@ def attach(address: str | None, held: Placement | None = None) -> list[float]:
     import ray
     from ray.util import get_node_ip_address
 
-    joins = not ray.is_initialized()
+    joins = not ray.is_initialized()  # one process joins once, whatever it runs later
     if joins:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
@@ -46,7 +46,7 @@ def attach(address: str | None, held: Placement | None = None) -> list[float]:
     here = get_node_ip_address()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     is_node = any(node["NodeManagerAddress"] == here for node in nodes)
-    if joins and held and is_node:
+    if joins and held and is_node:  # a driver outside the cluster holds nothing of it
         _hold(held, here)
     taken = held.cpus if held else 0.0
     return [
@@ -144,7 +144,7 @@ def _reserve(place: Placement) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundle = _bundle(place)
-    group = placement_group([bundle], strategy="STRICT_PACK")
+    group = placement_group([bundle], strategy="STRICT_PACK")  # ranks of one engine: one node
     if not group.wait(place.wait_s):
         remove_placement_group(group)
         raise UserError(f"ray: no node had {bundle} free within {place.wait_s:g} s")

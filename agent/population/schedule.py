@@ -156,8 +156,8 @@ def plan(
     broken: Counter[int] = Counter()
     while waiting or busy:
         started = _start(waiting, free, busy)
-        if not busy and not mending:
-            raise NoEngineError(_told(waiting, failures))
+        if not busy and not mending:  # no event can follow: waiting for one would never end
+            raise NoEngineError(_reasons(waiting, failures))
         event = yield started
         member = busy.pop(event.engine, None)
         mending.discard(event.engine)
@@ -170,7 +170,7 @@ def plan(
         if event.engine in free:
             free.remove(event.engine)
         if member is not None:
-            waiting.appendleft(member)
+            waiting.appendleft(member)  # first again, so that a generation ends in its own order
             broken[member] += 1
             if broken[member] >= tries:
                 raise NoEngineError(f"member {member} broke {tries} engines: {event.reason}")
@@ -187,7 +187,7 @@ def _start(waiting: deque[int], free: deque[int], busy: dict[int, int]) -> tuple
     return tuple(started)
 
 
-def _told(waiting: deque[int], failures: list[Failed]) -> str:
+def _reasons(waiting: deque[int], failures: list[Failed]) -> str:
     """How many members wait and why each engine is gone."""
     reasons = "; ".join(f"engine {failed.engine}: {failed.reason}" for failed in failures)
     return f"{len(waiting)} members wait and no engine is left ({reasons or 'none was given'})"

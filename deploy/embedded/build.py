@@ -355,7 +355,7 @@ def complete(directory: Path, chats: Sequence[Conversation], max_tokens: int) ->
             texts[start : start + BATCH],
             return_tensors="pt",
             padding=True,
-            padding_side="left",
+            padding_side="left",  # answers are appended at the right of every row
             add_special_tokens=False,
         )
         with torch.no_grad():

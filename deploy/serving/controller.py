@@ -58,7 +58,7 @@ def change(
     took too long, the watchdog decides. ControlError: engine or gateway do not answer, or the old
     version could not be brought back yet; the watchdog goes on trying.
     """
-    if not is_up(home):
+    if not is_up(home):  # no watchdog runs either: an overdue lease is settled here
         strategy = "offline"
         settle_offline(home, time.time())
     previous = _previous(home, anchor)
@@ -152,6 +152,7 @@ class Controller:
 
     def perform(self, step: swap.Step) -> None:
         """Do one step; what goes wrong is raised. LeaseLostError before any touch that is late."""
+        # Checked before every touch: past the deadline the watchdog may be settling the same swap.
         if self._lease is not None and not isinstance(step, AT_ANY_TIME):
             self._leases.check(self._lease, self._clock())
         match step:

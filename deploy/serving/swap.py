@@ -246,8 +246,10 @@ def blue_green(previous: Served, target: Served, *, keep_warm: bool = True) -> P
     try:
         yield StartOther(target)
         yield Verify(target)
+        # The ledger before stamp and flip: where it refuses the record (another controller has a
+        # newer epoch) the old engine still serves and nothing has to be taken back.
         yield Swapped(target)
-        stamped = True
+        stamped = True  # before the attempt: a stamp that failed may have been written
         yield Stamp(target)
         yield Flip(target)
     except LeaseLostError:

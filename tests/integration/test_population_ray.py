@@ -1,5 +1,6 @@
 """Engines as Ray actors on a cluster of this one machine."""
 
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -23,11 +24,12 @@ JOBS = [(n, Address(11, 0, n // 2), 0.05 - 0.1 * (n % 2)) for n in range(8)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A local cluster, ended afterwards."""
-    attach(None)
-    yield
+def cluster() -> Iterator[list[float]]:
+    """A local cluster that counts two GPUs, one of which serves; ended afterwards."""
+    os.environ["RAY_OVERRIDE_RESOURCES"] = '{"CPU": 4, "GPU": 2}'
+    yield attach(None, Placement(cpus=1.0, gpus=1.0))
     detach()
+    del os.environ["RAY_OVERRIDE_RESOURCES"]
 
 
 def engines_writing_to(log: Path) -> list[psutil.Process]:
@@ -81,6 +83,19 @@ def test_actors_answer_like_one_engine_and_survive_a_kill(tmp_path: Path) -> Non
         index: reference.generate(PROMPTS, 8, (address, scale)) for index, address, scale in JOBS
     }
     assert any("started again" in line for line in incidents)
+
+
+def test_what_serves_is_not_given_to_an_engine(cluster: list[float]) -> None:
+    import ray
+
+    assert cluster == [3.0]  # CPUs that engines may have
+    assert attach(None, Placement(cpus=1.0, gpus=1.0)) == cluster  # held once
+
+    @ray.remote(num_cpus=0, num_gpus=1)
+    def gpu() -> list[int]:
+        return [int(each) for each in ray.get_gpu_ids()]
+
+    assert ray.get([gpu.remote(), gpu.remote()], timeout=120) == [[1], [1]]
 
 
 @pytest.mark.usefixtures("cluster")
