@@ -50,12 +50,20 @@ Check = Callable[[str, Mapping[str, Any]], str | None]
 
 
 class RowRefusedError(Exception):
-    """A row that a client sent cannot be learnt from; the message says why."""
+    """A row that a client sent cannot be learnt from; the message says why.
+
+    verdict: of an answer whose row is sound and only not to be trained on. Its reward counts for
+    the version that answered.
+    """
+
+    def __init__(self, message: str, verdict: VerdictLike | None = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A verdict, or the name of what prevented one."""
+    """A verdict, the name of what prevented one, or both where the row is not to be trained on."""
 
     reward: float | None = None
     format: float | None = None
@@ -148,17 +156,22 @@ def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
 def _finding(
     verify: Verify, task: str, example_id: str | None, example: str | None, completion: str
 ) -> Finding:
+    refused: str | None = None
     try:
         row = orjson.loads(example) if example is not None else example_id or ""
-        verdict = verify(task, row, completion)
+        try:
+            verdict = verify(task, row, completion)
+        except RowRefusedError as error:
+            refused = f"row refused: {error}"[:MAX_ERROR]
+            if error.verdict is None:
+                return Finding(error=refused)
+            verdict = error.verdict
         reward, format_ = float(verdict.reward), float(verdict.format)
-    except RowRefusedError as error:
-        return Finding(error=f"row refused: {error}"[:MAX_ERROR])
     except Exception as error:
         return Finding(error=type(error).__name__)
     if not (math.isfinite(reward) and math.isfinite(format_)):
         return Finding(error="reward not finite")
-    return Finding(reward, format_, verdict.extracted)
+    return Finding(reward, format_, verdict.extracted, refused)
 
 
 LOG = logging.getLogger("anchorage.gateway")

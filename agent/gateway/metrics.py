@@ -68,7 +68,7 @@ class Metrics:
     def verdict(self, task: str, version: str, finding: Finding) -> None:
         """Count one verification."""
         short = version[:12]
-        self.verdicts.labels(task, short, "error" if finding.error else "judged").inc()
+        self.verdicts.labels(task, short, "error" if finding.reward is None else "judged").inc()
         if finding.reward is not None and finding.reward >= 0:
             self.rewards.labels(task, short).inc(finding.reward)
 

@@ -74,7 +74,10 @@ class Interaction:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A verifier's word on one answer, or why there is none (``error``): never both."""
+    """A verifier's word on one answer, or why there is none (``error``).
+
+    Both where the answer was judged and its row is not to be trained on.
+    """
 
     inference_id: str
     choice: int
@@ -219,7 +222,9 @@ class ExperienceStore:
         self, task: str, since: float = 0.0, until: float | None = None
     ) -> list[ExperienceRow]:
         """Verified answers of a task created in (since, until], oldest first; errors left out."""
-        query = _verified().where(interactions.c.task == task, answers.c.reward.is_not(None))
+        query = _verified().where(
+            interactions.c.task == task, answers.c.reward.is_not(None), answers.c.error.is_(None)
+        )
         query = query.where(interactions.c.created > since)
         if until is not None:
             query = query.where(interactions.c.created <= until)

@@ -88,16 +88,16 @@ def verify(
         RowRefusedError: A client's row cannot be learnt from.
     """
     chosen = replace(service.task(task), prefill=None)  # a client's prompt is its own
-    if isinstance(example, str):
-        row = known_row(service, task, example)
-    else:
-        row = example
-        known = judging_rows.result() if judging_rows and judging_rows.done() else None
-        if refused := admission(service, chosen, row, known):
-            raise RowRefusedError(refused[1])
+    row = known_row(service, task, example) if isinstance(example, str) else example
+    known = judging_rows.result() if judging_rows and judging_rows.done() else None
+    refused = None if isinstance(example, str) else admission(service, chosen, row, known)
+    if refused and refused[0] == "refused":
+        raise RowRefusedError(refused[1])
     verdict = judge(chosen, completion, row)
     if verdict.error is not None:
         raise ValueError(verdict.error)
+    if refused:
+        raise RowRefusedError(refused[1], verdict)
     return verdict
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -119,6 +120,23 @@ def test_a_refused_row_is_kept_with_the_reason_and_earns_nothing(start: Any) -> 
     assert told.error.startswith("row refused: gsm8k: its gold answer scores 0!")
     assert len(told.error) == 256
     assert running.store.errors("gsm8k") == [("local", told.error, 1)]
+
+
+def test_a_sound_row_that_is_not_trained_on_is_judged_all_the_same(start: Any) -> None:
+    """Its reward counts for the version that answered; collecting never sees it."""
+
+    def refuse(task: str, row: Any, completion: str) -> Any:
+        verdict = SimpleNamespace(reward=1.0, format=0.0, extracted="A")
+        raise RowRefusedError("it judges", verdict)
+
+    running = start(verify=refuse)
+    ask(running, metadata={"task": "gsm8k", "example": RIGHT})
+    (told,) = running.store.rewards("local")
+    assert (told.reward, told.error) == (1.0, "row refused: it judges")
+    assert running.store.rows("gsm8k") == []
+    assert [each.reward for each in running.store.earned(A)] == [1.0]
+    with running.http() as client:
+        assert 'outcome="judged",task="gsm8k"' in client.get("/metrics").text
 
 
 def test_a_row_that_cannot_fit_is_400_before_the_engine_is_asked(start: Any) -> None:

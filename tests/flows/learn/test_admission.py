@@ -226,8 +226,10 @@ def test_a_row_that_judges_is_recognised_however_it_is_spelt(
         asked = json.dumps([TURNS[0], {"role": "user", "content": text}])
         requests[f"row {place}"] = {"example": example}
         requests[f"asked {place}"] = {"example": good_row(place), "prompt": asked}
-        with pytest.raises(RowRefusedError, match="it holds a row that judges gsm8k"):
+        with pytest.raises(RowRefusedError, match="it holds a row that judges gsm8k") as refused:
             verify(service, "gsm8k", json.loads(example), "#### 7", ready)
+        assert refused.value.verdict is not None
+        assert refused.value.verdict.reward == 1.0
         assert verify(service, "gsm8k", json.loads(example), "#### 7").reward == 1.0  # not read yet
     store(service, "gsm8k", requests)
     collected = collect_rows(service, "gsm8k", 3)
