@@ -48,7 +48,7 @@ def generate(server: Callable[[httpx.Request], httpx.Response], tries: int = 3) 
         concurrency=4,
         tries=tries,
         first_wait_s=0.0,
-        transport=httpx.MockTransport(server),
+        http_client=httpx.Client(transport=httpx.MockTransport(server)),
     )
 
 
@@ -115,3 +115,9 @@ def test_an_empty_content_and_missing_usage_are_told_as_such() -> None:
 
     [answer] = generate(server)(CHATS[:1], [9])
     assert (answer.text, answer.tokens, answer.finish) == ("", None, "length")
+
+
+@pytest.mark.parametrize("body", [{}, {"choices": []}, {"error": "none"}, "text"])
+def test_a_reply_that_is_no_completion_is_one_line(body: object) -> None:
+    with pytest.raises(UserError, match="no chat completion but"):
+        generate(lambda request: httpx.Response(200, json=body))(CHATS[:1], [9])
