@@ -79,7 +79,7 @@ class Comparison:
     stage: Stage
     task: str
     baseline: str
-    found: Evidence
+    evidence: Evidence
     alpha: float  # one-sided level of the test
     low: float
     high: float
@@ -87,7 +87,7 @@ class Comparison:
 
     def harmless(self, margin: float) -> Reason:
         """Non-inferiority: the loss, if any, stays within ``margin``."""
-        p = self.found.p_harmless(margin)
+        p = self.evidence.p_harmless(margin)
         if p < self.alpha:
             return self._end("pass", "no harm beyond the margin", self.low, margin, p)
         if self.ceiling < 0:
@@ -96,7 +96,7 @@ class Comparison:
 
     def nothing_lost(self) -> Reason:
         """Zero tolerance: one row lost is never a pass, a loss that shows is a reject."""
-        p, lost = self.found.p_worse(), self.found.pairs.b
+        p, lost = self.evidence.p_worse(), self.evidence.pairs.b
         if lost == 0:
             return self._end("pass", "zero tolerance: nothing lost", self.low, 0.0, p)
         if self.ceiling < 0:
@@ -109,20 +109,20 @@ class Comparison:
         Rejected when a loss is shown, and when ``least`` is ruled out, since more rows would not
         change that; but where no row differs there is nothing to judge by: hold.
         """
-        p, pairs = self.found.p_better(), self.found.pairs
+        p, pairs = self.evidence.p_better(), self.evidence.pairs
         if pairs.b + pairs.c == 0:
             why = "no gain shown, no row differs (b + c = 0)"
             return self._end("hold", why, self.high, least, p)
-        if p < self.alpha and self.found.difference >= least:
+        if p < self.alpha and self.evidence.difference >= least:
             return self._end("pass", "the gain is shown", self.low, least, p)
-        if self.found.p_worse() < self.alpha:
+        if self.evidence.p_worse() < self.alpha:
             return self._end("reject", "a loss is shown", self.high, least, p)
         if self.high < least:
             return self._end("reject", "no gain worth a swap", self.high, least, p)
         return self._end("hold", "no gain shown, more rows needed", self.high, least, p)
 
     def _end(self, outcome: Outcome, why: str, bound: float, margin: float, p: float) -> Reason:
-        found = self.found
+        evidence = self.evidence
         return Reason(
             self.step,
             self.stage,
@@ -130,26 +130,26 @@ class Comparison:
             outcome,
             self._text(why, bound, margin, p),
             baseline=self.baseline,
-            n=found.pairs.n,
-            b=found.pairs.b,
-            c=found.pairs.c,
-            difference=found.difference,
+            n=evidence.pairs.n,
+            b=evidence.pairs.b,
+            c=evidence.pairs.c,
+            difference=evidence.difference,
             low=self.low,
             high=self.high,
             bound=bound,
             margin=margin,
             p=p,
             alpha=self.alpha,
-            method=found.method,
+            method=evidence.method,
         )
 
     def _text(self, why: str, bound: float, margin: float, p: float) -> str:
-        pairs = self.found.pairs
+        pairs, difference = self.evidence.pairs, signed(self.evidence.difference)
         sealed = " (sealed draw)" if self.stage == "sealed" else ""
         wanted = "gain wanted" if self.step == "target" else "margin"
         return (
             f"{self.task}{sealed} against the {self.baseline}: {why}: "
-            f"{signed(self.found.difference)} points ({pairs.b} lost, {pairs.c} won of {pairs.n}), "
+            f"{difference} points ({pairs.b} lost, {pairs.c} won of {pairs.n}), "
             f"interval {signed(self.low)} to {signed(self.high)}, bound {signed(bound)}, "
             f"{wanted} {100 * margin:.2f}, p = {p:.3g}"
         )

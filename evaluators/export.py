@@ -22,14 +22,14 @@ FILTER = "none"
 def export(samples: Sequence[SampleRow], tasks: Mapping[str, Task], folder: Path) -> list[Path]:
     """Write the files of every task among the samples; returns their paths, the results last."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = summaries(samples)
+    by_task = summaries(samples)
     stamp = samples[0]["digest"][:12] if samples else "empty"
     written = []
-    for name in found:
+    for name in by_task:
         own = [sample for sample in samples if sample["task"] == name]
         lines = [json.dumps(record(i, sample, tasks[name])) for i, sample in enumerate(own)]
         written.append(_publish(folder / f"samples_{name}_{stamp}.jsonl", "\n".join(lines) + "\n"))
-    whole = json.dumps(results(found, tasks), indent=2, sort_keys=True)
+    whole = json.dumps(results(by_task, tasks), indent=2, sort_keys=True)
     return [*written, _publish(folder / f"results_{stamp}.json", whole + "\n")]
 
 
@@ -55,25 +55,25 @@ def record(doc_id: int, sample: SampleRow, task: Task) -> dict[str, Any]:
     }
 
 
-def results(found: Mapping[str, Summary], tasks: Mapping[str, Task]) -> dict[str, Any]:
+def results(by_task: Mapping[str, Summary], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """The aggregate file: metrics by task, and how many rows and worked examples they stand on."""
     return {
-        "results": {name: _metrics(name, summary) for name, summary in found.items()},
-        "n-shot": {name: tasks[name].shots for name in found},
-        "n-samples": {name: {"original": s.n, "effective": s.n} for name, s in found.items()},
-        "versions": {name: tasks[name].version for name in found},
-        "higher_is_better": {name: dict.fromkeys(METRICS, True) for name in found},
+        "results": {name: _metrics(name, summary) for name, summary in by_task.items()},
+        "n-shot": {name: tasks[name].shots for name in by_task},
+        "n-samples": {name: {"original": s.n, "effective": s.n} for name, s in by_task.items()},
+        "versions": {name: tasks[name].version for name in by_task},
+        "higher_is_better": {name: dict.fromkeys(METRICS, True) for name in by_task},
     }
 
 
 def _metrics(name: str, summary: Summary) -> dict[str, Any]:
     """Shares and their standard errors, sqrt(p (1 - p) / (n - 1)); "N/A" for a single row."""
-    told: dict[str, Any] = {"alias": name}
+    metrics: dict[str, Any] = {"alias": name}
     for metric, share in zip(METRICS, (summary.accuracy, summary.format_rate), strict=True):
         spread = share * (1 - share) / (summary.n - 1) if summary.n > 1 else None
-        told[f"{metric},{FILTER}"] = share
-        told[f"{metric}_stderr,{FILTER}"] = "N/A" if spread is None else spread**0.5
-    return told
+        metrics[f"{metric},{FILTER}"] = share
+        metrics[f"{metric}_stderr,{FILTER}"] = "N/A" if spread is None else spread**0.5
+    return metrics
 
 
 def _hash(text: str) -> str:

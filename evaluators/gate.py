@@ -154,9 +154,9 @@ def _incomplete(
         yield from _held([Defect("", "no prior task: forgetting cannot be ruled out")], "first")
 
 
-def _held(found: Sequence[Defect], stage: Stage) -> Iterator[Reason]:
+def _held(problems: Sequence[Defect], stage: Stage) -> Iterator[Reason]:
     sealed = " (sealed draw)" if stage == "sealed" else ""
-    for defect in found:
+    for defect in problems:
         text = f"{defect.task or 'tables'}{sealed}: {defect.text}"
         yield Reason("completeness", stage, defect.task, "hold", text)
 
@@ -165,10 +165,18 @@ def _first_stage(
     tables: Tables, target: str, priors: Sequence[str], settings: GateRules
 ) -> Iterator[Reason]:
     yield from _no_harm(tables, priors, settings, "first", settings.alpha)
-    found = _evidence(tables, "champion", [target], settings)
-    low, high = found.interval(settings.alpha)
+    target_evidence = _evidence(tables, "champion", [target], settings)
+    low, high = target_evidence.interval(settings.alpha)
     gain = Comparison(
-        "target", "first", target, "champion", found, settings.target_alpha, low, high, high
+        "target",
+        "first",
+        target,
+        "champion",
+        target_evidence,
+        settings.target_alpha,
+        low,
+        high,
+        high,
     )
     yield gain.gain(settings.min_gain)
 
@@ -199,21 +207,21 @@ def _no_harm(
     shared = alpha / (len(priors) + len(retained) + 1)  # the level of showing harm (judge.py)
 
     def compare(step: Step, name: str, baseline: Baseline, tasks: Sequence[str]) -> Comparison:
-        found = _evidence(tables, baseline, tasks, settings)
-        ends = (*found.interval(alpha), found.interval(shared)[1])
-        return Comparison(step, stage, name, baseline, found, alpha, *ends)
+        stage_evidence = _evidence(tables, baseline, tasks, settings)
+        ends = (*stage_evidence.interval(alpha), stage_evidence.interval(shared)[1])
+        return Comparison(step, stage, name, baseline, stage_evidence, alpha, *ends)
 
     for task in priors:
         prior = compare("prior", task, "anchor", [task])
         if task in settings.zero_tolerance:
             yield prior.nothing_lost()
             continue
-        margin = settings.margins.get(task, task_margin(prior.found.pairs.n))
+        margin = settings.margins.get(task, task_margin(prior.evidence.pairs.n))
         yield prior.harmless(margin)
         if task in retained:
             yield compare("retained", task, "champion", [task]).harmless(margin)
     pooled = compare("pooled", POOLED, "anchor", priors)
-    yield pooled.harmless(settings.pooled or pooled_margin(pooled.found.pairs.n))
+    yield pooled.harmless(settings.pooled or pooled_margin(pooled.evidence.pairs.n))
 
 
 def _evidence(
@@ -241,8 +249,8 @@ def _figures(tables: Tables, target: str, reasons: Sequence[Reason]) -> dict[str
         }
         for name, samples in tables.named():
             row[name] = accuracy([s for s in samples if s.task == task])
-        found = judged.get(task)
+        reason = judged.get(task)
         for name in ("baseline", "b", "c", "difference", "low", "high", "margin", "p", "outcome"):
-            row[name] = getattr(found, name, None)
+            row[name] = getattr(reason, name, None)
         figures[task] = row
     return figures

@@ -179,18 +179,18 @@ class _Index:
         self._shapes = sorted({tuple(map(len, key)) for key in self._numbers})
         self._index_grams([grams(row.pieces) for row in self._lettered])
 
-    def _index_grams(self, found: list[Grams]) -> None:
+    def _index_grams(self, by_row: list[Grams]) -> None:
         """Keep the rarest gram of each segment of each row: of a name or number, not the template.
 
         How often a gram occurs is counted in buckets, which needs no memory for the grams; where
         two share a bucket the choice is a little worse, no more.
         """
         counts = np.zeros(1 << BUCKET_BITS, np.int64)
-        for row in found:
+        for row in by_row:
             np.add.at(counts, _buckets(row), 1)
         chosen = [
             np.unique([part[np.argmin(counts[_buckets(part)])] for part in _segments(row)])
-            for row in found
+            for row in by_row
         ]
         self._wanted = np.array([max(1, round(VOTES * len(row))) for row in chosen], np.int64)
         owners = np.repeat(np.arange(len(chosen)), [len(row) for row in chosen])
@@ -234,19 +234,19 @@ class _Index:
 
 def grams(texts: Iterable[str]) -> Grams:
     """Every GRAM bytes in a row of each text, as numbers, in order."""
-    found = [np.zeros(0, np.uint64)]
+    parts = [np.zeros(0, np.uint64)]
     for text in texts:
         signs = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint64)
         count = len(signs) - GRAM + 1
         if count > 0:
             shifted = [signs[i : i + count] << np.uint64(8 * i) for i in range(GRAM)]
-            found.append(np.bitwise_or.reduce(shifted))
-    return np.concatenate(found)
+            parts.append(np.bitwise_or.reduce(shifted))
+    return np.concatenate(parts)
 
 
-def _buckets(found: Grams) -> NDArray[np.int64]:
+def _buckets(values: Grams) -> NDArray[np.int64]:
     """Multiplicative hash: the top bits of gram * 2^64 / golden ratio."""
-    hashed = found * np.uint64(0x9E3779B97F4A7C15)
+    hashed = values * np.uint64(0x9E3779B97F4A7C15)
     return (hashed >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
 
 
@@ -291,10 +291,10 @@ def _holds(sent: Skeleton, row: HeldRow) -> bool:
     spared = max(1, len(row.whole.text) // SPARED)
     text, pieces = _without_fields(sent.text, row)
     for piece in pieces:
-        found = _aligned(text, piece, spared)
-        if found is None:
+        place = _aligned(text, piece, spared)
+        if place is None:
             return False
-        blocks, missing = found
+        blocks, missing = place
         spared -= missing
         for start, end in blocks:
             text = _without(text, start, end)
@@ -350,8 +350,8 @@ def _aligned(text: str, piece: str, spared: int) -> tuple[Blocks, int] | None:
             head = piece[missing : missing + length]
             start = -1 if _DIGITS.search(piece[:missing]) else text.find(head)
             while start >= 0:
-                if found := _followed(text, start, piece, missing, spared):
-                    return found
+                if place := _followed(text, start, piece, missing, spared):
+                    return place
                 start = text.find(head, start + 1)
     return None
 
@@ -369,11 +369,11 @@ def _followed(
         length = _common(text, at, piece, done)
         blocks.append((at, at + length))
         at, done = at + length, done + length
-        while done < len(piece) and (found := _next_block(text, at, piece, done)) < 0:
+        while done < len(piece) and (place := _next_block(text, at, piece, done)) < 0:
             if missing == spared or piece[done].isdigit():
                 return None
             done, missing = done + 1, missing + 1
-        at = found if done < len(piece) else at
+        at = place if done < len(piece) else at
     return (blocks, missing) if len(blocks) <= 2 + len(piece) // SHORT else None
 
 
@@ -382,8 +382,8 @@ def _next_block(text: str, at: int, piece: str, done: int) -> int:
     reach = at + min(GAP, max(GAP // 4, len(piece)))
     for length in (BLOCK, BLOCK // 2):
         head = piece[done : done + length]
-        if (found := text.find(head, at, reach + len(head))) >= 0:
-            return found
+        if (place := text.find(head, at, reach + len(head))) >= 0:
+            return place
     return -1
 
 

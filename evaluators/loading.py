@@ -49,12 +49,12 @@ def _module(spec: str, place: str) -> ModuleType:
 
 def _from_file(path: Path) -> ModuleType:
     name = f"anchorage_task_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    found = spec_from_file_location(name, path)
-    if found is None or found.loader is None or not path.is_file():
+    module_spec = spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None or not path.is_file():
         raise FileNotFoundError(str(path))
-    module = module_from_spec(found)
+    module = module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses look their module up there
-    found.loader.exec_module(module)
+    module_spec.loader.exec_module(module)
     return module
 
 
@@ -89,10 +89,10 @@ def rows(
         raise UserError(f"split {split!r}: allowed: train, eval")
     if split == "train" and task.source.train_split is None:
         raise UserError(f"task {task.name}: its rows are never trained on; allowed: eval")
-    found = _ranked(task, _split_rows(task, split, data_dir), seed)
-    if not found:
+    ranked = _ranked(task, _split_rows(task, split, data_dir), seed)
+    if not ranked:
         raise UserError(f"task {task.name}: no {split} rows")
-    return found[:limit]
+    return ranked[:limit]
 
 
 def examples(task: Task, *, data_dir: Path | None = None) -> Callable[[Row], list[Row]]:
@@ -109,13 +109,13 @@ def examples(task: Task, *, data_dir: Path | None = None) -> Callable[[Row], lis
 
     def shots(row: Row) -> list[Row]:
         group, key = group_of(row), task.key(row)
-        found = [shot for shot in groups[group] if task.key(shot) != key][: task.shots]
-        if len(found) < task.shots:
+        chosen = [shot for shot in groups[group] if task.key(shot) != key][: task.shots]
+        if len(chosen) < task.shots:
             raise UserError(
-                f"task {task.name}: {len(found)} worked examples for {group!r}; "
+                f"task {task.name}: {len(chosen)} worked examples for {group!r}; "
                 f"{task.shots} wanted (settings: tasks.prompts.{task.name}.shots)"
             )
-        return found
+        return chosen
 
     return shots
 
@@ -131,9 +131,9 @@ def _rank(seed: object, key: str) -> float:
     return int.from_bytes(drawn, "big") / 2**64
 
 
-def _ranked(task: Task, found: Iterable[Row], seed: int) -> list[Row]:
+def _ranked(task: Task, unranked: Iterable[Row], seed: int) -> list[Row]:
     by_key: dict[str, Row] = {}
-    for row in found:
+    for row in unranked:
         by_key.setdefault(task.key(row), row)
     return [by_key[key] for key in sorted(by_key, key=lambda key: (_rank(seed, key), key))]
 

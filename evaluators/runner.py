@@ -76,11 +76,11 @@ def harness_hash(questions: Iterable[Question], settings: Mapping[str, Any]) -> 
     Per question the task, its extraction's version, the longest answer, the example id and the
     prompt (template, prefill and worked examples included), in order; then the settings.
     """
-    asked = [
+    identities = [
         (q.task.name, q.task.version, q.task.max_tokens, q.example_id, q.prompt_hash)
         for q in questions
     ]
-    whole = canonical_json({"questions": asked, "settings": dict(settings)})
+    whole = canonical_json({"questions": identities, "settings": dict(settings)})
     return sha256(whole.encode()).hexdigest()
 
 
@@ -215,11 +215,11 @@ def _finished(out: Path, head: Mapping[str, str], questions: Sequence[Question])
     return samples
 
 
-def _refuse_another(path: Path, head: Mapping[str, str], found: Mapping[str, Any]) -> None:
+def _refuse_another(path: Path, head: Mapping[str, str], record: Mapping[str, Any]) -> None:
     for name, wanted in head.items():
-        if found.get(name) != wanted:
+        if record.get(name) != wanted:
             raise UserError(
-                f"{path}: {name} {str(found.get(name))[:12]!r}, this evaluation has "
+                f"{path}: {name} {str(record.get(name))[:12]!r}, this evaluation has "
                 f"{wanted[:12]!r}; remove it or choose another file"
             )
 
@@ -268,18 +268,18 @@ def _asked(batch: list[Question], generate: Generate, head: Mapping[str, str]) -
     return [_sample(q, answer, head) for q, answer in zip(batch, completions, strict=True)]
 
 
-def _sample(asked: Question, answer: ModelAnswer, head: Mapping[str, str]) -> SampleRow:
+def _sample(q: Question, answer: ModelAnswer, head: Mapping[str, str]) -> SampleRow:
     """One row; text that is no Unicode (lone surrogates) is replaced before it is judged."""
     sample: SampleRow = {
-        "task": asked.task.name,
-        "example_id": asked.example_id,
-        "prompt_hash": asked.prompt_hash,
+        "task": q.task.name,
+        "example_id": q.example_id,
+        "prompt_hash": q.prompt_hash,
         "completion": answer.text.encode("utf-8", "replace").decode("utf-8"),
         "tokens": answer.tokens,
         "finish": answer.finish,
         **head,
-        "cluster": str(asked.row.get("cluster") or ""),
-        "example": canonical_json(dict(asked.row)),
-        "prompt": canonical_json(asked.messages),
+        "cluster": str(q.row.get("cluster") or ""),
+        "example": canonical_json(dict(q.row)),
+        "prompt": canonical_json(q.messages),
     }
-    return scored(sample, asked.task, asked.row)
+    return scored(sample, q.task, q.row)

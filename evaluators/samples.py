@@ -98,32 +98,32 @@ def defects(
     ``required``: tasks that must be there even if no table mentions them. ``graded``: tasks whose
     rewards may lie between 0 and 1.
     """
-    found = [*_missing(tables, required), *_duplicates(tables), *_rewards(tables, graded)]
-    found += [*_harness(tables), *_clusters(tables), *_digests(tables)]
-    return tuple(sorted(found, key=lambda defect: (defect.task, defect.text)))
+    problems = [*_missing(tables, required), *_duplicates(tables), *_rewards(tables, graded)]
+    problems += [*_harness(tables), *_clusters(tables), *_digests(tables)]
+    return tuple(sorted(problems, key=lambda defect: (defect.task, defect.text)))
 
 
 def overlap(first: Tables, sealed: Tables) -> tuple[Defect, ...]:
     """Rows of a sealed draw that the first stage has already shown."""
-    found = []
+    problems = []
     for task in sealed.tasks():
         seen = sealed.examples(task) & first.examples(task)
         if seen:
             text = f"sealed rows already used in the first stage: {_some(seen)}"
-            found.append(Defect(task, text))
-    return tuple(found)
+            problems.append(Defect(task, text))
+    return tuple(problems)
 
 
 def moved_digests(first: Tables, sealed: Tables) -> tuple[Defect, ...]:
     """Tables whose digest differs between the first stage and the confirmation."""
-    found = []
+    problems = []
     before = {name: {s.digest for s in samples} for name, samples in first.named()}
     for name, samples in sealed.named():
         old, new = before.get(name, set()), {s.digest for s in samples}
         if old != new:
             text = f"{name}: digest changed before confirmation: {_pair(old, new)}"
-            found.append(Defect("", text))
-    return tuple(found)
+            problems.append(Defect("", text))
+    return tuple(problems)
 
 
 def _missing(tables: Tables, required: Iterable[str]) -> Iterator[Defect]:

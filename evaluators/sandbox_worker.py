@@ -86,8 +86,8 @@ def _keep(spec: str, limits: Limits, hidden: list[Path]) -> NoReturn:
     os.closerange(0, 3)
     code = None
     while code is None:
-        told = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, LOOK_S)
-        if (told and told.si_signo == signal.SIGTERM) or os.getppid() != parent:
+        received = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, LOOK_S)
+        if (received and received.si_signo == signal.SIGTERM) or os.getppid() != parent:
             code = 0
         elif os.waitpid(server, os.WNOHANG)[0]:
             code = 1

@@ -65,14 +65,14 @@ def rescored(samples: Iterable[SampleRow], tasks: Mapping[str, Task]) -> list[Sa
     Raises:
         UserError: a sample of a task that is not given.
     """
-    found = []
+    results = []
     for sample in samples:
         if sample["task"] not in tasks:
             allowed = ", ".join(sorted(tasks))
             raise UserError(f"sample of task {sample['task']!r}; allowed: {allowed}")
         task = replace(tasks[sample["task"]], prefill=_prefill(sample))
-        found.append(scored(sample, task, json.loads(sample["example"])))
-    return found
+        results.append(scored(sample, task, json.loads(sample["example"])))
+    return results
 
 
 def _prefill(sample: SampleRow) -> str | None:
@@ -86,7 +86,7 @@ def summaries(samples: Iterable[SampleRow]) -> dict[str, Summary]:
     by_task: dict[str, list[SampleRow]] = {}
     for sample in samples:
         by_task.setdefault(sample["task"], []).append(sample)
-    return {name: _summary(name, found) for name, found in by_task.items()}
+    return {name: _summary(name, group) for name, group in by_task.items()}
 
 
 def _summary(name: str, samples: Sequence[SampleRow]) -> Summary:

@@ -118,13 +118,13 @@ def with_prompt(
     shots: int | None = None,
 ) -> Task:
     """The same task asked in other words; what is None stays as it is."""
-    told: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "template": template,
         "system": system,
         "prefill": prefill,
         "shots": shots,
     }
-    return replace(task, **{name: value for name, value in told.items() if value is not None})
+    return replace(task, **{name: value for name, value in changes.items() if value is not None})
 
 
 def training_reward(task: Task, verdict: Verdict) -> float:

@@ -53,10 +53,10 @@ def run(schema: str, query: str) -> Results | None:
             bound(connection, BUILDS)
             connection.executescript(schema)
             bound(connection, READS)
-            found = connection.execute(query).fetchmany(MAX_ROWS + 1)
+            results = connection.execute(query).fetchmany(MAX_ROWS + 1)
         except (sqlite3.Error, sqlite3.Warning, ValueError):
             return None
-    return found if len(found) <= MAX_ROWS else None
+    return results if len(results) <= MAX_ROWS else None
 
 
 def query_in(completion: str) -> str | None:
@@ -68,20 +68,20 @@ def query_in(completion: str) -> str | None:
     return match[1] if match else None
 
 
-def same(found: Results, wanted: Results, ordered: bool) -> bool:
+def same(results: Results, wanted: Results, ordered: bool) -> bool:
     """The same rows; in the same order only where the question asks for one."""
-    return found == wanted if ordered else sorted(map(repr, found)) == sorted(map(repr, wanted))
+    return results == wanted if ordered else sorted(map(repr, results)) == sorted(map(repr, wanted))
 
 
 def verify(completion: str, row: Row) -> Verdict:
     """Reward 1 for a query with the right rows; format 1 for one that SQLite runs."""
     query = query_in(completion)
-    found = run(row["schema"], query) if query else None
-    if query is None or found is None:
+    results = run(row["schema"], query) if query else None
+    if query is None or results is None:
         return Verdict(0.0, 0.0, query)
     wanted = run(row["schema"], row["query"])
     ordered = "order by" in str(row["query"]).lower()
-    right = wanted is not None and same(found, wanted, ordered)
+    right = wanted is not None and same(results, wanted, ordered)
     return Verdict(float(right), 1.0, query)
 
 

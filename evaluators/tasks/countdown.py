@@ -145,8 +145,8 @@ def _search(items: list[tuple[Fraction, str]], target: Fraction) -> str | None:
     for i, j in permutations(range(len(items)), 2):
         rest = [item for place, item in enumerate(items) if place not in (i, j)]
         for joined in _joined(items[i], items[j], i < j):
-            if found := _search([*rest, joined], target):
-                return found
+            if solution := _search([*rest, joined], target):
+                return solution
     return None
 
 
@@ -166,10 +166,10 @@ def gold(row: Row) -> str:
     """
     numbers = numbers_of(row)
     _check_size(numbers)
-    found = solve(numbers, target_of(row))
-    if found is None:
+    solution = solve(numbers, target_of(row))
+    if solution is None:
         raise ValueError(f"countdown {key(row)}: no solution")
-    expression = found[1:-1] if len(numbers) > 1 else found
+    expression = solution[1:-1] if len(numbers) > 1 else solution
     return f"<answer>{expression}</answer>"
 
 

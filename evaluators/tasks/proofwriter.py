@@ -61,10 +61,10 @@ def answer(row: Row) -> str:
 
 def verify(completion: str, row: Row) -> Verdict:
     """Reward 1 when the word read is the row's label."""
-    word, asked = word_in(completion)
+    word, in_line = word_in(completion)
     label = canonical(word)
     right = label is not None and label == answer(row)
-    return Verdict(float(right), float(asked and label is not None), label)
+    return Verdict(float(right), float(in_line and label is not None), label)
 
 
 def wrong(row: Row) -> str:

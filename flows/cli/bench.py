@@ -22,8 +22,8 @@ def learner(
     from flows.lab.bench.learner import SIZES, bench_learner, tables
 
     with reporter(as_json) as bars:
-        told = bench_learner(size or tuple(SIZES), progress=bars)
-    show(told, as_json, *tables(told))
+        document = bench_learner(size or tuple(SIZES), progress=bars)
+    show(document, as_json, *tables(document))
 
 
 @app.command()
@@ -37,11 +37,11 @@ def gate(
     from flows.lab.bench.gate import GateBench, bench_gate, plot_gate, table
 
     with reporter(as_json) as bars:
-        told = bench_gate(GateBench(draws=draws, seed=seed), bars)
+        document = bench_gate(GateBench(draws=draws, seed=seed), bars)
     if plot is not None:
-        told["plot"] = str(plot_gate(told, plot))
-    show(told, as_json, table(told))
-    raise typer.Exit(0 if told["within"] else 1)
+        document["plot"] = str(plot_gate(document, plot))
+    show(document, as_json, table(document))
+    raise typer.Exit(0 if document["within"] else 1)
 
 
 @app.command()
@@ -56,7 +56,7 @@ def endpoint(
     from flows.lab.bench.endpoint import EndpointBench, bench_endpoint, table
 
     with reporter(as_json) as bars:
-        asked = EndpointBench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
-        told = bench_endpoint(asked, bars)
-    show(told, as_json, table(told))
-    raise typer.Exit(0 if told["within"] else 1)
+        plan = EndpointBench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
+        document = bench_endpoint(plan, bars)
+    show(document, as_json, table(document))
+    raise typer.Exit(0 if document["within"] else 1)

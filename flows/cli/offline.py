@@ -54,7 +54,7 @@ def gate(
     from flows.commands.gate_files import gate_files
     from flows.show.report import gate_table
 
-    told = gate_files(
+    document = gate_files(
         anchor,
         champion,
         candidate,
@@ -64,7 +64,7 @@ def gate(
         confirm_champion=confirm_champion,
         confirm_candidate=confirm_candidate,
     )
-    show(told, as_json, gate_table(told, target))
+    show(document, as_json, gate_table(document, target))
 
 
 @task_app.command("check")
@@ -87,17 +87,17 @@ def check_task(
 
     if ":" in spec:
         task = load(spec)
-        asked = rows(task, "eval", limit=limit)
+        task_rows = rows(task, "eval", limit=limit)
     else:
         service = Service.at(home)
-        task, asked = service.task(spec), service.rows(spec, "eval", limit)
-    problems = check(task, asked)
-    kept = [f"{task.name}: {len(asked)} rows keep the contract"]
+        task, task_rows = service.task(spec), service.rows(spec, "eval", limit)
+    problems = check(task, task_rows)
+    kept = [f"{task.name}: {len(task_rows)} rows keep the contract"]
     sandbox = None if task.name in TASKS else protections()
     show(
         {
             "task": task.name,
-            "rows": len(asked),
+            "rows": len(task_rows),
             "problems": problems,
             "sandbox": sandbox and sandbox.lines(),
         },

@@ -59,8 +59,8 @@ def replay(
     """Rebuild weights from anchor and journal, checking the hash after every generation."""
     from flows.commands.replays import replay_now
 
-    told = replay_now(home, candidate, snapshots)
-    show(told, as_json, pairs("replayed", told))
+    document = replay_now(home, candidate, snapshots)
+    show(document, as_json, pairs("replayed", document))
 
 
 @app.command()
@@ -73,8 +73,8 @@ def export(
     """Write a candidate as a Hugging Face directory that transformers and vLLM load."""
     from flows.commands.replays import export_now
 
-    told = export_now(home, candidate, into)
-    show(told, as_json, pairs("exported", told))
+    document = export_now(home, candidate, into)
+    show(document, as_json, pairs("exported", document))
 
 
 @app.command()
@@ -91,10 +91,10 @@ def forget(
     from flows.commands.runs import weigh_now
 
     with reporter(as_json) as bars:
-        told = forget_now(home, principal, replay, bars)
+        document = forget_now(home, principal, replay, bars)
         if replay:
-            told["verdicts"] = weigh_now(home, [*told["replayed"].values()], bars)
-    show(told, as_json, pairs("forgotten", told))
+            document["verdicts"] = weigh_now(home, [*document["replayed"].values()], bars)
+    show(document, as_json, pairs("forgotten", document))
 
 
 @key_app.command("create")

@@ -43,15 +43,15 @@ def improve(
     """Learn: one round from the champion to a candidate. An interrupted round goes on."""
     from flows.commands.runs import improve_now
 
-    asked = _changes(changes or [])
+    settings = _changes(changes or [])
     if generations is not None:
-        asked["generations"] = generations
+        settings["generations"] = generations
     if dry_run:
-        _plan(home, target, asked, None, as_json)
+        _plan(home, target, settings, None, as_json)
         return
     with reporter(as_json) as bars:
-        told = improve_now(home, target, asked, bars)
-    show(told, as_json, pairs("candidate", told))
+        document = improve_now(home, target, settings, bars)
+    show(document, as_json, pairs("candidate", document))
 
 
 @app.command()
@@ -112,23 +112,23 @@ def study(
 
     plan = StudyPlan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
     with reporter(as_json) as bars:
-        told = study_now(home, config, plan, plot, bars)
-    show(told, as_json, *study_tables(told))
-    raise typer.Exit(0 if told["within"] else 1)
+        document = study_now(home, config, plan, plot, bars)
+    show(document, as_json, *study_tables(document))
+    raise typer.Exit(0 if document["within"] else 1)
 
 
-def _changes(told: list[str]) -> dict[str, Any]:
+def _changes(texts: list[str]) -> dict[str, Any]:
     """["alpha=0.02", "penalty=none"] as a mapping; values as JSON where they are JSON."""
-    found: dict[str, Any] = {}
-    for each in told:
+    values: dict[str, Any] = {}
+    for each in texts:
         key, equals, value = each.partition("=")
         if not equals:
             raise UserError(f"--set {each!r}: wanted name=value, such as alpha=0.02")
         try:
-            found[key] = json.loads(value)
+            values[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 @app.command()
@@ -160,10 +160,10 @@ def evaluate(
     names = [name for each in tasks or [] for name in each.split(",") if name]
     endpoint = RemoteModel(model_name, key_env)
     with reporter(as_json) as bars:
-        told = evaluate_model(
+        document = evaluate_model(
             home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
         )
-    show(told, as_json, summary_table(told))
+    show(document, as_json, summary_table(document))
 
 
 @app.command()
@@ -177,9 +177,9 @@ def rescore(
     from flows.commands.measure import rescore_table
     from flows.show.report import summary_table
 
-    told = rescore_table(home, table, out)
-    shown = summary_table(told | {"model": f"{table.name}, {len(told['changed'])} rows changed"})
-    show(told, as_json, shown)
+    document = rescore_table(home, table, out)
+    shown = summary_table(document | {"model": f"{table.name}, {len(document['changed'])} rows changed"})
+    show(document, as_json, shown)
 
 
 @app.command()
@@ -188,8 +188,8 @@ def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> 
     from flows.commands.runs import promote_now
 
     with reporter(as_json) as bars:
-        told = promote_now(home, digest, bars)
-    show(told, as_json, pairs("promoted", told))
+        document = promote_now(home, digest, bars)
+    show(document, as_json, pairs("promoted", document))
 
 
 @app.command()
@@ -203,8 +203,8 @@ def rollback(
     from flows.commands.runs import rollback_now
 
     with reporter(as_json) as bars:
-        told = rollback_now(home, digest, reason, bars)
-    show(told, as_json, pairs("rolled back", told))
+        document = rollback_now(home, digest, reason, bars)
+    show(document, as_json, pairs("rolled back", document))
 
 
 @review_app.command("approve")
@@ -240,13 +240,13 @@ def move(
     from flows.commands.runs import move_anchor_now
 
     with reporter(as_json) as bars:
-        told = move_anchor_now(home, digest, reason, bars)
-    show(told, as_json, pairs("anchor moved", told))
+        document = move_anchor_now(home, digest, reason, bars)
+    show(document, as_json, pairs("anchor moved", document))
 
 
 def _review(home: Path | None, digest: str, word: str, reason: str, as_json: bool) -> None:
     from flows.commands.runs import review_now
 
     with reporter(as_json) as bars:
-        told = review_now(home, digest, word, reason, bars)
-    show(told, as_json, pairs("review", told))
+        document = review_now(home, digest, word, reason, bars)
+    show(document, as_json, pairs("review", document))

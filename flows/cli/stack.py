@@ -18,8 +18,8 @@ def demo(home: Home = None, as_json: AsJson = False) -> None:
     from flows.show.report import demo_tables
 
     with reporter(as_json) as bars:
-        told = run_demo(home, bars)
-    show(told, as_json, *demo_tables(told))
+        document = run_demo(home, bars)
+    show(document, as_json, *demo_tables(document))
 
 
 @app.command()
@@ -34,8 +34,8 @@ def up(
     from flows.serve.stack import start
 
     with reporter(as_json) as bars:
-        told = start(home, config, model, port, bars)
-    show(told, as_json, status_table(told))
+        document = start(home, config, model, port, bars)
+    show(document, as_json, status_table(document))
 
 
 @app.command()
@@ -43,8 +43,8 @@ def down(home: Home = None, as_json: AsJson = False) -> None:
     """Stop everything that `up` started; nothing is left running."""
     from flows.serve.stack import stop
 
-    told = stop(home)
-    show(told, as_json, pairs("stopped", told))
+    document = stop(home)
+    show(document, as_json, pairs("stopped", document))
 
 
 @app.command()
@@ -59,8 +59,8 @@ def status(
     from flows.serve.stack import state
 
     if not watch:
-        told = state(home)
-        show(told, as_json, status_table(told))
+        document = state(home)
+        show(document, as_json, status_table(document))
         return
     from rich.live import Live
 
@@ -78,10 +78,12 @@ def doctor(home: Home = None, as_json: AsJson = False) -> None:
     """Check the machine, the home and the hash chains; exit code 1 when something is wrong."""
     from flows.commands.doctor import examine
 
-    told = examine(home)
-    rows = {each["check"]: ("ok: " if each["ok"] else "WRONG: ") + each["found"] for each in told}
-    show({"checks": told}, as_json, pairs("doctor", rows))
-    raise typer.Exit(0 if all(each["ok"] for each in told) else 1)
+    document = examine(home)
+    rows = {
+        each["check"]: ("ok: " if each["ok"] else "WRONG: ") + each["found"] for each in document
+    }
+    show({"checks": document}, as_json, pairs("doctor", rows))
+    raise typer.Exit(0 if all(each["ok"] for each in document) else 1)
 
 
 @service_app.command("gateway")

@@ -61,24 +61,24 @@ def evaluate_model(
     """
     with session(Home.at(home).root, progress) as opened:
         service = opened.service
-        asked = unsealed(service, tasks or list(service.tasks), limit)
-        notes = shortfalls(asked, limit)
+        questions = unsealed(service, tasks or list(service.tasks), limit)
+        notes = shortfalls(questions, limit)
         for note in notes:
             progress.say(note)
         digest, generate = _model(opened, model, endpoint or RemoteModel())
-        out = service.home.evaluations / digest / f"asked-{asked.harness[:12]}.parquet"
+        out = service.home.evaluations / digest / f"asked-{questions.harness[:12]}.parquet"
         if is_url(model):
             out.unlink(missing_ok=True)
-        _ask(opened, asked, generate, digest, out)
+        _ask(opened, questions, generate, digest, out)
         samples = read_samples(out)
-        told: dict[str, Any] = {"model": model, "digest": digest, "table": str(out)}
-        told |= {"notes": notes}
-        told |= {"tasks": _summaries(samples)}
+        report: dict[str, Any] = {"model": model, "digest": digest, "table": str(out)}
+        report |= {"notes": notes}
+        report |= {"tasks": _summaries(samples)}
         if twice:
-            told |= {"discordance": _asked_again(opened, asked, generate, digest, out)}
+            report |= {"discordance": _asked_again(opened, questions, generate, digest, out)}
         if into is not None:
-            told |= {"exported": [str(path) for path in export(samples, service.tasks, into)]}
-    return told
+            report |= {"exported": [str(path) for path in export(samples, service.tasks, into)]}
+    return report
 
 
 def rescore_table(home: Path | None, table: Path, out: Path | None) -> dict[str, Any]:
@@ -104,12 +104,12 @@ def rescore_table(home: Path | None, table: Path, out: Path | None) -> dict[str,
     }
 
 
-def shortfalls(asked: Questions, limit: int | None) -> list[str]:
+def shortfalls(questions: Questions, limit: int | None) -> list[str]:
     """One line for each task that has fewer rows to ask than the limit."""
     return [
         f"{task.name}: {len(rows)} rows, {limit} asked for; there are no more that no sealed "
         "draw touches"
-        for task, rows in asked.rows
+        for task, rows in questions.rows
         if limit is not None and len(rows) < limit
     ]
 
@@ -131,20 +131,20 @@ def _change(old: SampleRow, new: SampleRow) -> dict[str, Any]:
 
 
 def _summaries(samples: Sequence[SampleRow]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(found) for name, found in summaries(samples).items()}
+    return {name: asdict(summary) for name, summary in summaries(samples).items()}
 
 
 def _asked_again(
-    opened: Session, asked: Questions, generate: Generate, digest: str, out: Path
+    opened: Session, questions: Questions, generate: Generate, digest: str, out: Path
 ) -> Mapping[str, Any]:
     """The same weights once more: how many verdicts and texts differ, kept beside the table."""
     again = out.with_name(f"again-{out.name}")
     again.unlink(missing_ok=True)
-    _ask(opened, asked, generate, digest, again)
-    found = discordance(read_samples(out), read_samples(again))
-    told = {name: asdict(each) | {"rate": each.rate} for name, each in found.items()}
-    write_atomically(out.with_name(f"{out.stem}.discordance.json"), json.dumps(told, indent=1))
-    return told
+    _ask(opened, questions, generate, digest, again)
+    differences = discordance(read_samples(out), read_samples(again))
+    rates = {name: asdict(each) | {"rate": each.rate} for name, each in differences.items()}
+    write_atomically(out.with_name(f"{out.stem}.discordance.json"), json.dumps(rates, indent=1))
+    return rates
 
 
 def _model(opened: Session, model: str, endpoint: RemoteModel) -> tuple[str, Generate]:
@@ -174,17 +174,17 @@ def _of_weights(opened: Session, directory: Path) -> Generate:
     return generate
 
 
-def _ask(opened: Session, asked: Questions, generate: Generate, digest: str, out: Path) -> None:
-    total = sum(len(rows) for _, rows in asked.rows)
+def _ask(opened: Session, questions: Questions, generate: Generate, digest: str, out: Path) -> None:
+    total = sum(len(rows) for _, rows in questions.rows)
     if not total:
         raise UserError("no rows to ask; choose other tasks or a larger --limit")
     advance = opened.progress.track(f"evaluate {digest[:12]}", total)
     evaluate(
-        asked.rows,
+        questions.rows,
         generate,
         digest=digest,
-        harness=asked.harness,
+        harness=questions.harness,
         out=out,
-        shots=shots_of(opened.service, asked.rows),
+        shots=shots_of(opened.service, questions.rows),
         progress=lambda done, _total: advance(done),
     )

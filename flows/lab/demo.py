@@ -46,7 +46,7 @@ def ask(
     endpoint: str,
     model: str,
     task: Task,
-    asked: Sequence[tuple[Row, list[Message]]],
+    requests: Sequence[tuple[Row, list[Message]]],
     progress: Reporter,
 ) -> Live:
     """Send every row as a chat with ``metadata.task`` and its row; greedy, so it can be paired.
@@ -56,7 +56,7 @@ def ask(
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{endpoint}/v1", api_key="local", max_retries=5)
-    advance = progress.track(f"live requests ({task.name})", len(asked))
+    advance = progress.track(f"live requests ({task.name})", len(requests))
 
     def one(row: Row, chat: list[Message]) -> tuple[float, str]:
         raw = client.chat.completions.with_raw_response.create(
@@ -70,15 +70,15 @@ def ask(
         text = raw.parse().choices[0].message.content or ""
         return judge(task, text, row).reward, raw.headers["x-model-version"]
 
-    told = []
+    answers = []
     with ThreadPoolExecutor(AT_ONCE) as workers:
-        for done, result in enumerate(workers.map(lambda each: one(*each), asked), 1):
-            told.append(result)
+        for done, result in enumerate(workers.map(lambda each: one(*each), requests), 1):
+            answers.append(result)
             advance(done)
-    if not told:
+    if not answers:
         raise UserError("live requests: none to send; give at least 1 row")
-    accuracy = sum(reward for reward, _ in told) / len(told)
-    return Live(accuracy, len(told), tuple(sorted({version for _, version in told})))
+    accuracy = sum(reward for reward, _ in answers) / len(answers)
+    return Live(accuracy, len(answers), tuple(sorted({version for _, version in answers})))
 
 
 def served_version(endpoint: str) -> str:
@@ -106,12 +106,12 @@ def run_demo(home: Path | None, progress: Reporter) -> dict[str, Any]:
         progress.say("starting engine, gateway, MLflow, Prefect and the flows' process")
         status = start(place.root, None, None, None, progress)
         with connected(place), session(place.root, progress) as opened:
-            told = _story(opened, status, progress)
+            document = _story(opened, status, progress)
             if not shown_within(opened.service, MLFLOW_S):
                 progress.say("MLflow is behind; `up` in this home brings it level")
-    told["seconds"] = round(time.monotonic() - began, 1)
-    told["left_running"] = len(stack.status(place)["services"])
-    return told
+    document["seconds"] = round(time.monotonic() - began, 1)
+    document["left_running"] = len(stack.status(place)["services"])
+    return document
 
 
 def fresh_home(home: Path | None) -> Home:
@@ -179,8 +179,10 @@ def live(service: Service, endpoint: str, progress: Reporter) -> Live:
     task = service.target()
     rows: list[Row] = list(service.training_rows(task.name).values())[:LIVE_ROWS]
     shots = service.shots(task.name)
-    asked: list[tuple[Row, list[Message]]] = [(row, task.messages(row, shots(row))) for row in rows]
-    return ask(endpoint, service.settings.model.name, task, asked, progress)
+    requests: list[tuple[Row, list[Message]]] = [
+        (row, task.messages(row, shots(row))) for row in rows
+    ]
+    return ask(endpoint, service.settings.model.name, task, requests, progress)
 
 
 def picture(service: Service, report: dict[str, Any]) -> Path:

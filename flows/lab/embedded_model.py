@@ -71,10 +71,10 @@ def measure(directory: Path, n: int = EVAL_ROWS) -> dict[str, Score]:
 
 
 def _score(directory: Path, task: Task, n: int) -> Score:
-    asked = rows(task.name, "eval", n, seed=0) if task.name in GENERATORS else _refusals()[:n]
-    chats = [task.messages(row, _examples(task, row)[: task.shots]) for row in asked]
+    questions = rows(task.name, "eval", n, seed=0) if task.name in GENERATORS else _refusals()[:n]
+    chats = [task.messages(row, _examples(task, row)[: task.shots]) for row in questions]
     said = complete(directory, chats, MAX_TOKENS)
-    rewards = [judge(task, text, row).reward for text, row in zip(said, asked, strict=True)]
+    rewards = [judge(task, text, row).reward for text, row in zip(said, questions, strict=True)]
     return Score(fmean(rewards), len(rewards))
 
 

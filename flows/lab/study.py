@@ -122,16 +122,16 @@ def against_anchor(opened: Session, targets: Sequence[str]) -> dict[str, dict[st
     """
     service = opened.service
     names = sorted({*targets, *(prior for name in targets for prior in service.priors(name))})
-    asked = first_stage(service, names)
-    told = {
-        who: read_samples(table(service, opened.population, digest, asked, opened.progress))
+    questions = first_stage(service, names)
+    samples = {
+        who: read_samples(table(service, opened.population, digest, questions, opened.progress))
         for who, digest in (("anchor", service.anchor.digest), ("champion", service.champion()))
     }
     return {
         name: _kept(
             service,
             name,
-            *([s for s in told[who] if s.task == name] for who in ("anchor", "champion")),
+            *([s for s in samples[who] if s.task == name] for who in ("anchor", "champion")),
         )
         for name in names
     }
@@ -141,17 +141,17 @@ def _kept(
     service: Service, name: str, old: Sequence[Sample], new: Sequence[Sample]
 ) -> dict[str, Any]:
     """One task judged as the gate judges a prior task."""
-    gate, found = service.settings.gate, evidence(old, new)
-    low, high = found.interval(gate.alpha)
-    asked = Comparison("prior", "first", name, "anchor", found, gate.alpha, low, high, high)
+    gate, result = service.settings.gate, evidence(old, new)
+    low, high = result.interval(gate.alpha)
+    comparison = Comparison("prior", "first", name, "anchor", result, gate.alpha, low, high, high)
     strict = service.task(name).zero_tolerance
     margin = gate.margins.get(name, task_margin(len(old)))
-    judged = asked.nothing_lost() if strict else asked.harmless(margin)
+    judged = comparison.nothing_lost() if strict else comparison.harmless(margin)
     return {
         "n": len(old),
         "anchor": accuracy(old),
         "champion": accuracy(new),
-        "difference": found.difference,
+        "difference": result.difference,
         "low": low,
         "high": high,
         "margin": judged.margin,
@@ -174,9 +174,9 @@ def _rounds(opened: Session, plan: StudyPlan) -> Iterator[int]:
         learnt = loop.learn(opened, plan.target(done), plan.changes)
         row = _settle(opened, service.journal.run(learnt.run_id))
         done += 1
-        told = f"round {done} of {plan.rounds}, {row['target']}: {row['verdict']}"
+        outcome = f"round {done} of {plan.rounds}, {row['target']}: {row['verdict']}"
         figures = f"{100 * row['before']:.1f} -> {100 * row['after']:.1f} %"
-        opened.progress.say(f"{told}, {figures}")
+        opened.progress.say(f"{outcome}, {figures}")
         yield done
 
 

@@ -90,16 +90,16 @@ def bench_endpoint(
         status = _started(service, anchor, (BLUE, "gateway", "watchdog"), progress)
         doors = _doors(home, settings, status["endpoint"])
         process = psutil.Process(_pid(status, "gateway"))
-        told = asyncio.run(_measure(bench, service, doors, process, (anchor, other), progress))
+        document = asyncio.run(_measure(bench, service, doors, process, (anchor, other), progress))
         if bench.rollbacks:
-            told["rollback"] = rollbacks.rollbacks(service, other, bench.rollbacks, progress)
+            document["rollback"] = rollbacks.rollbacks(service, other, bench.rollbacks, progress)
     finally:
         stack.down(home)
         shutil.rmtree(folder, ignore_errors=True)
-    return {"setup": asdict(bench), **told, "within": _within(told)}
+    return {"setup": asdict(bench), **document, "within": _within(document)}
 
 
-def table(told: Mapping[str, Any]) -> Table:
+def table(document: Mapping[str, Any]) -> Table:
     """The document for people."""
     drawn = Table(title="gateway beside the bare engine", title_justify="left")
     columns = {
@@ -111,16 +111,16 @@ def table(told: Mapping[str, Any]) -> Table:
     }
     for column in ("at once", *columns):
         drawn.add_column(column, justify="right")
-    for row in told["latency"]:
+    for row in document["latency"]:
         drawn.add_row(str(row["at_once"]), *(f"{row[name]:.2f}" for name in columns.values()))
-    first = told["first_token"]
+    first = document["first_token"]
     drawn.add_row("1, streamed", f"{first['direct_ms']:.2f}", f"{first['added_ms']:.2f}")
-    for name, swaps in told["swap"].items():
+    for name, swaps in document["swap"].items():
         text = f"pause p50 {swaps['pause_p50_ms']:.0f} ms, p95 {swaps['pause_p95_ms']:.0f} ms"
         lost = f"{swaps['failed_swaps']} swaps and {swaps['failed_answers']} answers failed"
         drawn.add_row(f"{swaps['swaps']} swaps, {name}", text, lost)
-    for name in ("act", "command") if "rollback" in told else ():
-        row = told["rollback"][name]
+    for name in ("act", "command") if "rollback" in document else ():
+        row = document["rollback"][name]
         text = f"served p50 {row['served_p50_s']:.2f} s, longest {row['served_max_s']:.2f} s"
         drawn.add_row(f"rollback, {name}", text, f"whole p50 {row['whole_p50_s']:.2f} s")
     return drawn
@@ -226,15 +226,15 @@ async def _latency(
 ) -> dict[str, float]:
     advance = progress.track(f"{at_once} at once", bench.turns)
     requests = max(4 * at_once, bench.requests if at_once > 1 else bench.requests // 4)
-    found: tuple[list[Burst], list[Burst]] = ([], [])
+    timings: tuple[list[Burst], list[Burst]] = ([], [])
     cpu_s = 0.0
     for turn in range(bench.turns):
-        for client, bursts in _in_turn(turn, (direct, found[0]), (gateway, found[1])):
+        for client, bursts in _in_turn(turn, (direct, timings[0]), (gateway, timings[1])):
             before_s = _cpu_s(process)
             bursts.append(await client.burst(requests, at_once))
             cpu_s += (_cpu_s(process) - before_s) * (client is gateway)
         advance(turn + 1)
-    return compared(at_once, *found, cpu_s)
+    return compared(at_once, *timings, cpu_s)
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -252,12 +252,12 @@ async def _first_token(
 ) -> dict[str, float]:
     turns = bench.turns * 8
     advance = progress.track("first token", turns)
-    found: tuple[list[float], list[float]] = ([], [])
+    timings: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns):
-        for client, seconds in _in_turn(turn, (direct, found[0]), (gateway, found[1])):
+        for client, seconds in _in_turn(turn, (direct, timings[0]), (gateway, timings[1])):
             seconds.append(await client.first_token())
         advance(turn + 1)
-    low, high = (1000 * median(each) for each in found)
+    low, high = (1000 * median(each) for each in timings)
     return {"direct_ms": low, "gateway_ms": high, "added_ms": high - low}
 
 
@@ -266,13 +266,13 @@ def _in_turn(turn: int, *pairs: Any) -> Any:
     return pairs if turn % 2 == 0 else pairs[::-1]
 
 
-def _within(told: Mapping[str, Any]) -> bool:
+def _within(document: Mapping[str, Any]) -> bool:
     """Whether what the endpoint promises was measured: at one and at several requests a time."""
-    swaps = told["swap"].values()
+    swaps = document["swap"].values()
     return (
-        all(row["added_p50_ms"] <= ADDED_MS for row in told["latency"] if row["at_once"] == 1)
-        and all(row["throughput_ratio"] >= THROUGHPUT for row in told["latency"])
+        all(row["added_p50_ms"] <= ADDED_MS for row in document["latency"] if row["at_once"] == 1)
+        and all(row["throughput_ratio"] >= THROUGHPUT for row in document["latency"])
         and all(each["pause_p95_ms"] <= PAUSE_MS for each in swaps)
         and not any(each["failed_swaps"] + each["failed_answers"] for each in swaps)
-        and ("rollback" not in told or rollbacks.within(told["rollback"]))
+        and ("rollback" not in document or rollbacks.within(document["rollback"]))
     )

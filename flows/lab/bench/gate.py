@@ -164,8 +164,8 @@ def _rates(bench: GateBench, n: int) -> list[dict[str, Any]]:
         figures.append(_figure(f"{name}: rejected as harmful", n, rejected, SETTINGS.alpha))
     for gain, bound in ((0.0, SETTINGS.target_alpha), (0.03, None), (0.05, None)):
         loss, k = np.full(bench.draws, -gain), bench.discordant + gain
-        found = target_passes(n, *lost_and_won(rng, n, loss, k))
-        figures.append(_figure(f"target: gain of {100 * gain:g} points found", n, found, bound))
+        passes = target_passes(n, *lost_and_won(rng, n, loss, k))
+        figures.append(_figure(f"target: gain of {100 * gain:g} points found", n, passes, bound))
     name = f"false promotion: one prior at its margin, {LOOKS} looks while rows are added, betting"
     looked = _looked_at(rng, bench, n)
     return [*figures, _figure(name, n, looked, ONE_STAGE)]

@@ -103,11 +103,11 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 def differing_weights(parameters: int, cycles: int = 400) -> dict[str, int]:
     """Weights of `parameters` that differ after the cycles: ours, and in place in three types."""
     setting: dict[str, Any] = {"parameters": parameters, "cycles": cycles, "seed": SEED}
-    found = {"ours": recipe.differing_after_renders(sigma=0.001, **setting)}
+    differing = {"ours": recipe.differing_after_renders(sigma=0.001, **setting)}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = f"baseline_{str(dtype).removeprefix('torch.')}"
-        found[name] = recipe.differing_after_cycles(dtype, sigma=0.001, **setting)
-    return found | {"of": parameters, "cycles": cycles}
+        differing[name] = recipe.differing_after_cycles(dtype, sigma=0.001, **setting)
+    return differing | {"of": parameters, "cycles": cycles}
 
 
 def norms(parameters: int, generations: int) -> list[dict[str, Any]]:
@@ -251,14 +251,14 @@ def _speed_table(document: Mapping[str, Any]) -> Table:
 
 
 def _exactness_table(document: Mapping[str, Any]) -> Table:
-    found = dict(document["differing_weights"])
-    of, cycles = found.pop("of"), found.pop("cycles")
+    differing = dict(document["differing_weights"])
+    of, cycles = differing.pop("of"), differing.pop("cycles")
     drawn = Table(
         title=f"weights of {of:,} that differ after {cycles} cycles", title_justify="left"
     )
     drawn.add_column("arithmetic")
     drawn.add_column("differing", justify="right")
-    for who, count in found.items():
+    for who, count in differing.items():
         drawn.add_row(who, f"{count:,}")
     return drawn
 

@@ -93,8 +93,8 @@ class Client:
         body = {**self._body, **self._door.extra, "messages": messages, "stream": stream}
         async with self._session.post(self._door.url + PATH, json=body) as reply:
             if reply.status != 200:
-                told = " ".join((await reply.text()).split())[:200]
-                raise UserError(f"{self._door.name}: HTTP {reply.status} {told}")
+                reason = " ".join((await reply.text()).split())[:200]
+                raise UserError(f"{self._door.name}: HTTP {reply.status} {reason}")
             yield reply
 
 

@@ -38,20 +38,20 @@ def rollbacks(
 
     def command() -> None:
         argv = [sys.executable, "-m", "flows.cli", "rollback", "previous", "--home", root, "--json"]
-        told = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if told.returncode:
-            raise UserError(f"anchorage rollback: {told.stderr.strip()}")
+        finished = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise UserError(f"anchorage rollback: {finished.stderr.strip()}")
 
-    told = {}
+    timings = {}
     for name, back in (("act", act), ("command", command)):
         advance = progress.track(f"rollbacks, {name}", count)
-        told[name] = _timed(session, other, count, back, advance)
-    return {"setup": {"count": count}, **told}
+        timings[name] = _timed(session, other, count, back, advance)
+    return {"setup": {"count": count}, **timings}
 
 
-def within(told: Mapping[str, Any]) -> bool:
+def within(timings: Mapping[str, Any]) -> bool:
     """Whether every act in place kept the promise."""
-    return bool(told["act"]["whole_max_s"] <= ROLLBACK_S)
+    return bool(timings["act"]["whole_max_s"] <= ROLLBACK_S)
 
 
 def _timed(

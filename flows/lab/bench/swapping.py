@@ -92,11 +92,11 @@ async def _under_streams(
 
     tasks = [asyncio.create_task(client()) for _ in range(count)]
     try:
-        told = await act()
+        result = await act()
     finally:
         stop.set()
         await asyncio.gather(*tasks)
-    return told, len(whole), whole.count(False)
+    return result, len(whole), whole.count(False)
 
 
 def _paused_s(door: Target) -> float:
