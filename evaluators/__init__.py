@@ -1,1 +1,1 @@
-"""What better means: tasks, extraction, rewards, statistics and the gate."""
+"""Tasks, extraction and rewards; evaluation of models; statistics and the gate."""

@@ -1,4 +1,4 @@
-"""Marks and choices: a marked block, and options that are answered by a letter or a digit.
+"""Reading marked blocks, and choices that are answered by a letter or a digit.
 
 Extraction of a letter from L = A..E or A..J, after uppercasing:
 

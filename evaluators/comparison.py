@@ -1,4 +1,4 @@
-"""One comparison judged: the margin its rows can carry, and the three ways it can end.
+"""One comparison of the gate: the margin for its number of rows, and its outcome.
 
 pass: harm beyond the margin m is refuted (p of H0: difference <= -m is below alpha; then the
 interval's low end lies above -m). reject: not so, and a loss is shown (the high end at a level
@@ -50,7 +50,7 @@ def pooled_margin(n: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One finding of the gate, with what a person needs to check it."""
+    """One finding of the gate with its figures."""
 
     step: Step
     stage: Stage

@@ -1,6 +1,6 @@
-"""What the kernel can take away from a process that runs code of others.
+"""Restricting a process that runs foreign code, with the kernel's means.
 
-Each step is tried and tells whether it took hold, so that a report can say what is active here:
+Each step returns what is active afterwards, for the report:
 
     isolate       before a fork: user, PID, network, IPC and mount namespaces
     restrict      in the process that imports the code: no privileges, a view of files by

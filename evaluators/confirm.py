@@ -1,4 +1,4 @@
-"""Sealed draws: rows that only a candidate which passed the first stage ever sees, and their price.
+"""Sealed draws: rows for confirming candidates that passed the first stage, and test levels.
 
 Which rows confirm a candidate is a pure function of a secret salt, the round and the candidate's
 digest, so nobody can know them before the digest is recorded, and anybody can check them after.

@@ -1,4 +1,4 @@
-"""Betting on paired differences: evidence that stays valid when one looks at it again and again.
+"""Tests of paired differences by betting, valid however often they are evaluated.
 
 Unit g (a row, or all rows of one template) has m_g paired differences d_i = candidate - baseline
 in [-1, 1]; M is the largest m_g. Against H0: E[d] <= D, a gambler stakes the share f of the

@@ -1,4 +1,4 @@
-"""Two tables on the same rows, compared: how much was lost, how sure one can be.
+"""Paired comparison of two tables on the same rows: difference, p-values and interval.
 
 Right/wrong rows that stand each for itself are judged by Tango's score test and exact McNemar.
 Rows made from one template, graded rewards in [0, 1], and tests that will be looked at again when

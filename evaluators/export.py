@@ -1,4 +1,4 @@
-"""Evaluations in the sample format of lm-evaluation-harness, for the tools that read it.
+"""Evaluations as files in lm-evaluation-harness's sample format.
 
 For each task one ``samples_<task>_<digest>.jsonl`` with the fields of its ``--log_samples``
 (doc_id, doc, target, arguments, resps, filtered_resps, filter, metrics, hashes, and a column a

@@ -1,4 +1,4 @@
-"""The gate: may this candidate be served? Six steps, pure, every number shown.
+"""The gate: decides whether a candidate may be served, in six steps, with all figures.
 
 1. Completeness: whole tables or hold (:mod:`evaluators.samples`).
 2. Every prior task against the ANCHOR: no harm beyond its margin, alpha 0.025.
@@ -7,7 +7,7 @@
 5. Steps 2-3 again on a sealed draw, at a level spent (:mod:`evaluators.confirm`).
 6. The verdict: reject if a step shows harm, else hold if a step cannot tell, else promote.
 
-How one comparison ends is said in :mod:`evaluators.comparison`. Fields are
+Outcomes of one comparison: :mod:`evaluators.comparison`. Fields are
 shares (0.01 is one point).
 """
 
@@ -204,7 +204,9 @@ def _no_harm(
 ) -> Iterator[Reason]:
     """Steps 2 and 3: each prior task, then all of them pooled."""
     retained = settings.retained.intersection(priors) - settings.zero_tolerance
-    shared = alpha / (len(priors) + len(retained) + 1)  # the level of showing harm (judge.py)
+    shared = alpha / (
+        len(priors) + len(retained) + 1
+    )  # the level of showing harm (evaluators.comparison)
 
     def compare(step: Step, name: str, baseline: Baseline, tasks: Sequence[str]) -> Comparison:
         stage_evidence = _evidence(tables, baseline, tasks, settings)

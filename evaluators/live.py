@@ -1,4 +1,4 @@
-"""Is a fresh version worse in live traffic? Three watches that may be looked at after every answer.
+"""Sequential tests of live traffic: is a new version worse in reward, errors or latency?
 
     reward    H0: E[old - new] <= 0, within each task; d_i = mean of old block i - new reward i
     errors    H0: E[x] <= old share + margin;          x_t = share of failed answers in slice t
@@ -30,7 +30,7 @@ WATCHES = 3  # share alpha
 
 @dataclass(frozen=True, slots=True)
 class LiveAnswer:
-    """One answer: when it was asked (s), whether the service failed it, how long it took (s)."""
+    """One request: its time (s), whether it failed, its latency (s)."""
 
     at: float
     failed: bool
@@ -39,7 +39,7 @@ class LiveAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one version did: rewards in [0, 1] by task, in random order, and its answers."""
+    """Traffic of one version: rewards in [0, 1] by task, in random order, and its requests."""
 
     rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
     answers: Sequence[LiveAnswer] = ()
@@ -112,7 +112,7 @@ def _errors(new: Sequence[LiveAnswer], old: Sequence[LiveAnswer], margin: float)
 
 
 def _latency(new: Sequence[LiveAnswer], old: Sequence[LiveAnswer], factor: float) -> Watch:
-    """Failures are not answers: how long they took tells nothing."""
+    """Failed requests are left out: their times are no latencies."""
     sound = [each for each in new if not each.failed]
     times = [each.latency_s for each in old if not each.failed]
     if len(times) < FEW or not sound:

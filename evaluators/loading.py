@@ -1,10 +1,10 @@
-"""Rows: from local files in the Hugging Face schema, from beside the package, or from the hub.
+"""Loading: a task from its spec, and its rows from local files, from the package or from the hub.
 
-Order and subset: rows are ranked by sha256(seed, key), so the same seed gives the same rows to
-every model, in the same order, and a smaller ``limit`` gives the first of a larger one's rows.
-Rows that share a key are one problem; the first is kept.
+Spec: ``path/to/file.py:TASK`` or ``package.module:TASK`` (``resolve``).
 
-A task named by text: ``path/to/file.py:TASK`` or ``package.module:TASK``.
+Rows (``rows``, ``examples``) have the Hugging Face schema. They are ranked by sha256(seed, key), so
+the same seed gives the same rows to every model, in the same order, and a smaller ``limit`` gives
+the first of a larger one's rows. Rows that share a key are one problem; the first is kept.
 """
 
 import gzip
@@ -40,7 +40,7 @@ def resolve(spec: str) -> Task:
 
 
 def _module(spec: str, place: str) -> ModuleType:
-    """Import it; whatever its own code raises is told in one line."""
+    """Import the module; an exception of its code becomes a UserError."""
     try:
         return _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Own tasks: found by entry point or file, kept apart from ours, and checked by a contract.
+"""Own tasks, from entry points or files: loading, settings, and the check of their contract.
 
 The contract of a task, which ``check`` tests on rows of its own: the gold answer scores 1; the
 wrong answer and an empty one score 0; the same input has the same verdict and leaves the row as it

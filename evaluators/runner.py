@@ -1,10 +1,9 @@
-"""An evaluation: the same questions in the same order, one row a sample, restartable.
+"""Evaluations: rows become questions, questions become samples in a parquet file, restartable.
 
-``generate`` answers; this module asks in fixed batches, writes each finished batch to an
-append-only part file, and publishes the parquet file only when every row is there. After a kill the
-rows of the part file are not asked again. What the samples say is told by evaluators/summary.py.
-
-What is asked of a model: rows as chats, and the hash of everything that shapes an answer.
+Questions are rows as chats, with a hash of everything that shapes an answer (``harness_hash``).
+``evaluate`` sends them to ``generate`` in fixed batches, appends each finished batch to a part
+file, and publishes the parquet file when every row is there. After an interruption the rows of the
+part file are not generated again. evaluators/summary.py computes figures from the samples.
 """
 
 import json
@@ -32,7 +31,7 @@ class ModelAnswer(Protocol):
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens were generated; None where nobody counted."""
+        """Number of generated tokens, None if unknown."""
 
     @property
     def finish(self) -> str:
@@ -45,7 +44,7 @@ Generate = Callable[[list[list[Message]], list[int]], Sequence[ModelAnswer]]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row, ready to be asked."""
+    """One row as a chat, with its identity."""
 
     task: Task
     row: Row
@@ -65,7 +64,7 @@ def short_hash(value: object) -> str:
 
 
 def question(task: Task, row: Row, shots: Sequence[Row] = ()) -> Question:
-    """A row as the chat it is asked in."""
+    """The question for one row."""
     messages = task.messages(row, shots)
     return Question(task, row, task.key(row), messages, short_hash(messages))
 
@@ -113,7 +112,7 @@ Progress = Callable[[int, int], None]  # rows done, rows in all
 def questions_of(
     tasks_rows: Sequence[tuple[Task, Sequence[Row]]], shots: Mapping[str, Shots] | None = None
 ) -> list[Question]:
-    """Every row as it is asked, in order; ``shots`` gives worked examples by task name."""
+    """The questions for all rows, in order; ``shots`` gives worked examples by task name."""
     shots_of = shots or {}
     return [
         question(task, row, shots_of[task.name](row) if task.name in shots_of else ())
@@ -142,9 +141,9 @@ def evaluate(
     batch_rows: int = BATCH_ROWS,
     progress: Progress | None = None,
 ) -> list[SampleRow]:
-    """Ask every row that no earlier, interrupted call has asked, and publish ``out`` (parquet).
+    """Generate the answers that an interrupted call has not, and publish ``out`` (parquet).
 
-    A finished ``out`` of the same digest and harness is read and nothing is asked.
+    A finished ``out`` of the same digest and harness is read and nothing is generated.
 
     Raises:
         UserError: rows that share a key, or a file of another digest or harness in the way.
@@ -171,7 +170,7 @@ def evaluate(
 
 
 def rescore(parquet: Path, tasks: Mapping[str, Task]) -> list[SampleRow]:
-    """The samples of a finished evaluation under the tasks' present extraction; asks no model."""
+    """Score a finished evaluation with the tasks' current extraction; needs no model."""
     return rescored(read_samples(parquet), tasks)
 
 
@@ -225,7 +224,7 @@ def _refuse_another(path: Path, head: Mapping[str, str], record: Mapping[str, An
 
 
 def _resumed(part: Path, head: Mapping[str, str]) -> dict[tuple[str, str], SampleRow]:
-    """The rows an interrupted evaluation has written; a line it was killed in is cut off."""
+    """Samples that an interrupted evaluation has written; an incomplete last line is cut off."""
     if not part.exists():
         _append(part, [canonical_json(dict(head))])
         return {}
@@ -254,7 +253,7 @@ def _identity(sample: Mapping[str, Any]) -> tuple[str, str]:
 def _batches(
     questions: Sequence[Question], done: Mapping[tuple[str, str], SampleRow], rows: int
 ) -> Iterator[list[Question]]:
-    """What is still to be asked, cut where an uninterrupted evaluation cuts."""
+    """Batches of the remaining questions, with the boundaries of an uninterrupted evaluation."""
     for start in range(0, len(questions), rows):
         batch = questions[start : start + rows]
         if left := [q for q in batch if (q.task.name, q.example_id) not in done]:

@@ -1,8 +1,8 @@
-"""What the gate reads: one sample a row, three tables, and whether they are whole.
+"""Input of the gate: samples, tables of three models, and checks of their completeness.
 
-Completeness is step 1 of the gate: each expected (task, example) exactly once in every table,
+Step 1 of the gate is completeness: each expected (task, example) exactly once in every table,
 rewards of 0 or 1 (in [0, 1] for graded tasks), one harness hash a task, one digest a table.
-Whatever is missing, doubled or different is named; nothing is repaired or dropped.
+Defects are reported; nothing is repaired or dropped.
 """
 
 import math

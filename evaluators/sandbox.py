@@ -1,4 +1,4 @@
-"""Own tasks in processes that can read little, write nothing, reach nobody and leave nothing.
+"""Own tasks in sandboxed processes: no home, no writing, no network, no processes left over.
 
     this process -- pipes --> keeper --fork--> server --fork--> one process a verdict
                                                      --fork--> one process for key, fields, gold ...
@@ -7,8 +7,8 @@ The keeper enters the namespaces, runs no code of the task, and at the end kills
 below it. The server gives up its rights before it imports the task's file, and forks for each
 verdict, so that what one verdict changes in a module is gone with its process. Time is kept by the
 server on the kernel's clocks. A verdict that fails, hangs or grows costs its row: an error, reward
-0. Which of the kernel's means hold on this machine is measured as they are taken (``Protections``):
-without them the file has to be trusted.
+0. ``Protections`` reports which of the kernel's means are active on this
+machine; where Landlock or seccomp is missing, the file has to be trusted.
 """
 
 import json

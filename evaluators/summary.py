@@ -1,4 +1,4 @@
-"""Samples as values: what a row of an evaluation holds, and what is said about many of them.
+"""Samples of an evaluation: scoring them again, and figures by task.
 
 A sample is self-contained (its example and prompt travel with it), so that it can be scored again
 without a model and without the data set.
@@ -49,7 +49,7 @@ class Discordance:
 
 
 def scored(sample: SampleRow, task: Task, row: Row) -> SampleRow:
-    """The sample with the verdict that the task gives its completion now."""
+    """The sample with the task's current verdict on its completion."""
     verdict = judge(task, sample["completion"], row)
     return sample | {
         "extracted": verdict.extracted,
@@ -60,7 +60,7 @@ def scored(sample: SampleRow, task: Task, row: Row) -> SampleRow:
 
 
 def rescored(samples: Iterable[SampleRow], tasks: Mapping[str, Task]) -> list[SampleRow]:
-    """Every sample judged again by the tasks as they are now; no model is asked.
+    """Every sample scored again with the tasks' current extraction; needs no model.
 
     Raises:
         UserError: a sample of a task that is not given.

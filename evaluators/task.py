@@ -1,9 +1,8 @@
-"""What a task is: rows in, chat messages out, and a verdict on what came back.
+"""Tasks: rows in, chat messages out, and a verdict on each completion.
 
 A task is data plus four pure functions of a row (key, fields, gold, wrong) and one pure function of
-(completion, row), the verifier. Nothing here reads a file, a clock or the environment.
-
-Scores of finished answers: JSONL in, JSONL out, no model needed.
+(completion, row), the verifier. ``judge`` applies it to one completion, ``score_lines`` to JSONL.
+Nothing here reads a file, a clock or the environment.
 """
 
 import json
@@ -19,7 +18,7 @@ Row = Mapping[str, Any]
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 EXTRACTION_VERSION = "2"  # of the tasks here: raise it when any extraction changes
-MAX_COMPLETION_CHARS = 1_000_000  # what a verifier is shown at most: the end of the completion
+MAX_COMPLETION_CHARS = 1_000_000  # longest text a verifier gets: the end of the completion
 MAX_SHOWN_CHARS = 1000  # of an extracted answer and of an error
 MAX_SHOWN_ROW = 120  # of what is wrong with a row
 
@@ -28,7 +27,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Reward and format are 1 or 0; extracted is what was read, None where nothing was."""
+    """Reward and format in [0, 1]; extracted is the answer that was read, None without one."""
 
     reward: float
     format: float
@@ -117,7 +116,7 @@ def with_prompt(
     prefill: str | None = None,
     shots: int | None = None,
 ) -> Task:
-    """The same task asked in other words; what is None stays as it is."""
+    """The same task with another prompt; parts that are None stay."""
     changes: dict[str, Any] = {
         "template": template,
         "system": system,
@@ -128,7 +127,7 @@ def with_prompt(
 
 
 def training_reward(task: Task, verdict: Verdict) -> float:
-    """What Evolution Strategies maximise: reward + format_weight * format."""
+    """The objective of training: reward + format_weight * format."""
     return verdict.reward + task.format_weight * verdict.format
 
 
@@ -221,7 +220,9 @@ def _short(error: Exception) -> str:
 
 
 def score_lines(task: Task, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """``{completion, example}`` a line becomes ``{reward, format, extracted}``; blank lines pass.
+    """Each line ``{completion, example}`` becomes ``{reward, format, extracted}``.
+
+    Blank lines are skipped.
 
     A row on which the verifier fails scores 0 and says why under ``error``.
 

@@ -1,4 +1,4 @@
-"""The command line: arguments in, tables or one JSON document out. Nothing is decided here."""
+"""The command line: parses arguments, calls flows, prints tables or one JSON document."""
 
 import os
 import signal
@@ -14,7 +14,8 @@ from flows.show.terminal import quiet_libraries
 
 app = typer.Typer(
     name="anchorage",
-    help="A served language model that keeps learning, and can prove that it does not forget.",
+    help="Serve a language model and train it further by evolution strategies. A new version is "
+    "promoted only if it is better on its target and no worse on prior tasks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,9 +40,9 @@ def options(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one line on stderr and exit code 2.
+    """Run a command. An error of the user's prints one line on stderr and exits with code 2.
 
-    SIGTERM ends a command as an exception does: what it had started is stopped on the way out.
+    SIGTERM raises SystemExit in the command, so that what it started is stopped first.
     """
     quiet_libraries()
     signal.signal(signal.SIGTERM, _ended)
@@ -68,6 +69,6 @@ def main() -> None:
 
 
 def _ended(*_: object) -> None:
-    """End once: a second signal does not interrupt the way out."""
+    """Exit with 143; a second SIGTERM is ignored while the command stops what it started."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Benchmarks: each runs two things side by side and prints their ratio."""
+"""Benchmarks of the learner, the gate and the endpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,17 +8,20 @@ import typer
 from flows.cli.options import AsJson
 from flows.show.terminal import reporter, show
 
-app = typer.Typer(help="Measure: the learner, the gate, the endpoint.", no_args_is_help=True)
+app = typer.Typer(
+    help="Benchmarks of the learner, the gate and the endpoint.", no_args_is_help=True
+)
 
 
 @app.command()
 def learner(
     size: Annotated[
-        list[str] | None, typer.Option(help="1M, 50M, 500M (6 GB); all three if none.")
+        list[str] | None,
+        typer.Option(help="Parameters: 1M, 50M or 500M (needs 6 GB). Default: all three."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The exact learner beside the published recipe: speed, exactness, drift under pure noise."""
+    """Compare the learner with the published recipe: speed, exactness, drift under pure noise."""
     from flows.lab.bench.learner import SIZES, bench_learner, tables
 
     with reporter(as_json) as bars:
@@ -28,12 +31,14 @@ def learner(
 
 @app.command()
 def gate(
-    draws: Annotated[int, typer.Option(min=100, help="Simulated candidates for a rate.")] = 20_000,
+    draws: Annotated[
+        int, typer.Option(min=100, help="Simulated candidates for each rate.")
+    ] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the simulation.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the curves.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The gate's error rates by simulation, and 300 rounds of drift; exit code 1 over a bound."""
+    """Simulate the gate: error rates and 300 rounds of drift. Exit code 1 over a bound."""
     from flows.lab.bench.gate import GateBench, bench_gate, plot_gate, table
 
     with reporter(as_json) as bars:
@@ -46,13 +51,19 @@ def gate(
 
 @app.command()
 def endpoint(
-    turns: Annotated[int, typer.Option(min=1, help="Bursts of each kind at each door.")] = 6,
-    requests: Annotated[int, typer.Option(min=4, help="Answers of a burst.")] = 64,
-    swaps: Annotated[int, typer.Option(min=0, help="Swaps idle, and as many under load.")] = 40,
-    rollbacks: Annotated[int, typer.Option(min=0, help="By a running process and by command.")] = 5,
+    turns: Annotated[
+        int, typer.Option(min=1, help="Bursts of each kind, to the gateway and to the engine.")
+    ] = 6,
+    requests: Annotated[int, typer.Option(min=4, help="Requests of a burst.")] = 64,
+    swaps: Annotated[
+        int, typer.Option(min=0, help="Swaps without load, and as many under load.")
+    ] = 40,
+    rollbacks: Annotated[
+        int, typer.Option(min=0, help="Rollbacks in a running process, and as many by command.")
+    ] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The gateway beside the bare engine, the swap's pause, rollbacks; exit code 1 over a bound."""
+    """Measure gateway against bare engine, swaps and rollbacks. Exit code 1 over a bound."""
     from flows.lab.bench.endpoint import EndpointBench, bench_endpoint, table
 
     with reporter(as_json) as bars:

@@ -1,4 +1,4 @@
-"""Commands that need no service: scores, the gate on files, own tasks, the embedded model."""
+"""Commands that need no running service: score, gate, task check, embedded build."""
 
 import json
 import sys
@@ -12,15 +12,17 @@ from flows.cli.options import AsJson, Home
 from flows.show.terminal import pairs, reporter, show
 
 app = typer.Typer()
-task_app = typer.Typer(help="Tasks of your own.", no_args_is_help=True)
-embedded_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
+task_app = typer.Typer(help="Check tasks, your own included.", no_args_is_help=True)
+embedded_app = typer.Typer(
+    help="The small model that comes with the package.", no_args_is_help=True
+)
 
 
 @app.command()
 def score(
     task: Annotated[str, typer.Argument(help="Name of a task, or path/to/file.py:TASK.")],
 ) -> None:
-    """Score finished answers: JSONL {completion, example} in, {reward, format, extracted} out."""
+    """Score answers: {completion, example} a line on stdin, {reward, format, extracted} out."""
     from evaluators.plugins import load
     from evaluators.task import score_lines
     from evaluators.tasks import TASKS
@@ -36,19 +38,26 @@ def score(
 
 @app.command()
 def gate(
-    anchor: Annotated[Path, typer.Option(help="Samples of the anchor (parquet or JSONL).")],
-    champion: Annotated[Path, typer.Option(help="Samples of the champion.")],
-    candidate: Annotated[Path, typer.Option(help="Samples of the candidate.")],
+    anchor: Annotated[Path, typer.Option(help="Table of the anchor (parquet or JSONL).")],
+    champion: Annotated[Path, typer.Option(help="Table of the champion.")],
+    candidate: Annotated[Path, typer.Option(help="Table of the candidate.")],
     target: Annotated[str, typer.Option(help="The task that was trained.")],
-    confirm_anchor: Annotated[Path | None, typer.Option(help="Sealed draw, anchor.")] = None,
-    confirm_champion: Annotated[Path | None, typer.Option(help="Sealed draw, champion.")] = None,
-    confirm_candidate: Annotated[Path | None, typer.Option(help="Sealed draw, candidate.")] = None,
+    confirm_anchor: Annotated[Path | None, typer.Option(help="Anchor on the sealed rows.")] = None,
+    confirm_champion: Annotated[
+        Path | None, typer.Option(help="Champion on the sealed rows.")
+    ] = None,
+    confirm_candidate: Annotated[
+        Path | None, typer.Option(help="Candidate on the sealed rows.")
+    ] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="By betting: rows may be added and judged again.")
+        bool,
+        typer.Option(
+            "--sequential", help="Judge by betting tests, which allow rows to be added later."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge per-sample tables without a model or a service."""
+    """Apply the gate to tables of samples; needs no model and no service."""
     from agent.sections import GateSettings
     from evaluators.gate import GateRules
     from flows.commands.gate_files import gate_files
@@ -69,8 +78,8 @@ def gate(
 
 @task_app.command("check")
 def check_task(
-    spec: Annotated[str, typer.Argument(help="A task's name, or path/to/file.py:TASK.")],
-    limit: Annotated[int, typer.Option(help="Rows to check.")] = 100,
+    spec: Annotated[str, typer.Argument(help="Name of a task, or path/to/file.py:TASK.")],
+    limit: Annotated[int, typer.Option(help="Rows to check at most.")] = 100,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -111,11 +120,13 @@ def check_task(
 @embedded_app.command("build")
 def build_embedded(
     into: Annotated[Path, typer.Option("--out", help="Folder for the model.")],
-    steps: Annotated[int | None, typer.Option(help="Training steps; default: the card's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps. Default: those of the model's card.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the data and the weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train the embedded model from nothing, measure it, and write its card."""
+    """Train the embedded model from random weights, measure it, and write its model card."""
     from deploy.embedded.build import Recipe
     from flows.lab.embedded_model import make_embedded
 

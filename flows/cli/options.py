@@ -6,15 +6,29 @@ from typing import Annotated
 import typer
 
 Home = Annotated[
-    Path | None, typer.Option("--home", help="The service's folder; else ANCHORAGE_HOME.")
+    Path | None,
+    typer.Option("--home", help="Folder of the service. Default: ANCHORAGE_HOME, else .anchorage."),
 ]
-KnownHome = Annotated[  # of a command that only makes sense where something is
+KnownHome = Annotated[  # for commands that need an existing home
     Path | None,
     typer.Option(
-        "--home", exists=True, file_okay=False, help="The service's folder; else ANCHORAGE_HOME."
+        "--home",
+        exists=True,
+        file_okay=False,
+        help="Folder of the service. Default: ANCHORAGE_HOME, else .anchorage.",
     ),
 ]
-Config = Annotated[Path | None, typer.Option("--config", help="Settings, a TOML file.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
-Target = Annotated[str | None, typer.Option("--target", help="Task to train on.")]
-Digest = Annotated[str, typer.Argument(help="A digest's beginning, or anchor, champion, previous.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
+]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="Task to train on. Default: tasks.target of the settings."),
+]
+Digest = Annotated[
+    str,
+    typer.Argument(
+        help="First characters of a digest, or one of anchor, champion, previous, origin."
+    ),
+]

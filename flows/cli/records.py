@@ -15,11 +15,11 @@ key_app = typer.Typer(help="API keys of the endpoint.", no_args_is_help=True)
 
 @app.command()
 def history(
-    limit: Annotated[int, typer.Option(help="Newest rows.")] = 50,
+    limit: Annotated[int, typer.Option(help="Number of rows.")] = 50,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """The ledger, newest first: who, what, why, before and after."""
+    """Show the ledger, newest rows first: each decision, who made it and why."""
     from flows.service import Service
     from flows.show.report import history_table
 
@@ -30,13 +30,13 @@ def history(
 @app.command()
 def settings(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="The reference of all settings instead.")
+        bool, typer.Option("--markdown", help="Print the reference of all settings instead.")
     ] = False,
     config: Config = None,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """The settings that hold in a home, as TOML."""
+    """Print the settings in force in a home as TOML."""
     from flows.commands.settings import effective, reference, to_toml
 
     if markdown:
@@ -51,12 +51,12 @@ def settings(
 
 @app.command()
 def replay(
-    candidate: Annotated[str, typer.Argument(help="A candidate's digest or a round's id.")],
-    snapshots: Annotated[bool, typer.Option(help="Start from the newest sound snapshot.")] = False,
+    candidate: Annotated[str, typer.Argument(help="Digest of a candidate, or id of a round.")],
+    snapshots: Annotated[bool, typer.Option(help="Start from the newest valid snapshot.")] = False,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rebuild weights from anchor and journal, checking the hash after every generation."""
+    """Rebuild weights from anchor and journal; checks the hash after every generation."""
     from flows.commands.replays import replay_now
 
     document = replay_now(home, candidate, snapshots)
@@ -65,12 +65,12 @@ def replay(
 
 @app.command()
 def export(
-    candidate: Annotated[str, typer.Argument(help="A candidate's digest or a round's id.")],
-    into: Annotated[Path, typer.Argument(help="Folder for <digest>/.")],
+    candidate: Annotated[str, typer.Argument(help="Digest of a candidate, or id of a round.")],
+    into: Annotated[Path, typer.Argument(help="Folder in which <digest>/ is made.")],
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a candidate as a Hugging Face directory that transformers and vLLM load."""
+    """Write a candidate as a Hugging Face directory, for transformers or vLLM."""
     from flows.commands.replays import export_now
 
     document = export_now(home, candidate, into)
@@ -79,14 +79,17 @@ def export(
 
 @app.command()
 def forget(
-    principal: Annotated[str, typer.Argument(help="Owner of the keys whose rows go.")],
+    principal: Annotated[
+        str, typer.Argument(help="Principal (owner of keys) whose data is deleted.")
+    ],
     replay: Annotated[
-        bool, typer.Option("--replay", help="Learn those rounds again without its rewards.")
+        bool,
+        typer.Option("--replay", help="Train the rounds that used its rows again without them."),
     ] = False,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a principal's text, rows and keys; lists the versions that learnt from them."""
+    """Delete a principal's text, rows and keys; list the versions that were trained on them."""
     from flows.commands.forget import forget_now
     from flows.commands.runs import weigh_now
 
@@ -99,12 +102,17 @@ def forget(
 
 @key_app.command("create")
 def create_key(
-    owner: Annotated[str, typer.Argument(help="Whose key: the principal.")],
-    scope: Annotated[list[str], typer.Option(help="infer, submit_task, feedback, review, admin.")],
+    owner: Annotated[str, typer.Argument(help="Principal that owns the key.")],
+    scope: Annotated[
+        list[str],
+        typer.Option(
+            help="Scope: infer, submit_task, feedback, review or admin; repeat for several."
+        ),
+    ],
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key; its token is shown once and only its hash is kept."""
+    """Create a key. Its token is printed once; only a hash is stored."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service
 
@@ -114,7 +122,7 @@ def create_key(
 
 @key_app.command("list")
 def list_keys(home: KnownHome = None, as_json: AsJson = False) -> None:
-    """Every key, without its token."""
+    """List all keys (without tokens)."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service
 
@@ -124,7 +132,7 @@ def list_keys(home: KnownHome = None, as_json: AsJson = False) -> None:
 
 @key_app.command("revoke")
 def revoke_key(key_id: str, home: KnownHome = None) -> None:
-    """End a key."""
+    """Revoke a key."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service
 

@@ -1,4 +1,4 @@
-"""The loop step by step: collect, improve, evaluate, promote, roll back, review."""
+"""Commands for rounds and versions: collect, improve, evaluate, promote, roll back, review."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
 from flows.show.terminal import collected_tables, forecast_tables, pairs, reporter, show
 
 app = typer.Typer()
-anchor_app = typer.Typer(help="What rounds are tied to.", no_args_is_help=True)
-review_app = typer.Typer(help="Candidates that wait for a person.", no_args_is_help=True)
+anchor_app = typer.Typer(help="The model that rounds are tied to.", no_args_is_help=True)
+review_app = typer.Typer(help="Candidates that wait for approval.", no_args_is_help=True)
 
 
 @app.command()
 def collect(target: Target = None, home: Home = None, as_json: AsJson = False) -> None:
-    """Which rows the next round would train on, and what was set aside."""
+    """Show which rows the next round would train on and which were set aside."""
     from flows.learn.collect import collect_rows
     from flows.service import Service
 
@@ -32,9 +32,14 @@ def collect(target: Target = None, home: Home = None, as_json: AsJson = False) -
 @app.command()
 def improve(
     target: Target = None,
-    generations: Annotated[int | None, typer.Option(help="Generations of this round.")] = None,
+    generations: Annotated[
+        int | None, typer.Option(help="Number of generations. Default: learner.generations.")
+    ] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="A learner setting: alpha=0.02")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Learner setting for this round, for instance alpha=0.02; repeatable."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what it would cost: `plan`.")] = False,
     home: Home = None,
@@ -88,24 +93,29 @@ def _plan(
 
 @app.command()
 def study(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all, those done included.")] = 20,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of rounds, including finished ones.")
+    ] = 20,
     targets: Annotated[
-        str, typer.Option(help="Tasks to train on in turn, with commas between.")
+        str, typer.Option(help="Tasks to train on in turn, separated by commas.")
     ] = "gsm8k,proofwriter",
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="A learner setting: alpha=0.02")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Learner setting for this round, for instance alpha=0.02; repeatable."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture; default: study.png in the home.")
+        Path | None, typer.Option(help="PNG file for the curves. Default: study.png in the home.")
     ] = None,
     config: Config = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Many rounds in a home of its own, targets in turn; a killed study goes on.
+    """Run many rounds in one home, targets in turn; continues a study that was interrupted.
 
-    Without --config the embedded model learns in small rounds. Exit code 1 when at the end a task
-    does not keep its margin against the anchor.
+    Without --config the embedded model is trained in small rounds. Exit code 1 if at the end a
+    task is not within its margin of the anchor.
     """
     from flows.lab.study import StudyPlan, study_now
     from flows.show.report import study_tables
@@ -118,7 +128,7 @@ def study(
 
 
 def _changes(texts: list[str]) -> dict[str, Any]:
-    """["alpha=0.02", "penalty=none"] as a mapping; values as JSON where they are JSON."""
+    """["alpha=0.02", "penalty=none"] as a mapping; a value that is JSON is parsed."""
     values: dict[str, Any] = {}
     for each in texts:
         key, equals, value = each.partition("=")
@@ -134,26 +144,30 @@ def _changes(texts: list[str]) -> dict[str, Any]:
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="anchor, champion, a digest's beginning, a directory, or a URL.")
+        str,
+        typer.Option(help="anchor, champion, first characters of a digest, a directory, or a URL."),
     ] = "champion",
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", help="Tasks, by commas or repeated; all if none.")
+        list[str] | None,
+        typer.Option("--tasks", help="Tasks, separated by commas or repeated. Default: all."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
-    twice: Annotated[bool, typer.Option(help="Ask twice; keep and print A/A discordance.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task at most.")] = None,
+    twice: Annotated[
+        bool, typer.Option(help="Evaluate twice and report how many verdicts differ.")
+    ] = False,
     export: Annotated[
-        Path | None, typer.Option(help="Folder for the samples as lm-evaluation-harness logs them.")
+        Path | None, typer.Option(help="Folder for samples in lm-evaluation-harness's format.")
     ] = None,
     model_name: Annotated[
-        str | None, typer.Option(help="The name a URL knows the model by; else model.name.")
+        str | None, typer.Option(help="Model name for requests to a URL. Default: model.name.")
     ] = None,
     key_env: Annotated[
-        str, typer.Option(help="The environment variable that holds a URL's key.")
+        str, typer.Option(help="Environment variable with the API key for a URL.")
     ] = "OPENAI_API_KEY",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy of any model on any tasks; rows that weights have answered are not asked again."""
+    """Measure a model's accuracy on tasks. Stored answers of the same weights are reused."""
     from flows.commands.measure import RemoteModel, evaluate_model
     from flows.show.report import summary_table
 
@@ -168,12 +182,12 @@ def evaluate(
 
 @app.command()
 def rescore(
-    table: Annotated[Path, typer.Argument(help="Samples, a parquet file of evaluate.")],
-    out: Annotated[Path | None, typer.Option(help="Where the rescored table is written.")] = None,
+    table: Annotated[Path, typer.Argument(help="Parquet file written by evaluate.")],
+    out: Annotated[Path | None, typer.Option(help="File for the rescored table.")] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge old answers by the extraction of today, without a model; lists what changed."""
+    """Score stored answers with the current extraction, without a model; list what changed."""
     from flows.commands.measure import rescore_table
     from flows.show.report import summary_table
 
@@ -184,7 +198,7 @@ def rescore(
 
 @app.command()
 def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> None:
-    """Serve a candidate that passed the gate (or was approved, or served before)."""
+    """Serve a version: a candidate that passed the gate or was approved, or one served before."""
     from flows.commands.runs import promote_now
 
     with reporter(as_json) as bars:
@@ -194,8 +208,10 @@ def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> 
 
 @app.command()
 def rollback(
-    digest: Annotated[str, typer.Argument(help="A kept digest, or anchor, previous.")] = "previous",
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")] = "by hand",
+    digest: Annotated[
+        str, typer.Argument(help="First characters of a kept digest, or anchor or previous.")
+    ] = "previous",
+    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")] = "by hand",
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
@@ -210,33 +226,33 @@ def rollback(
 @review_app.command("approve")
 def approve(
     digest: Digest,
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Approve exactly this digest; it is promoted next."""
+    """Approve a waiting candidate; it is promoted next."""
     _review(home, digest, "approve", reason, as_json)
 
 
 @review_app.command("reject")
 def refuse(
     digest: Digest,
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Reject exactly this digest."""
+    """Reject a waiting candidate."""
     _review(home, digest, "reject", reason, as_json)
 
 
 @anchor_app.command("move")
 def move(
     digest: Digest,
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tie later rounds to the champion (off unless review.allow_anchor_move is set)."""
+    """Make the champion the anchor of later rounds (needs review.allow_anchor_move)."""
     from flows.commands.runs import move_anchor_now
 
     with reporter(as_json) as bars:

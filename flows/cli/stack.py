@@ -1,4 +1,4 @@
-"""Commands that start, stop and look at the stack, and its processes."""
+"""Commands that start, stop and inspect the service."""
 
 from typing import Annotated
 
@@ -8,12 +8,12 @@ from flows.cli.options import AsJson, Config, Home
 from flows.show.terminal import pairs, reporter, show, status_table
 
 app = typer.Typer()
-service_app = typer.Typer(help="Processes of the stack (started by `up`).")
+service_app = typer.Typer(help="Processes of the service (started by `up`).")
 
 
 @app.command()
 def demo(home: Home = None, as_json: AsJson = False) -> None:
-    """The whole loop in one go: serve, learn, judge, promote, reject, roll back. Minutes."""
+    """Run the whole loop once: serve, train, judge, promote, reject, roll back. Takes minutes."""
     from flows.lab.demo import run_demo
     from flows.show.report import demo_tables
 
@@ -26,8 +26,12 @@ def demo(home: Home = None, as_json: AsJson = False) -> None:
 def up(
     home: Home = None,
     config: Config = None,
-    model: Annotated[str | None, typer.Option(help="Directory or hub id of the anchor.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the endpoint; 0: a free one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the model to start from.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the endpoint; 0 chooses a free one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Start the service; returns when the endpoint answers."""
@@ -40,7 +44,7 @@ def up(
 
 @app.command()
 def down(home: Home = None, as_json: AsJson = False) -> None:
-    """Stop everything that `up` started; nothing is left running."""
+    """Stop all processes that `up` started."""
     from flows.serve.stack import stop
 
     document = stop(home)
@@ -51,11 +55,12 @@ def down(home: Home = None, as_json: AsJson = False) -> None:
 def status(
     home: Home = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="A live view: requests, latency, rewards, queue, swaps.")
+        bool,
+        typer.Option("--watch", help="Live view of requests, latency, rewards, queue and swaps."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What runs, where, and which version is served."""
+    """Show the processes, their addresses and the served version."""
     from flows.serve.stack import state
 
     if not watch:

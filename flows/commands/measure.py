@@ -1,4 +1,4 @@
-"""Any model on any tasks, asked through engines of our own or over an OpenAI endpoint."""
+"""Measuring a model on tasks, with engines started here or over an OpenAI endpoint."""
 
 import json
 import os
@@ -27,7 +27,7 @@ NO_KEY = "local"  # an endpoint without keys takes any
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """How a URL is asked: the name it knows the model by, and where its key is found."""
+    """Options of a URL: the model's name there, and the environment variable with its key."""
 
     name: str | None = None  # None: the name of the settings
     key_env: str = "OPENAI_API_KEY"  # an environment variable, so that no key stands in a command
@@ -54,8 +54,8 @@ def evaluate_model(
         model: anchor, champion, previous, a digest's beginning, a directory, or a URL.
         tasks: Names; all known tasks if empty.
         limit: Rows of each task; the settings' if None.
-        progress: Who is told.
-        endpoint: How a URL is asked.
+        progress: Reports rows done.
+        endpoint: Options where ``model`` is a URL.
         twice: Whether to ask again and keep the A/A discordance beside the table.
         into: Folder for the samples in lm-evaluation-harness's format.
     """
@@ -82,7 +82,7 @@ def evaluate_model(
 
 
 def rescore_table(home: Path | None, table: Path, out: Path | None) -> dict[str, Any]:
-    """A table of samples under the tasks' extraction of today; no model is asked.
+    """Score a table of samples with the tasks' current extraction, without a model.
 
     Args:
         home: The service's folder, whose settings name own tasks.

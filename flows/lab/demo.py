@@ -1,10 +1,8 @@
-"""The whole loop on this machine, on real parts: learn something, refuse harm, undo, and show it.
+"""``anchorage demo``: the whole loop on this machine, with the real engine, gateway and flows.
 
-A fresh home under the given one (``<home>/demo``) is served; a client asks it live questions; a
-good round is learnt, judged, promoted and asked again; a harmful one is learnt and rejected; the
-service is rolled back to the anchor and forward again; everything is stopped.
-
-A client like any user's: the OpenAI library against the endpoint, requests that carry a task.
+In a fresh home (``<home>/demo``): start the service; send live requests with the OpenAI client;
+train, judge and promote a good round and send the same requests again; train and reject a harmful
+round; roll back to the anchor and forward again; stop everything.
 """
 
 import json
@@ -35,7 +33,7 @@ AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Live:
-    """What a batch of live requests came to."""
+    """Result of a batch of live requests."""
 
     accuracy: float
     n: int
@@ -49,9 +47,9 @@ def ask(
     requests: Sequence[tuple[Row, list[Message]]],
     progress: Reporter,
 ) -> Live:
-    """Send every row as a chat with ``metadata.task`` and its row; greedy, so it can be paired.
+    """Send every row as a chat with ``metadata.task`` and its row, greedily.
 
-    The service verifies on its own; here the answers are judged once more, as a user would.
+    The answers are judged here as well, independently of the service's own verifier.
     """
     from openai import OpenAI
 
@@ -126,7 +124,7 @@ def fresh_home(home: Path | None) -> Home:
 
 @contextmanager
 def stopping(place: Home) -> Iterator[None]:
-    """Whatever happens inside, nothing of this home is left running."""
+    """Stop the service of this home at the end, after an error too."""
     try:
         yield
     finally:
@@ -138,7 +136,7 @@ def _story(opened: Session, status: dict[str, Any], progress: Reporter) -> dict[
 
     service, endpoint = opened.service, str(status["endpoint"])
     home, target = str(service.home.root), service.settings.tasks.target
-    _ = opened.population  # its engine starts while the client asks
+    _ = opened.population  # its engine starts while the client sends requests
     served = [served_version(endpoint)]
 
     progress.say("a client asks live questions")
@@ -175,7 +173,7 @@ def _story(opened: Session, status: dict[str, Any], progress: Reporter) -> dict[
 
 
 def live(service: Service, endpoint: str, progress: Reporter) -> Live:
-    """The same live requests at every call: training rows of the target, as a user's traffic."""
+    """Send the same live requests at every call: training rows of the target."""
     task = service.target()
     rows: list[Row] = list(service.training_rows(task.name).values())[:LIVE_ROWS]
     shots = service.shots(task.name)

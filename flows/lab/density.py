@@ -1,4 +1,4 @@
-"""How far pure noise carries one parameter under any penalty, where no closed form is known.
+"""Expected norm of delta under pure noise for any penalty, computed numerically.
 
 Under rewards of pure noise each coordinate follows x <- P(x + g xi), xi ~ N(0, 1), with
 g = alpha / sqrt(N) and P the penalty step. The value before P, u = P(u') + g xi, has the density

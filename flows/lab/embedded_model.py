@@ -1,7 +1,7 @@
-"""Building the embedded model: the tasks' own prompts, the synthetic rows, and the trainer meet.
+"""Training and measuring the embedded model on synthetic rows of the tasks.
 
-`deploy` does not know the tasks; here their messages are handed to it, and their verifiers judge
-what the trained model says.
+`deploy` must not import the tasks, so this module gives its trainer the conversations and judges
+the trained model's answers with the tasks' verifiers.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,13 +23,7 @@ Row = Mapping[str, Any]
 TRAIN_ROWS = 9_000  # distinct rows a task, fewer where fewer exist
 FEWER = {"countdown": 2_000, "piqa": 2_000}
 EVAL_ROWS = 400
-SHOTS = (
-    0,
-    1,
-    2,
-    5,
-    5,
-)  # how many worked examples precede a training question, where a task has any
+SHOTS = (0, 1, 2, 5, 5)  # numbers of worked examples drawn from, for tasks that have any
 MAX_TOKENS = 48
 
 
@@ -66,7 +60,9 @@ def converse(rng: Random, done: float) -> Conversation:
 
 
 def measure(directory: Path, n: int = EVAL_ROWS) -> dict[str, Score]:
-    """Greedy accuracy of the model in `directory` on rows kept from training (but for refusal)."""
+    """Greedy accuracy of the model in `directory` on rows it was not trained on.
+
+    Refusal has no other rows than those of training."""
     return {name: _score(directory, TASKS[name], n) for name in MIXTURE}
 
 
@@ -79,7 +75,7 @@ def _score(directory: Path, task: Task, n: int) -> Score:
 
 
 def _examples(task: Task, row: Row) -> list[dict[str, Any]]:
-    """The worked examples of the row's group; none for a task asked without."""
+    """The worked examples of the row's group; empty for tasks without examples."""
     if not task.shots:
         return []
     group: Callable[[Row], str] = task.shot_group or (lambda row: "")

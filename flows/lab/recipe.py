@@ -31,7 +31,7 @@ def perturb(weights: Weights, seed: int, sigma: float) -> None:
 
 
 def restore(weights: Weights, seed: int, sigma: float) -> None:
-    """theta - sigma eps, in place: back to where it was, but for rounding."""
+    """theta - sigma eps, in place: the inverse of perturb up to rounding."""
     for weight, eps in zip(weights, _noise(weights, seed), strict=True):
         weight.sub_(eps, alpha=sigma)
 
@@ -69,7 +69,7 @@ def differing_after_cycles(
 
 
 def differing_after_renders(*, parameters: int, cycles: int, sigma: float, seed: int) -> int:
-    """The same for the exact learner: bfloat16 and float32 weights differing, added up."""
+    """The same for the exact learner; sum over float32 and bfloat16 weights."""
     delta, total = np.zeros(parameters, np.float32), 0
     origin = _anchor(parameters, seed)
     for anchor in (origin.numpy(), origin.bfloat16().view(torch.uint16).numpy()):
@@ -120,7 +120,7 @@ def pure_noise_norms(
 
 
 def _noise_steps(population: int, alpha: float, generations: int, seed: int) -> Iterator[Step]:
-    """Steps without a penalty, from rewards that know nothing."""
+    """Steps without a penalty, from random rewards."""
     rng, crew = np.random.default_rng(seed), members(population, mirrored=False)
     for generation in range(generations):
         rewards = rng.standard_normal(population)

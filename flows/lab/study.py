@@ -1,9 +1,9 @@
-"""A study: many rounds in one home with alternating targets, on a stack that is down.
+"""``anchorage study``: many rounds in one home with alternating targets, without a running service.
 
-Every round starts from the champion and is learnt, judged, shown and, where it passed, promoted
-through the ledger, to be served from the next start. Nothing but the home remembers how far it
-has come: a study that was killed goes on when it is asked for again, and one that is asked for
-more rounds adds them. Without traffic nothing can bake: a promoted version is champion at once.
+Every round starts from the champion and is trained, judged and, if it passed, promoted through the
+ledger. Progress is stored in the home alone: the command continues an interrupted study, and adds
+rounds to a finished one. Without traffic there is no baking: a promoted version becomes champion
+at once.
 """
 
 import time
@@ -49,7 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """How many rounds, on which targets in turn, with which learner settings of their own."""
+    """Number of rounds, targets in turn, and learner settings that differ from the home's."""
 
     rounds: int
     targets: tuple[str, ...]
@@ -67,7 +67,7 @@ def study_now(
     picture: Path | None,
     progress: Reporter,
 ) -> dict[str, Any]:
-    """Run a study, or go on with the one this home holds; see ``study``.
+    """Run a study, or continue the one in this home; see ``study``.
 
     Raises:
         UserError: The stack of this home is up, or a target or a setting is not allowed.
@@ -81,7 +81,7 @@ def study_now(
 
 
 def study(opened: Session, plan: StudyPlan, picture: Path | None = None) -> dict[str, Any]:
-    """All rounds of the plan that the home does not hold yet, then what they came to.
+    """Run the rounds of the plan that the home does not have yet, and compare with the anchor.
 
     Returns:
         rounds: [{round, target, verdict, promoted, before, after, difference, low, high, norm}]
@@ -160,7 +160,7 @@ def _kept(
 
 
 def _rounds(opened: Session, plan: StudyPlan) -> Iterator[int]:
-    """Finish what the home has begun, then learn what is missing; the rounds done so far."""
+    """Finish an interrupted round, then run the missing ones; yields the number done."""
     service = opened.service
     if not (service.home.serving_json).is_file():
         champion = service.champion()
@@ -186,7 +186,7 @@ def _finished(opened: Session) -> list[Run]:
 
 
 def _settle(opened: Session, run: Run) -> dict[str, Any]:
-    """Weigh a finished round and act on its verdict, wherever a kill left it."""
+    """Judge a finished round and act on its verdict, also after an interruption."""
     service, digest = opened.service, str(run.digest)
     judged = RoundFiles(service.home, run.run_id).judged()
     if judged is None or service.ledger.state(digest) in UNJUDGED:
@@ -204,7 +204,7 @@ def _settle(opened: Session, run: Run) -> dict[str, Any]:
 
 
 def _row(opened: Session, run: Run) -> dict[str, Any]:
-    """One round as its report says, and how far it has gone from the anchor."""
+    """One round: figures of its report and the norm of its delta."""
     service = opened.service
     judged = RoundFiles(service.home, run.run_id).judged()
     assert judged is not None  # every finished round was weighed (_settle)

@@ -1,14 +1,14 @@
-"""`anchorage bench endpoint`: the gateway beside the bare engine, and the swap under streams.
+"""`anchorage bench endpoint`: the gateway against the bare engine, swaps, rollbacks.
 
-A stack of its own in a temporary home: the serving engine, the gateway, the watchdog. The same
-requests go to the engine's socket and through the gateway in turns; then two versions are swapped
-while clients stream, and once more while nobody asks; then rollbacks are timed (``rollbacks``).
+Starts engine, gateway and watchdog in a temporary home. The same requests go to the engine's
+socket and through the gateway in turns; then two versions are swapped with and without streaming
+clients; then rollbacks are timed (``rollbacks``).
 
     added latency   p(gateway) - p(direct) of the pooled latencies, p50 and p99, in ms
     throughput      median over the turns of answers/s through the gateway over answers/s direct
     gateway's time  processor time of the gateway's process over its answers, in ms
     first token     median to a stream's first event, gateway - direct, in ms
-    swap pause      how long the gateway admitted nobody, answers under way waited for, in ms
+    swap pause      time in which the gateway admits no request, waiting for answers included, in ms
 
 With N clients that ask again at once, N requests are always under way, and the mean latency is N
 over the throughput (Little's law): beyond one at a time, added latency is the throughput once more,
@@ -53,7 +53,7 @@ class EndpointBench:
     """How much is measured."""
 
     turns: int = 8
-    """Bursts of each kind at each door."""
+    """Bursts of each kind, to the gateway and to the engine."""
     requests: int = 64
     """Least answers of a burst (a fourth of it one at a time); each client asks for four."""
     at_once: tuple[int, ...] = (1, 8, 32)

@@ -1,4 +1,4 @@
-"""The gate's own evidence: how often it errs, by simulation of paired counts, seeded.
+"""`anchorage bench gate`: the gate's error rates, by seeded simulation of paired counts.
 
 One task with n rows, true loss L (the anchor's accuracy less the candidate's, a share) and share
 k of discordant rows gives   (b, c, rest) ~ Multinomial(n; (k + L)/2, (k - L)/2, 1 - k),

@@ -1,4 +1,4 @@
-"""`anchorage bench learner`: the exact learner beside the published recipe, side by side.
+"""`anchorage bench learner`: the exact learner against the published recipe.
 
 Speed     per phase, (parameter, member) pairs per second, medians over interleaved repeats:
           render and restore of each member, then one update with l2 decay. The headline `ratio` is
@@ -64,7 +64,7 @@ def bench_learner(
     """Run everything and return the document of `--json`; about 3 minutes on two cores.
 
     `parameters` is how many weights the exactness and norm parts use; each size is repeated
-    REPEATS times unless told. 500M needs 6 GB of memory.
+    REPEATS times by default. 500M needs 6 GB of memory.
     """
     unknown = sorted(set(sizes) - set(SIZES))
     if unknown or not sizes:

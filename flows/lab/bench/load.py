@@ -1,7 +1,7 @@
-"""Clients that measure: the same requests through two doors, one beside the other.
+"""Clients that measure latency and throughput of two endpoints for the same requests.
 
-Everything that is compared is interleaved, door by door in turns of changing order, so that what
-else the machine does meets both.
+Measurements of the two are interleaved in changing order, so that other load on the machine
+affects both alike.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where requests go: an address, or a unix socket; ``extra`` fields belong to this door."""
+    """Where requests go: an address or a unix socket; ``extra`` fields are added to them."""
 
     name: str
     url: str
@@ -41,7 +41,7 @@ class Burst:
 
 
 class Client:
-    """Asks one door; every prompt is asked once, so that no answer comes out of a cache."""
+    """Sends requests to one endpoint; every prompt is new, so that no answer comes from a cache."""
 
     def __init__(
         self, session: aiohttp.ClientSession, door: Target, body: Mapping[str, Any]

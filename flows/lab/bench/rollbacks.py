@@ -1,4 +1,4 @@
-"""The way back, timed on a stack that serves: as an act of a process that runs, and as a command.
+"""Times of rollbacks on a running service: by a call in this process, and by the command.
 
     served    from the call until the earlier version is verified and chosen (serving.json)
     whole     from the call until everything is written (MLflow follows by itself)
@@ -21,13 +21,13 @@ from flows.service import Service
 from flows.session import Session
 from flows.show.progress import Reporter, Silent
 
-ROLLBACK_S = 2.0  # what is promised of an act in place
+ROLLBACK_S = 2.0  # longest rollback by call
 
 
 def rollbacks(
     service: Service, other: Served, count: int, progress: Reporter
 ) -> dict[str, dict[str, float]]:
-    """Forward to ``other`` and back ``count`` times in each way; seconds, median and longest."""
+    """Promote ``other`` and roll back ``count`` times by call and by command; seconds."""
     _known(service, other)
     session, root = Session(service, Silent()), str(service.home.root)
     if read_served(service.home).digest != service.champion():
@@ -50,7 +50,7 @@ def rollbacks(
 
 
 def within(timings: Mapping[str, Any]) -> bool:
-    """Whether every act in place kept the promise."""
+    """Whether every rollback by call was fast enough."""
     return bool(timings["act"]["whole_max_s"] <= ROLLBACK_S)
 
 

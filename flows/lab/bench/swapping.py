@@ -1,4 +1,4 @@
-"""The swap's pause, as clients meet it: two versions back and forth, idle and under streams."""
+"""Length of the pause that swaps cause, with and without streaming clients."""
 
 import asyncio
 import time
@@ -18,12 +18,12 @@ from flows.service import Service
 from flows.show.progress import Reporter
 
 PAUSE = "anchorage_swap_pause_seconds_sum"
-BETWEEN_S = 0.05  # so that clients meet every version
+BETWEEN_S = 0.05  # so that every version answers some requests
 
 
 @dataclass(frozen=True, slots=True)
 class Shuttle:
-    """What swaps, and where it shows."""
+    """The service, its endpoint and the two versions that are swapped."""
 
     service: Service
     door: Target
@@ -32,7 +32,7 @@ class Shuttle:
 
 
 async def swapped(count: int, streams: int, gateway: Client, shuttle: Shuttle) -> dict[str, Any]:
-    """Back and forth while nobody asks, then under streams."""
+    """Swap ``count`` times without clients, then with ``streams`` streaming clients."""
     if count == 0:
         return {}
     idle = await asyncio.to_thread(back_and_forth, count, shuttle, "idle")
@@ -46,7 +46,7 @@ async def swapped(count: int, streams: int, gateway: Client, shuttle: Shuttle) -
 
 
 def back_and_forth(count: int, shuttle: Shuttle, what: str) -> dict[str, Any]:
-    """So many swaps, and how long each kept everybody out."""
+    """Swap ``count`` times and measure each pause."""
     advance = shuttle.progress.track(f"swaps, {what}", count)
     pauses: list[float] = []
     failed = 0
