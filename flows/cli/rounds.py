@@ -63,15 +63,21 @@ def improve(
 def plan(
     target: Target = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="A learner setting: population=8")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Learner setting for this round, for instance population=8; repeatable."
+        ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Price of an hour of this machine.")
+        float | None,
+        typer.Option(
+            min=0, help="Price of an hour of this machine, to print the price of the round."
+        ),
     ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a round would cost and what its gate could decide, measured on a few rows."""
+    """Forecast a round's cost and what its gate can decide, measured on a few rows."""
     _plan(home, target, _changes(changes or []), price, as_json)
 
 
@@ -192,7 +198,9 @@ def rescore(
     from flows.show.report import summary_table
 
     document = rescore_table(home, table, out)
-    shown = summary_table(document | {"model": f"{table.name}, {len(document['changed'])} rows changed"})
+    shown = summary_table(
+        document | {"model": f"{table.name}, {len(document['changed'])} rows changed"}
+    )
     show(document, as_json, shown)
 
 
