@@ -128,6 +128,15 @@ class Home:
         """What a cold engine with this digest answered."""
         return self.probes / f"{digest}.json"
 
+    def certificate_json(self, key: str) -> Path:
+        """How weights may be put into engines of one model configuration and vLLM version."""
+        return self.root / "certificates" / f"{key[:32]}.json"
+
+    @property
+    def members(self) -> Path:
+        """Weights of single members while an engine is started on each; and of certification."""
+        return self.root / "members"
+
     @property
     def swap_json(self) -> Path:
         """The lease of the swap under way; absent when there is none."""

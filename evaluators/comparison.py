@@ -16,7 +16,7 @@ from evaluators.evidence import Evidence
 
 Outcome = Literal["pass", "hold", "reject", "note"]
 Stage = Literal["first", "sealed"]
-Step = Literal["completeness", "prior", "retained", "pooled", "target", "confirmation"]
+Step = Literal["completeness", "prior", "retained", "pooled", "target", "confirmation", "cold"]
 
 DISCORDANT = 0.06  # share of rows on which an unchanged model may differ
 WIDEST_MARGIN = 0.10  # below about 35 rows even an unchanged task cannot pass this

@@ -12,7 +12,7 @@ shares (0.01 is one point).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from evaluators.comparison import Comparison, Reason, Stage, Step, pooled_margin, task_margin
@@ -135,6 +135,14 @@ def decide(
         if _verdict(reasons) == "promote":
             reasons += tuple(_confirmation(tables, sealed, priors, settings))
     return Decision(_verdict(reasons), reasons, _figures(tables, target, reasons))
+
+
+def withheld(decision: Decision, texts: Sequence[str]) -> Decision:
+    """A decision that rests on answers which a fresh engine did not repeat: hold, and why."""
+    if not texts:
+        return decision
+    reasons = tuple(Reason("cold", "first", "", "hold", text) for text in texts)
+    return replace(decision, verdict="hold", reasons=(*decision.reasons, *reasons))
 
 
 def _verdict(reasons: Sequence[Reason]) -> Verdict:

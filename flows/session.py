@@ -4,7 +4,9 @@ Flows that run inside one another in one process share the session of their home
 start once and stay warm from one round to the next.
 """
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.home import write_atomically
+from agent.population.certify import Certificate, FreshEngine, certify, key_of
 from agent.population.placement import (
     ALONE,
     available_cores,
@@ -22,37 +26,91 @@ from agent.population.placement import (
 )
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher
-from agent.population.schedule import Engine
-from agent.population.vllm import EngineOptions, on_cpu
+from agent.population.schedule import Engine, Way
+from agent.population.vllm import EngineOptions, on_cpu, vllm_version
 from agent.sections import EngineSettings
+from deploy.model import EMBEDDED_CERTIFICATES
 from deploy.serving.engines import is_up
 from flows.service import Service
 from flows.show.progress import Reporter, Silent
 
 _OPEN: dict[Path, "Session"] = {}
+Start = Callable[[EngineOptions], Engine]
 
 
 class Session:
-    """The parts of a home, its engines (given, or started as the settings say), and a reporter."""
+    """The parts of a home, its engines, and a reporter.
+
+    Engines are those given, or started as the settings say; ``start`` starts other ones instead.
+    """
 
     def __init__(
-        self, service: Service, progress: Reporter, population: Population | None = None
+        self,
+        service: Service,
+        progress: Reporter,
+        population: Population | None = None,
+        start: Start | None = None,
     ) -> None:
         self.service = service
         self.progress = progress
         self._launcher: EngineLauncher | None = None
         self._population = population
+        self._start = start
 
     @property
     def population(self) -> Population:
-        """The engines; the first call starts them and does not wait until they are ready."""
+        """The engines; the first call starts them and does not wait until they are ready.
+
+        How members get into them is certified before, once for a model configuration.
+        """
         if self._population is None:
+            way = self.certificate().way
             options = engine_options(self.service)
-            self._population = Population([partial(self.engine, each) for each in options])
+            starts = [partial(self._placed, way, at, each) for at, each in enumerate(options)]
+            self._population = Population(starts)
         return self._population
+
+    def certificate(self) -> Certificate:
+        """The certificate of this model, vLLM and options: kept, shipped, or measured now."""
+        service, options = self.service, engine_options(self.service)[0]
+        known = kept_certificate(service)
+        if known is None:
+            name = service.anchor.directory.name
+            self.progress.say(f"{name}: engines are certified against cold starts, once")
+
+            def start(directory: Path, way: Way) -> Engine:
+                return self.engine(replace(options, model=directory, way=way))
+
+            folder = service.home.members / "certify"
+            try:
+                known = certify(start, service.anchor.directory, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            path = service.home.certificate_json(certificate_key(service))
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(path, json.dumps(known.to_json(), indent=1))
+        if known.way == "fresh":
+            self.progress.say(
+                f"{known.family}: a running engine does not take other weights exactly "
+                f"({known.refused[-1]}); every member gets an engine of its own, which is slow"
+            )
+        return known
+
+    def _placed(self, way: Way, number: int, options: EngineOptions) -> Engine:
+        """An engine of the population, by the certified way."""
+        if way != "fresh":
+            return self.engine(replace(options, way=way))
+        scratch = self.service.home.members / str(number)
+
+        def start(directory: Path) -> Engine:
+            return self.engine(replace(options, model=directory))
+
+        return FreshEngine(start, scratch, options.model, options.importance)
 
     def engine(self, options: EngineOptions) -> Engine:
         """One more engine, placed as the settings say; the caller closes it."""
+        if self._start is not None:
+            return self._start(options)
         if self.service.settings.engines.placement == "ray":
             from agent.population.ray import Placement, RayEngine
 
@@ -85,6 +143,27 @@ def session(home: Path, progress: Reporter | None = None) -> Iterator[Session]:
     finally:
         del _OPEN[key]
         opened.close()
+
+
+def certificate_key(service: Service) -> str:
+    """What decides how weights are laid out in this service's engines, as a hash."""
+    chosen = service.settings.engines
+    options = {
+        "dtype": service.settings.model.dtype,
+        "tensor_parallel": chosen.population_ranks,
+        "master_device": chosen.master_device,
+    }
+    return key_of(service.anchor, vllm_version(), options)
+
+
+def kept_certificate(service: Service) -> Certificate | None:
+    """The certificate in the home, or the shipped one of the embedded model, if there is one."""
+    key = certificate_key(service)
+    kept = service.home.certificate_json(key)
+    if kept.is_file():
+        return Certificate.from_json(json.loads(kept.read_text(encoding="utf-8")))
+    shipped = json.loads(EMBEDDED_CERTIFICATES.read_text(encoding="utf-8")).get(key)
+    return Certificate.from_json(shipped) if shipped else None
 
 
 def engine_options(service: Service) -> list[EngineOptions]:

@@ -32,7 +32,7 @@ from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.logprobs import largest_difference
 from agent.population.schedule import Completion, Engine, Logprobs, Messages, Way
-from agent.store.anchor import read_json
+from agent.store.anchor import read_json, require_finite
 from agent.store.weights import Anchor, Parameters, Theta, export
 
 TOLERANCE = 1e-3  # nats; on the CPU every sound way differs from a cold start by 0.0
@@ -81,6 +81,19 @@ class Reply:
         texts = [answer.text for answer in engine.generate(prompts, max_tokens, member)]
         rows = engine.top_logprobs(prompts, TOKENS, positions, member)
         return cls(tuple(texts), tuple(map(tuple, rows)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Reply":
+        """Read what ``dataclasses.asdict`` and JSON made of one: token ids became texts."""
+        rows = (
+            tuple({int(token): value for token, value in place.items()} for place in row)
+            for row in data["logprobs"]
+        )
+        return cls(tuple(data["texts"]), tuple(rows))
+
+    def reversed(self) -> "Reply":
+        """The same with its prompts in the other order."""
+        return Reply(self.texts[::-1], self.logprobs[::-1])
 
     def difference(self, other: "Reply") -> float:
         """max |log p - log q| in nats; infinite where the likeliest tokens differ."""
@@ -158,6 +171,7 @@ def certify(
         UserError: The model cannot be started at all, or is not what an anchor may be.
     """
     anchor = Anchor.open(directory)
+    require_finite(anchor)
     member = MEMBER, PERTURBED * typical(anchor)
     other = export(Parameters.zeros(anchor), scratch, member=member)
     engine = start(other, "long")

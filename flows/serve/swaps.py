@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agent.errors import UserError
+from agent.population.schedule import Engine
 from agent.store.ledger import StaleEpoch
 from agent.store.weights import short
 from deploy.serving.control import ControlError
@@ -23,7 +24,7 @@ from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.probes import Probes, read_probes, write_probes
 from deploy.serving.served import Served, read_served
 from flows.service import Service
-from flows.session import Session, engine_options
+from flows.session import Session, engine_options, kept_certificate
 
 LOG = logging.getLogger("anchorage.swaps")
 
@@ -65,6 +66,12 @@ def swap(
     service = session.service
     epoch: list[int] = []
     strategy = strategy or service.settings.engines.swap
+    certificate = kept_certificate(service)
+    if strategy == "in_place" and certificate is not None and certificate.way == "fresh":
+        session.progress.say(
+            f"{certificate.family}: swapped by a cold start, a reload is not exact"
+        )
+        strategy = "cold"
     if strategy != "cold" and is_up(service.home):
         ensure_probes(session, digest)
 
@@ -188,18 +195,26 @@ def _served(service: Service) -> Served:
 
 def ensure_probes(session: Session, digest: str) -> None:
     """Have the probes of a digest answered by a cold engine, unless they are recorded already."""
+    if not _known(session.service, digest):
+        session.progress.say(f"a cold engine answers the probes of {digest[:12]}")
+        with cold_engine(session, digest):
+            pass
+
+
+@contextmanager
+def cold_engine(session: Session, digest: str) -> Iterator[Engine]:
+    """An engine started on a version, which has answered its probes where a swap may need them."""
     service = session.service
-    if _known(service, digest):
-        return
-    session.progress.say(f"a cold engine answers the probes of {digest[:12]}")
     options = engine_options(service)[0]
     cold = session.engine(replace(options, model=service.directory(digest)))
     try:
-        prompts = probe_prompts(service)
-        expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+        if is_up(service.home) and not _known(service, digest):
+            prompts = probe_prompts(service)
+            expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+            write_probes(service.home, digest, Probes.of(prompts, expected))
+        yield cold
     finally:
         cold.close()
-    write_probes(service.home, digest, Probes.of(prompts, expected))
 
 
 def probe_served(service: Service) -> None:

@@ -12,7 +12,8 @@ from agent.home import Home
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.pool import Population
-from agent.population.schedule import Completion, Messages
+from agent.population.schedule import Completion, Logprobs, Messages
+from agent.population.vllm import EngineOptions
 from agent.registry import Registry
 from agent.store.weights import Anchor, Parameters
 from flows.service import Service
@@ -109,6 +110,17 @@ class PlantedEngine:
             for task, ids in zip(tasks, continuations, strict=True)
         ]
 
+    def top_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        k: int,
+        positions: int = 1,
+        member: tuple[Address, float] | None = None,
+    ) -> list[list[Logprobs]]:
+        """One token, the less likely, the further the tensor of the prompt's task has moved."""
+        told = self.prompt_logprobs(prompts, [[0]] * len(prompts))
+        return [[{0: row[0]}] * positions for row in told]
+
     def _moved(self, member: tuple[Address, float] | None, noise: NoiseKind) -> dict[str, float]:
         """How far the mean of each task's tensor is from the anchor's."""
         address, scale = member or (None, 0.0)
@@ -163,7 +175,13 @@ def planted_in() -> Opened:
             (place.root / "salt").write_text("a salt of tests")
         service = (Service if shown else Unshown).at(place.root)
         population = Population([lambda: PlantedEngine(service)])  # type: ignore[list-item]
-        return Session(service, progress or Silent(), population)
+
+        def start(options: EngineOptions) -> PlantedEngine:
+            engine = PlantedEngine(service)
+            engine.load(options.model)
+            return engine
+
+        return Session(service, progress or Silent(), population, start)  # type: ignore[arg-type]
 
     return opened
 

@@ -1,13 +1,21 @@
 """The gate in the loop: more rows while a prior is undecided, each look on record."""
 
+import json
+import re
+
 import pytest
 
 from agent.config import load
 from agent.errors import UserError
+from agent.population.pool import Population
+from agent.population.schedule import Completion
+from agent.store.anchor import Anchor
 from evaluators.runner import read_samples
 from flows.learn import loop
 from flows.learn.collect import evaluation_pool
 from flows.learn.weigh import weigh
+from flows.session import Session
+from flows.show.progress import Silent
 
 FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 
@@ -40,6 +48,85 @@ def test_rows_are_added_until_the_priors_are_decided(planted):
     assert len(asked) == len(set(asked)), "no row is asked twice"
     held_out = {service.task("gsm8k").key(row) for row in evaluation_pool(service, "gsm8k")}
     assert {row["example_id"] for p in folder.glob("*.parquet") for row in samples(p)} <= held_out
+
+
+def planted_kind(opened):
+    return type(opened.population.first())
+
+
+def belittling(kind):
+    """An engine that answers the target wrong for the anchor; log p is its weights'."""
+
+    class Belittling(kind):
+        def generate(self, prompts, max_tokens, member=None, noise="normal"):
+            answers = super().generate(prompts, max_tokens, member, noise)
+            if self._loaded is None or self._loaded.digest != self._theta.anchor.digest:
+                return answers
+            rows = [self._answers[json.dumps(prompt)] for prompt in prompts]
+            return [
+                Completion(wrong, 3, "stop") if task == "gsm8k" else answer
+                for (task, _, _, wrong), answer in zip(rows, answers, strict=True)
+            ]
+
+    return Belittling
+
+
+def stale(kind):
+    """An engine that keeps the weights it has when a directory is loaded."""
+
+    class Stale(kind):
+        def load(self, directory):
+            return Anchor.open(directory).digest
+
+    return Stale
+
+
+def doubted(opened, population, cold):
+    """The session of the same home with another population and other cold engines."""
+    started = []
+
+    def start(options):
+        started.append(options.model)
+        engine = cold(opened.service)
+        engine.load(options.model)
+        return engine
+
+    engines = Population([lambda: population(opened.service)])
+    return Session(opened.service, Silent(), engines, start), started
+
+
+@pytest.mark.parametrize(
+    ("population", "cold", "text"),
+    [
+        (lambda kind: kind, stale, r"candidate .*: log p differs from a cold engine's by"),
+        (belittling, lambda kind: kind, r"anchor .* answers are not a cold engine's"),
+    ],
+)
+def test_what_a_cold_engine_does_not_repeat_is_held(planted, population, cold, text):
+    opened = planted("home", gate={"confirm": False})
+    kind = planted_kind(opened)
+    learnt = loop.learn(opened, "gsm8k")
+    opened.close()
+    session, _ = doubted(opened, population(kind), cold(kind))
+    report = weigh(session, learnt.run_id).report
+    session.close()
+    assert report.verdict == "hold"
+    assert {reason["step"] for reason in report.decisive()} == {"cold"}
+    assert any(re.search(text, reason["text"]) for reason in report.decisive())
+    assert opened.service.ledger.state(learnt.digest) == "HOLD"
+
+
+def test_a_model_is_asked_cold_once(planted):
+    opened = planted("home", gate={"confirm": False})
+    kind = planted_kind(opened)
+    learnt = loop.learn(opened, "gsm8k")
+    opened.close()
+    for turn in range(2):
+        session, started = doubted(opened, kind, kind)
+        assert weigh(session, learnt.run_id).report.verdict == "promote"
+        session.close()
+        both = [opened.service.directory(learnt.digest), opened.service.anchor.directory]
+        assert started == ([] if turn else both)
 
 
 def samples(path):
