@@ -25,6 +25,7 @@ from agent.population.logprobs import kl_per_token, largest_difference
 from agent.population.placement import available_cores
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineLostError, EngineProcess
+from agent.population.process_group import SHARED_MEMORY
 from agent.population.schedule import Completion, Logprobs
 from agent.population.vllm import EngineOptions
 from agent.store.weights import Anchor, Parameters, export
@@ -344,6 +345,7 @@ def test_an_engine_ends_with_its_caller(launcher: EngineLauncher, tmp_path: Path
 DRIVER = """
 import sys
 from pathlib import Path
+from agent.population.process_group import SHARED_MEMORY
 from agent.population.process import EngineLauncher
 from agent.population.vllm import EngineOptions
 import json
@@ -355,23 +357,30 @@ sys.stdin.read()
 """
 
 
-def test_tensor_parallel_ranks_end_with_their_engine(
+def test_tensor_parallel_ranks_that_cannot_start_end(
     launcher: EngineLauncher, tmp_path: Path
 ) -> None:
-    """After close, after kill -9 of the driver and after a failed start no process is left."""
-    model = random_checkpoint(tmp_path / "model", family="qwen2", tied=True, seed=1)
-    two = replace(options(model), tensor_parallel=2)
-    assert two.log is not None
-    before = set(Path("/dev/shm").iterdir())
-
     broken = random_checkpoint(tmp_path / "broken", family="qwen2", tied=True, seed=1)
     save_file({"model.norm.weight": torch.ones(64)}, broken / "model.safetensors", {"format": "pt"})
-    failed = launcher.engine(replace(two, model=broken))
+    two = replace(options(broken), tensor_parallel=2)
+    assert two.log is not None
+    before = shared_memory()
+    failed = launcher.engine(two)
     with pytest.raises(UserError, match="engine: "):
         failed.ready()
     assert gone(two.log)
     failed.close()
+    assert shared_memory() <= before
 
+
+def test_tensor_parallel_ranks_end_with_their_engine(
+    launcher: EngineLauncher, tmp_path: Path
+) -> None:
+    """After close and after kill -9 of the driver no process is left."""
+    model = random_checkpoint(tmp_path / "model", family="qwen2", tied=True, seed=1)
+    two = replace(options(model), tensor_parallel=2)
+    assert two.log is not None
+    before = shared_memory()
     engine = launcher.engine(two)
     engine.ready()
     assert len(served_by(two.log)) >= 4  # the engine, its core, two ranks
@@ -395,7 +404,12 @@ def test_tensor_parallel_ranks_end_with_their_engine(
         driver.kill()
     assert gone(two.log)
     assert gone(tmp_path / "driver.log")
-    assert set(Path("/dev/shm").iterdir()) <= before
+    assert shared_memory() <= before
+
+
+def shared_memory() -> set[Path]:
+    """What vLLM's ranks share on this machine."""
+    return set(SHARED_MEMORY.glob("vllm*"))
 
 
 def moved_answers(engine: EngineProcess, model: Path) -> tuple[str, list[Completion]]:
