@@ -5,6 +5,7 @@ the profile of the model (``PROFILES``), the defaults of `agent.sections`. An un
 refused: a misspelt one would otherwise be ignored in silence.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,6 +20,7 @@ from pydantic_settings import (
 )
 
 from agent.errors import UserError
+from agent.home import Home, read_sealed, write_sealed
 from agent.sections import (
     EMBEDDED,
     SMOLLM2,
@@ -137,6 +139,25 @@ def load(toml: Path | None = None, **overrides: Any) -> Settings:
         raise UserError(_one_line(error)) from None
     except ValueError as error:  # TOML that does not parse
         raise UserError(f"settings file {str(path)!r} is not TOML: {error}") from None
+
+
+def keep(home: Home, settings: Settings) -> None:
+    """Write what the processes of a home are started with."""
+    write_sealed(home.settings_json, settings.model_dump(mode="json"))
+
+
+def kept(home: Home) -> Settings:
+    """What the processes of a home were started with.
+
+    Raises:
+        FileNotFoundError: A home that was never started.
+        UserError: settings.json is damaged, or has a key or value that is not allowed.
+    """
+    document = read_sealed(home.settings_json)
+    try:
+        return Settings.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        raise UserError(f"{home.settings_json}: {_one_line(error)}") from None
 
 
 def replaced(section: S, name: str, changes: Mapping[str, Any]) -> S:

@@ -4,12 +4,15 @@ are written and locked.
 Files beside a single round (``runs/<run>/...``) are named by ``flows``, which alone reads them.
 """
 
+import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -61,6 +64,11 @@ class Home:
     def salt(self) -> Path:
         """This installation's secret, which decides the sealed draws; mode 0600."""
         return self.root / "salt"
+
+    @property
+    def password(self) -> Path:
+        """The password of MLflow's and Prefect's servers; mode 0600."""
+        return self.root / "password"
 
     # -- learning and evaluation --------------------------------------------------------------
 
@@ -225,6 +233,16 @@ class Home:
         return self.mlflow / "artifacts"
 
     @property
+    def mlflow_users(self) -> Path:
+        """SQLite: who may sign in to MLflow."""
+        return self.mlflow / "users.db"
+
+    @property
+    def reviews_json(self) -> Path:
+        """Which user of MLflow set which review tag or champion alias."""
+        return self.root / "reviews.json"
+
+    @property
     def aliases_json(self) -> Path:
         """Which digests the champion alias in MLflow was last set to by this service."""
         return self.root / "aliases.json"
@@ -312,6 +330,40 @@ def write_atomically(path: Path, text: str, *, durably: bool = True) -> None:
         flush_folder(path.parent)
 
 
+SEAL = "sha256"  # the key of a sealed document under which its own hash lies
+
+
+def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON object with the sha256 of its content inside: one file, so one rename."""
+    sealed = {**document, SEAL: _hash_of(document)}
+    write_atomically(path, json.dumps(sealed, indent=1))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that ``write_sealed`` wrote; one without a seal is taken as it is.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        UserError: It is no JSON object, or its content is not what was written.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds a JSON {type(document).__name__}, allowed: an object")
+    said = document.pop(SEAL, None)
+    if said is not None and said != (found := _hash_of(document)):
+        raise UserError(f"{path}: is damaged: its content has sha256 {found}, it says {said}")
+    return document
+
+
+def _hash_of(document: Mapping[str, Any]) -> str:
+    """sha256 of a document's canonical JSON."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def create_once(path: Path, text: str) -> None:
     """Make a file of mode 0600 with this content, whole from the start, unless it is there.
 
@@ -325,6 +377,13 @@ def create_once(path: Path, text: str) -> None:
     finally:
         beside.unlink()
     flush_folder(path.parent)
+
+
+def secret(path: Path) -> str:
+    """The random secret kept in a file, made on first use with mode 0600."""
+    if not path.exists():
+        create_once(path, secrets.token_hex(32))
+    return path.read_text(encoding="ascii").strip()
 
 
 def _write_beside(path: Path, text: str, durably: bool, mode: int) -> Path:

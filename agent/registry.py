@@ -205,6 +205,11 @@ class Registry:
         """Set the note tag of a version, which may have been made by hand."""
         self._client.set_model_version_tag(self.name, number, NOTE, text)
 
+    def refuse_tag(self, number: str, key: str, text: str) -> None:
+        """Remove a tag from a version, whoever made either, and leave a note that says why."""
+        self.note(number, text)
+        self._client.delete_model_version_tag(self.name, number, key)
+
     def aliases(self) -> dict[str, Version]:
         """Version by alias, as MLflow has it now: a person may have moved one."""
         named = self._client.get_registered_model(self.name).aliases

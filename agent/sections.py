@@ -278,7 +278,9 @@ class ProjectionSettings(Section):
 
     mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    loop_minutes: float = Field(60.0, gt=0, description="Minutes between scheduled rounds.")
+    loop_minutes: float = Field(
+        60.0, ge=0, description="Minutes from a round's end to the next scheduled one; 0: off."
+    )
     reconcile_seconds: float = Field(30.0, gt=0, description="Seconds between reconciliations.")
 
 

@@ -16,9 +16,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from agent.config import Settings, load
+from agent.config import Settings, keep, load
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.anchor import require_finite
 from agent.store.ledger import Ledger
@@ -46,7 +46,7 @@ def prepare(home: Home, settings: Settings) -> Served:
     if not directory.is_dir():
         raise UserError(f"champion {champion[:12]}: {directory} is not there")
     served = Served(champion, str(directory))
-    write_atomically(home.settings_json, settings.model_dump_json(indent=1))
+    keep(home, settings)
     write_served(home, served)
     return served
 

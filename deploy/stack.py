@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Settings
+from agent.config import Settings, keep
 from agent.errors import UserError
 from agent.home import Home, locked, write_atomically
 from agent.population.vllm import on_cpu
+from deploy.consoles import LOOPBACK, USER, credentials
 from deploy.serving import process
 from deploy.serving.process import private_socket
 from deploy.serving.served import BLUE, GREEN, SLOTS, Served, read_served, write_served
@@ -35,7 +36,6 @@ from deploy.supervise import (
     write_config,
 )
 
-LOOPBACK = "127.0.0.1"
 BACKGROUND = 10  # niceness of what must not slow the endpoint
 ENDPOINT = (BLUE, "gateway")  # what `up` waits for
 UP_TIMEOUT_S = 600.0
@@ -59,6 +59,9 @@ def services(home: Home, settings: Settings, ports: Ports) -> tuple[Program, ...
     shared = client_environment(home, ports)
     own = ("--home", str(home.root))
     flows_cli = (sys.executable, "-m", "flows.cli", "service")
+    quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
+    for folder in (home.mlflow, home.prefect):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return (
         _engine(home, settings, BLUE),
         Program(
@@ -68,15 +71,18 @@ def services(home: Home, settings: Settings, ports: Ports) -> tuple[Program, ...
             Probe(f"{url(ports.gateway, settings.gateway.host)}/healthz"),
         ),
         Program("watchdog", (sys.executable, "-m", "deploy.serving.watchdog", str(home.root))),
-        _mlflow(home, ports),
-        _prefect(home, ports, shared),
+        _console("mlflow", home, ports.mlflow, "/health", quiet),
+        _console("prefect", home, ports.prefect, "/api/health", shared),
         Program("flows", (*flows_cli, "flows", *own), shared, nice=BACKGROUND),
         _engine(home, settings, GREEN),
     )
 
 
 def client_environment(home: Home, ports: Ports) -> dict[str, str]:
-    """Variables that lead MLflow's and Prefect's clients to this stack, and keep them quiet."""
+    """Variables that lead MLflow's and Prefect's clients to this stack, and keep them quiet.
+
+    Without the password: they are written to supervisord's configuration and to command lines.
+    """
     return {
         "ANCHORAGE_HOME": str(home.root),
         "DO_NOT_TRACK": "1",
@@ -101,33 +107,10 @@ def _engine(home: Home, settings: Settings, slot: str) -> Program:
     )
 
 
-def _mlflow(home: Home, ports: Ports) -> Program:
-    """MLflow's server: one worker, and no job runner (eight processes without work)."""
-    home.mlflow.mkdir(mode=0o700, parents=True, exist_ok=True)
-    argv = (
-        *(sys.executable, "-m", "mlflow", "server", "--workers=1"),
-        *(f"--host={LOOPBACK}", f"--port={ports.mlflow}"),
-        f"--backend-store-uri=sqlite:///{home.mlflow_db}",
-        f"--artifacts-destination={home.mlflow_artifacts}",
-    )
-    quiet = {
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return Program("mlflow", argv, quiet, Probe(f"{url(ports.mlflow)}/health"), nice=BACKGROUND)
-
-
-def _prefect(home: Home, ports: Ports, shared: Mapping[str, str]) -> Program:
-    home.prefect.mkdir(mode=0o700, parents=True, exist_ok=True)
-    argv = (
-        *(sys.executable, "-m", "prefect", "server", "start", "--analytics-off"),
-        *(f"--host={LOOPBACK}", f"--port={ports.prefect}"),
-    )
-    return Program(
-        "prefect", argv, shared, Probe(f"{url(ports.prefect)}/api/health"), nice=BACKGROUND
-    )
+def _console(name: str, home: Home, port: int, health: str, env: Mapping[str, str]) -> Program:
+    """MLflow's or Prefect's server, behind a password."""
+    argv = (sys.executable, "-m", "deploy.consoles", name, str(home.root), str(port))
+    return Program(name, argv, env, Probe(f"{url(port)}{health}"), nice=BACKGROUND)
 
 
 def url(port: int, host: str = LOOPBACK) -> str:
@@ -159,7 +142,7 @@ def up(
         ports = choose_ports(settings)
         chosen = tuple(make(home, settings, ports))
         write_served(home, served)
-        write_atomically(home.settings_json, settings.model_dump_json(indent=1))
+        keep(home, settings)
         _write_record(home, settings, ports)
         write_config(home, chosen, Path.cwd())
         try:
@@ -178,10 +161,11 @@ def down(home: Home) -> int:
 
 
 def status(home: Home) -> dict[str, Any]:
-    """{"endpoint", "mlflow", "prefect", "champion", "services": [{"name", "state", "pid"}]}.
+    """{"endpoint", "mlflow", "prefect", "sign_in", "champion", "services"}.
 
-    Addresses are None and no service is listed where nothing runs; a second engine is listed
-    while it runs.
+    ``sign_in`` says how to open MLflow's and Prefect's pages, ``services`` lists {"name", "state",
+    "pid"}. Addresses are None and no service is listed where nothing runs; a second engine is
+    listed while it runs.
     """
     running = supervisor_of(home) is not None
     record = _read_record(home) if running else {}
@@ -190,6 +174,7 @@ def status(home: Home) -> dict[str, Any]:
         "endpoint": record.get("endpoint"),
         "mlflow": record.get("mlflow"),
         "prefect": record.get("prefect"),
+        "sign_in": f"user {USER}, password in {home.password}" if running else None,
         "champion": _champion(home),
         "services": [
             {"name": each.name, "state": each.state, "pid": each.pid}
@@ -303,9 +288,11 @@ def _read_record(home: Home) -> dict[str, Any]:
 
 
 def environment_of(home: Home) -> dict[str, str]:
-    """The variables that lead clients to the running stack; empty when none runs."""
-    variables: dict[str, str] = _read_record(home).get("environment", {})
-    return variables if supervisor_of(home) else {}
+    """The variables that lead clients to the running stack and sign them in; empty if none runs."""
+    if supervisor_of(home) is None:
+        return {}
+    found: dict[str, str] = _read_record(home).get("environment", {})
+    return found | credentials(home)
 
 
 def _champion(home: Home) -> str | None:

@@ -1,21 +1,40 @@
-"""The loop as Prefect flows: schedules, visibility and retries. The only importer of Prefect here.
+"""The loop as Prefect flows: schedules and visibility. The only importer of Prefect here.
 
 Prefect remembers nothing that matters: a killed flow run is taken up from the journal and the
 ledger by whichever run comes next.
+
+Nothing that Prefect's server returns is executed. It says which runs are due and when; what runs is
+one of the functions here, in a process with a command line of our own, after the deployment and the
+run were compared with what this installation registered (`flows.due`). Prefect's own runner would
+import an entrypoint, perform pull steps and unpickle results that anyone with access to the server
+can set.
 """
 
+import inspect
+import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
-from prefect import flow, serve
-from prefect.schedules import Interval
+from prefect import flow, states
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.callables import parameter_schema
 
+from agent.home import Home, is_locked
+from flows.due import Due, decide, refusal, registered
 from flows.learn import loop
 from flows.learn.collect import collect_rows
 from flows.learn.weigh import weigh
@@ -28,7 +47,8 @@ from flows.show.catch_up import Display
 from flows.show.progress import Silent
 
 LOG = logging.getLogger("anchorage.flows")
-PREFECT_S = 60.0  # between two lines that say it does not answer
+PREFECT_S = 60.0  # between two lines that say it does not answer, and two registrations
+POLL_S = 5.0  # between two looks for runs that are due
 
 
 @flow(name="collect")
@@ -78,7 +98,7 @@ def bake_flow(home: str) -> dict[str, Any]:
         return bake(opened)
 
 
-@flow(name="reconcile", retries=2, retry_delay_seconds=5)
+@flow(name="reconcile")
 def reconcile_flow(home: str) -> list[str]:
     """Make alias and served digest what the ledger says; what was done."""
     with session(Path(home)) as opened:
@@ -116,12 +136,42 @@ FLOWS: dict[str, Any] = {
 
 
 def run_flow(name: str, *arguments: Any) -> Any:
-    """Run a flow in this process, shown by the Prefect server where one answers.
+    """Run a flow's function in this process, shown as a run where the Prefect server answers.
 
     Without one the same function runs unseen: Prefect never stands in the way of the work.
     """
-    flow_ = FLOWS[name]
-    return flow_(*arguments) if server_answers() else flow_.fn(*arguments)
+    function = FLOWS[name].fn
+    if not server_answers():
+        return function(*arguments)
+    parameters = inspect.signature(function).bind(*arguments).arguments
+    with get_client(sync_client=True) as client:
+        made = client.create_flow_run(FLOWS[name], parameters=dict(parameters))
+    with reported(made.id):
+        return function(*arguments)
+
+
+@contextmanager
+def reported(run_id: UUID) -> Iterator[None]:
+    """Tell Prefect that a run is running while the block is, and how it ended."""
+    tell(run_id, states.Running())
+    try:
+        yield
+    except Exception as error:
+        tell(run_id, states.Failed(message=" ".join(f"{type(error).__name__}: {error}".split())))
+        raise
+    except BaseException as end:  # a signal, or Ctrl-C
+        tell(run_id, states.Crashed(message=f"ended by {type(end).__name__}"))
+        raise
+    tell(run_id, states.Completed())
+
+
+def tell(run_id: UUID, state: Any) -> None:
+    """Set a run's state; a server that is away changes nothing for the work."""
+    try:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run_id, state, force=True)
+    except Exception as error:
+        LOG.warning("Prefect: run %s is not shown as %s: %s", run_id, state.name, error)
 
 
 def server_answers(wait_s: float = 0.0) -> bool:
@@ -140,25 +190,193 @@ def server_answers(wait_s: float = 0.0) -> bool:
     return False
 
 
+def process_of(home: Path, name: str, run_id: UUID) -> list[str]:
+    """The command of one run; its parameters come on stdin."""
+    argv = [sys.executable, "-m", "flows.cli", "service", "run", name, str(run_id)]
+    return [*argv, "--home", str(home)]
+
+
+class Runner:
+    """Registers the flows of a home with Prefect and runs those that are due, one process each.
+
+    Args:
+        home: The folder whose flows these are.
+        minutes: From a loop's end to the next planned one; 0: none is planned.
+        client: Of Prefect's server.
+        command: home, flow, run -> the command that runs it.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        minutes: float,
+        client: SyncPrefectClient,
+        command: Callable[[Path, str, UUID], list[str]] = process_of,
+    ) -> None:
+        self._home, self._client, self._command = home, client, command
+        self._every = timedelta(minutes=minutes) if minutes else None
+        self._names: dict[UUID, str] = {}  # deployment -> flow
+        self._running: dict[UUID, tuple[str, subprocess.Popen[str]]] = {}
+
+    def register(self) -> None:
+        """Make every deployment what it should be; one that is already stays, with its runs."""
+        self._names = {self._registered(name): name for name in FLOWS}
+
+    def _registered(self, name: str) -> UUID:
+        """A deployment's id; one that differs is deleted first, as an update may leave parts."""
+        every, home = self._every if name == "loop" else None, str(self._home.root)
+        try:
+            found = self._client.read_deployment_by_name(f"{name}/{name}")
+        except ObjectNotFound:
+            pass
+        else:
+            wrong, planned = refusal(name, home, found), [each.schedule for each in found.schedules]
+            same = [getattr(each, "interval", None) for each in planned] == (
+                [every] if every else []
+            )
+            if wrong is None and same:
+                return found.id
+            LOG.warning("deployment %s is made anew: %s", name, wrong or "it has another schedule")
+            self._client.delete_deployment(found.id)
+        plan = [DeploymentScheduleCreate(schedule=_from_now(every), active=True)] if every else []
+        return self._client.create_deployment(
+            self._client.create_flow(FLOWS[name]),
+            name,
+            schedules=plan,
+            description=inspect.getdoc(FLOWS[name].fn),
+            parameter_openapi_schema=parameter_schema(FLOWS[name].fn).model_dump_for_openapi(),
+            enforce_parameter_schema=True,
+            **registered(name, home),
+        )
+
+    def looks(self) -> Iterator[None]:
+        """Look again and again; between two looks the caller sleeps. A lost server is waited for.
+
+        What is registered is looked after once in ``PREFECT_S``: its database may have been lost.
+        """
+        registered_at = told_at = -PREFECT_S
+        while True:
+            now = time.monotonic()
+            try:
+                if now - registered_at >= PREFECT_S:
+                    self.register()
+                    registered_at = now
+                self.tick()
+            except (httpx.HTTPError, ObjectNotFound) as error:
+                registered_at = -PREFECT_S
+                if now - told_at >= PREFECT_S:
+                    LOG.warning("Prefect: %s", " ".join(str(error).split()))
+                    told_at = now
+            yield
+
+    def tick(self) -> None:
+        """Settle what has ended, then start, skip or refuse what is due."""
+        for run_id in list(self._running):
+            self._settle(run_id)
+        runs = self._client.get_scheduled_flow_runs_for_deployments(
+            list(self._names), scheduled_before=datetime.now(UTC)
+        )
+        fresh = [
+            run for run in runs if run.id not in self._running
+        ]  # one whose start was not shown
+        allowed = {run.id: (name, run) for run in fresh if (name := self._allowed(run))}
+        due = [Due.of(name, run) for name, run in allowed.values()]
+        running = [name for name, _ in self._running.values()]
+        for run_id, why in decide(due, running, is_locked(self._home.round_lock)).items():
+            if why:
+                LOG.info("run %s: %s", run_id, why)
+                tell(run_id, states.Cancelled(name="Skipped", message=why))
+            else:
+                self._start(*allowed[run_id])
+
+    def _allowed(self, run: Any) -> str | None:
+        """The flow of a run; None for one that is not as registered, which is told.
+
+        Then everything is registered anew, so that the next run is right again.
+        """
+        name, home = self._names[run.deployment_id], str(self._home.root)
+        why = refusal(name, home, self._client.read_deployment(run.deployment_id), run)
+        if why is None:
+            try:
+                FLOWS[name].validate_parameters(run.parameters)
+            except Exception as error:  # pydantic's, or Prefect's own
+                why = f"the run's parameters: {' '.join(str(error).split())}"
+        if why is None:
+            return name
+        LOG.error("run %s of %s is refused: %s", run.id, name, why)
+        tell(run.id, states.Cancelled(name="Refused", message=f"refused: {why}"))
+        self.register()
+        return None
+
+    def _start(self, name: str, run: Any) -> None:
+        """A process of its own; what was compared is handed over, not read from Prefect again."""
+        tell(run.id, states.Pending())  # not due any more
+        command = self._command(self._home.root, name, run.id)
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        assert child.stdin is not None
+        with suppress(BrokenPipeError), child.stdin as pipe:  # one that died is settled later
+            json.dump(run.parameters, pipe)
+        self._running[run.id] = (name, child)
+
+    def _settle(self, run_id: UUID) -> None:
+        """Follow a process: cancelled in Prefect's page, or ended; a round's end plans the next."""
+        name, child = self._running[run_id]
+        state = self._client.read_flow_run(run_id).state
+        if state is not None and state.is_cancelling():
+            child.terminate()
+            child.wait()
+            tell(run_id, states.Cancelled(message="cancelled in Prefect"))
+        if child.poll() is None:
+            return
+        del self._running[run_id]
+        if state is not None and not state.is_final() and not state.is_cancelling():
+            tell(run_id, states.Crashed(message=f"its process ended with {child.returncode}"))
+        if name == "loop":
+            self._plan_next()
+
+    def _plan_next(self) -> None:
+        """Count the interval from now; a schedule that a person changed keeps their interval."""
+        for deployment in [key for key, name in self._names.items() if name == "loop"]:
+            for each in self._client.read_deployment_schedules(deployment):
+                if isinstance(each.schedule, IntervalSchedule):
+                    later = _from_now(each.schedule.interval)
+                    self._client.update_deployment_schedule(deployment, each.id, schedule=later)
+
+    def close(self) -> None:
+        """End what runs."""
+        for _, child in self._running.values():
+            child.terminate()
+        for _, child in self._running.values():
+            child.wait()
+
+
+def _from_now(every: timedelta) -> IntervalSchedule:
+    return IntervalSchedule(interval=every, anchor_date=datetime.now(UTC) + every)
+
+
+def run_one(name: str, run_id: str, parameters: Mapping[str, Any]) -> None:
+    """The process of one run: its function, shown under the run's id."""
+    with reported(UUID(run_id)):
+        FLOWS[name].fn(**parameters)
+
+
 def serve_flows(service: Service) -> None:
-    """Serve the deployments until a signal; beside them, watch that all agree.
+    """Run what is due until a signal; beside it, watch that all agree.
 
     The loop runs on its schedule; the others wait to be asked for in Prefect's UI.
     """
-    home = {"home": str(service.home.root)}
-    every = timedelta(minutes=service.settings.projection.loop_minutes)
-    schedule = Interval(every, anchor_date=datetime.now(UTC) + every)
     watcher = threading.Thread(target=watch, args=[service], name="reconcile", daemon=True)
     watcher.start()
-    while "PREFECT_API_URL" in os.environ and not server_answers(wait_s=PREFECT_S):
+    while not server_answers(wait_s=PREFECT_S):
         LOG.warning("Prefect does not answer; its schedules wait for it, nothing else does")
-    deployments = [
-        each.to_deployment(
-            name=name, parameters=home, schedule=schedule if name == "loop" else None
-        )
-        for name, each in FLOWS.items()
-    ]
-    serve(*deployments, print_starting_message=False, pause_on_shutdown=False)
+        time.sleep(POLL_S if "PREFECT_API_URL" in os.environ else PREFECT_S)
+    with get_client(sync_client=True) as client:
+        runner = Runner(service.home, service.settings.projection.loop_minutes, client)
+        try:
+            for _ in runner.looks():
+                time.sleep(POLL_S)
+        finally:
+            runner.close()
 
 
 def watch(service: Service) -> None:

@@ -1,7 +1,7 @@
 """The parts of one home: databases, weights, tasks; each is opened at its first use."""
 
+import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -10,16 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.config import Settings, load
+from agent.config import Settings, kept, load
 from agent.errors import UserError
-from agent.home import Home, create_once
+from agent.home import Home, secret
 from agent.registry import Registry
 from agent.sections import EMBEDDED
 from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch
-from agent.store.weights import Anchor, short, verify
+from agent.store.weights import Anchor, require, short
 from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import resolve
+from deploy.serving.intact import mend
 from evaluators.loading import Split, examples, rows
 from evaluators.plugins import all_tasks, pinned, tuned
 from evaluators.task import Row, Task
@@ -28,6 +29,8 @@ from evaluators.tasks import TASKS
 if TYPE_CHECKING:  # loading these at a rollback would cost it their libraries' imports
     from agent.store.experience import ExperienceStore
     from evaluators.runner import Shots
+
+LOG = logging.getLogger("anchorage.service")
 
 
 class Service:
@@ -49,8 +52,7 @@ class Service:
         """
         home = Home.at(root)
         if config is None and home.settings_json.is_file():
-            text = home.settings_json.read_text(encoding="utf-8")
-            return cls(home, Settings.model_validate_json(text))
+            return cls(home, kept(home))
         return cls(home, load(config))
 
     # -- state --------------------------------------------------------------------------------
@@ -121,9 +123,18 @@ class Service:
         return Registry(uri, self.settings.model.name, artifacts)
 
     def record(
-        self, digest: str, state: str, why: str, *, epoch: int | None = None, **more: object
+        self,
+        digest: str,
+        state: str,
+        why: str,
+        *,
+        epoch: int | None = None,
+        actor: str | None = None,
+        **more: object,
     ) -> Entry:
-        """Append one ledger row as this process; ``more`` as ``Ledger.append`` says.
+        """Append one ledger row as this process, or as the person ``actor``.
+
+        ``more`` as ``Ledger.append`` says.
 
         A controller gives its own epoch and is refused once it was taken over; what changes
         nothing that is served (a verdict, a review) is written under the epoch in force.
@@ -134,7 +145,7 @@ class Service:
                     digest,
                     state,
                     epoch=self.ledger.epoch() if epoch is None else epoch,
-                    actor=self.actor,
+                    actor=actor or self.actor,
                     why=why,
                     now=time.time(),
                     **more,  # type: ignore[arg-type]
@@ -150,10 +161,10 @@ class Service:
         return self.ledger.champion() or self.origin.digest
 
     def directory(self, digest: str) -> Path:
-        """The Hugging Face directory of a digest.
+        """The Hugging Face directory of a digest, rebuilt from the journal where it is damaged.
 
         Raises:
-            UserError: A digest whose weights are not kept.
+            UserError: A digest whose weights are not kept, or are damaged and cannot be rebuilt.
         """
         if digest == self.origin.digest:
             return self.origin.directory
@@ -161,7 +172,11 @@ class Service:
         if not directory.is_dir():
             kept = ", ".join(short(each) for each in self.kept())
             raise UserError(f"digest {short(digest)}: no weights are kept; kept: {kept}")
-        verify(directory)
+        try:
+            require(directory, digest)
+        except UserError as damage:
+            LOG.error("%s: rebuilt from the journal: %s", short(digest), damage)
+            mend(self.home, digest, self.origin)
         return directory
 
     def kept(self) -> list[str]:
@@ -264,6 +279,4 @@ class Service:
     @cached_property
     def salt(self) -> str:
         """This installation's secret, which decides sealed draws; made on first use, mode 0600."""
-        if not self.home.salt.exists():
-            create_once(self.home.salt, secrets.token_hex(32))
-        return self.home.salt.read_text(encoding="ascii")
+        return secret(self.home.salt)

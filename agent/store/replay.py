@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from agent.errors import UserError
+from agent.home import Home
 from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
 from agent.store.journal import DamagedError, Generation, Journal, Rewards
 from agent.store.theta import Parameters
+from agent.store.weights import export
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +146,12 @@ def steps_without(
             noise=taken.noise,
         )
         yield again, rewards
+
+
+def rebuild(journal: Journal, anchor: Anchor, digest: str, home: Home) -> Path:
+    """Write a version's directory anew from its anchor and the journal; a damaged one goes.
+
+    Raises:
+        UserError: The journal has no such version, or does not lead to it.
+    """
+    return export(replay(journal, anchor, digest, importance=home.importance), home.weights)

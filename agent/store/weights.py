@@ -43,6 +43,7 @@ __all__ = [
     "export",
     "layer_of",
     "preflight",
+    "require",
     "short",
     "verify",
 ]
@@ -61,6 +62,24 @@ def short(digest: str) -> str:
 def digest_of(directory: Path) -> str:
     """Digest of the weights in a Hugging Face directory."""
     return Anchor.open(directory).digest
+
+
+def require(directory: Path, digest: str) -> None:
+    """Check that a directory holds a version: its weights, and its other files by the manifest.
+
+    Raises:
+        UserError: The weights have another digest, or a file another sha256; says which.
+    """
+    found = digest_of(directory)
+    if found != digest:
+        raise UserError(f"{directory}: the weights are {short(found)}, wanted {short(digest)}")
+    manifest = directory / MANIFEST
+    if not manifest.exists():  # the anchor has none: its digest is of its weights
+        return
+    for name, said in dict(read_json(manifest).get("files", {})).items():
+        file = directory / name
+        if name != SINGLE and (not file.is_file() or sha256_of(file) != said["sha256"]):
+            raise UserError(f"{directory}: {name} is not what {MANIFEST} says")
 
 
 def export(
@@ -125,6 +144,8 @@ def _write_model(
         "files": files,
     }
     write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    for file in folder.iterdir():
+        file.chmod(0o444)  # kept weights are never written again, by mistake either
     flush_folder(folder)
     return digest
 

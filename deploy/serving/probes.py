@@ -4,13 +4,12 @@ Kept as ``home/probes/<digest>.json``, written after a freshly started engine wi
 answered the prompts.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home, read_sealed, write_sealed
 from agent.population.logprobs import largest_difference
 from agent.population.schedule import Logprobs, Messages
 from deploy.serving.control import ControlError, EngineControl
@@ -61,14 +60,13 @@ def write_probes(home: Home, digest: str, probes: Probes) -> None:
     """Write the probes of a digest."""
     _path(home, digest).parent.mkdir(mode=0o700, exist_ok=True)
     rows = [[list(map(list, place.items())) for place in row] for row in probes.expected]
-    text = json.dumps({"prompts": probes.prompts, "expected": rows})
-    write_atomically(_path(home, digest), text)
+    write_sealed(_path(home, digest), {"prompts": probes.prompts, "expected": rows})
 
 
 def read_probes(home: Home, digest: str) -> Probes:
     """The probes of a digest; UserError when none are recorded."""
     try:
-        document = json.loads(_path(home, digest).read_text(encoding="utf-8"))
+        document = read_sealed(_path(home, digest))
     except FileNotFoundError:
         raise UserError(
             f"digest {digest[:12]}: no probes of a cold engine are recorded; evaluate it first"

@@ -15,11 +15,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.config import Settings
+from agent.config import Settings, kept
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.placement import available_cores, serving_cores
@@ -30,7 +30,9 @@ from agent.population.vllm import (
     on_cpu,
     whole_prompts,
 )
-from deploy.serving.served import BLUE, read_slot
+from agent.store.weights import require
+from deploy.serving.intact import identity, intact
+from deploy.serving.served import BLUE, Served
 from deploy.supervise import end_leaderless
 
 LOOPBACK = "127.0.0.1"
@@ -131,39 +133,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
-    served = read_slot(home, given.slot)
+    served = intact(home, given.slot)
     path = private_socket(home.engine_socket(given.slot))
-    _run([f"--model={served.directory}", f"--uds={path}", *foreign], Path(served.directory))
+    _run([f"--model={served.directory}", f"--uds={path}", *foreign], served)
 
 
 def _settings(home: Home) -> Settings:
     """The settings the service was started with."""
     try:
-        return Settings.model_validate_json(home.settings_json.read_text(encoding="utf-8"))
+        return kept(home)
     except FileNotFoundError:
         raise UserError(f"{home.settings_json}: is not there; give vLLM's flags") from None
 
 
-def _run(foreign: Sequence[str], model: Path) -> None:
+def _run(foreign: Sequence[str], served: Served) -> None:
     """vLLM's api_server, with a private socket and the quick start described above."""
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    model, before = Path(served.directory), identity(Path(served.directory))
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(foreign))
     validate_parsed_serve_args(args)
     if on_cpu():
         import_model_class(model)
-    before = os.umask(0o177)  # the socket is born 0600
+    usual = os.umask(0o177)  # the socket is born 0600
     address, listener = setup_server(args, reuse_port=False)
-    os.umask(before)
+    os.umask(usual)
     signal.signal(signal.SIGTERM, _interrupted)  # until uvicorn installs its own
-    uvloop.run(_serve(args, address, listener))
+
+    def check() -> None:
+        """The files are those that were hashed before vLLM read them, and still what they were."""
+        require(model, served.digest)
+        if identity(model) != before:
+            raise UserError(f"{model}: was changed while the engine loaded it")
+
+    uvloop.run(_serve(args, address, listener, check))
 
 
-async def _serve(args: Any, address: str, listener: socket.socket) -> None:
-    """Start the engine core and answer until a signal."""
+async def _serve(
+    args: Any, address: str, listener: socket.socket, check: Callable[[], None]
+) -> None:
+    """Start the engine core, check what it loaded, and answer until a signal."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.usage.usage_lib import UsageContext
@@ -176,6 +188,7 @@ async def _serve(args: Any, address: str, listener: socket.socket) -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # not with a pool of OpenMP threads
     engine = AsyncLLM.from_vllm_config(config, usage_context=usage)
     try:
+        check()  # before anybody is answered
         shutdown = await build_and_serve(engine, address, listener, args)
         await shutdown
     finally:

@@ -5,12 +5,11 @@ moment ends in the version that was written last. The file is replaced by a rena
 in place.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home, read_sealed, write_sealed
 
 BLUE = "engine"  # the slot that serves unless blue/green has flipped
 GREEN = "engine-green"
@@ -33,7 +32,7 @@ def read_served(home: Home) -> Served:
 
 def write_served(home: Home, served: Served) -> None:
     """Choose what every later start serves."""
-    write_atomically(home.serving_json, json.dumps(asdict(served)))
+    write_sealed(home.serving_json, asdict(served))
 
 
 def read_slot(home: Home, slot: str) -> Served:
@@ -44,12 +43,12 @@ def read_slot(home: Home, slot: str) -> Served:
 
 def write_slot(home: Home, served: Served) -> None:
     """Choose what an engine beside the active one loads."""
-    write_atomically(home.slot_json(served.slot), json.dumps(asdict(served)))
+    write_sealed(home.slot_json(served.slot), asdict(served))
 
 
 def _read(path: Path) -> Served:
     try:
-        return Served(**json.loads(path.read_text(encoding="utf-8")))
+        return Served(**read_sealed(path))
     except FileNotFoundError:
         raise UserError(f"{path.name}: no version was chosen to serve in {path.parent}") from None
     except (ValueError, TypeError) as error:

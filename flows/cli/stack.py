@@ -1,9 +1,14 @@
 """Commands that start, stop and inspect the service."""
 
+import json
+import logging
+import os
+import sys
 from typing import Annotated
 
 import typer
 
+from agent.home import Home as HomeFolder
 from flows.cli.options import AsJson, Config, Home
 from flows.show.terminal import pairs, reporter, show, status_table
 
@@ -103,7 +108,30 @@ def gateway_service(port: Annotated[int, typer.Option()], home: Home = None) -> 
 @service_app.command("flows")
 def flows_service(home: Home = None) -> None:
     """The process that runs scheduled flows."""
-    from flows.deployments import serve_flows
     from flows.service import Service
 
-    serve_flows(Service.at(home))
+    service = Service.at(home)
+    _sign_in(service.home)
+    from flows.deployments import serve_flows
+
+    logging.getLogger("anchorage").setLevel(logging.INFO)  # Prefect's handler prints it
+    serve_flows(service)
+
+
+@service_app.command("run")
+def run_service(name: str, run_id: str, home: Home = None) -> None:
+    """The process of one scheduled run; its parameters are a JSON object on stdin."""
+    from flows.service import Service
+
+    _sign_in(Service.at(home).home)
+    from flows.deployments import run_one
+
+    run_one(name, run_id, json.load(sys.stdin))
+
+
+def _sign_in(home: HomeFolder) -> None:
+    """Let Prefect's client sign in; it reads the variables when Prefect is imported."""
+    from deploy.consoles import credentials
+
+    for name, value in credentials(home).items():
+        os.environ.setdefault(name, value)

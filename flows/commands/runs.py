@@ -5,6 +5,7 @@ Each imports what it needs: a rollback does not import what a round is learnt wi
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +114,5 @@ def review_now(
     from flows.serve import promote
 
     with _opened(home, progress) as (opened, _):
-        return promote.review(opened, opened.service.find(digest), word, reason).to_json()
+        chosen, who = opened.service.find(digest), f"{getuser()} (command line)"
+        return promote.review(opened, chosen, word, reason, who).to_json()

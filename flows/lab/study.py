@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Settings, load
+from agent.config import Settings, keep, load
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home
 from agent.sections import EMBEDDED, LearnerSettings
 from agent.store.journal import Run
 from deploy import stack
@@ -237,4 +237,4 @@ def _settle_settings(place: Home, config: Path | None) -> None:
     settings: Settings = load(config)
     if config is None and settings.model.path == EMBEDDED:
         settings = load(None, **SMALL)
-    write_atomically(place.settings_json, settings.model_dump_json(indent=1))
+    keep(place, settings)

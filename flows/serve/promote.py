@@ -101,8 +101,8 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Serv
     return outcome
 
 
-def review(session: Session, digest: str, word: str, why: str) -> ServeOutcome:
-    """A person's review of exactly this digest: approve or reject.
+def review(session: Session, digest: str, word: str, why: str, who: str) -> ServeOutcome:
+    """The review of exactly this digest by the person ``who``: approve or reject.
 
     Raises:
         UserError: The digest is not AWAIT_REVIEW, or the word is neither of the two.
@@ -112,11 +112,11 @@ def review(session: Session, digest: str, word: str, why: str) -> ServeOutcome:
     if state != "AWAIT_REVIEW":
         raise UserError(f"digest {short(digest)} is {state or 'unknown'}; allowed: AWAIT_REVIEW")
     if word == "reject":
-        service.record(digest, "REJECT", why)
+        service.record(digest, "REJECT", why, actor=who)
         return ServeOutcome(digest, service.champion(), "REJECT", why)
     if word != "approve":
         raise UserError(f"review {word!r}: allowed: approve, reject")
-    service.record(digest, "APPROVED", why)
+    service.record(digest, "APPROVED", why, actor=who)
     return carry_out(session, digest, f"approved: {why}")
 
 
@@ -139,7 +139,7 @@ def carry_out(session: Session, digest: str, why: str) -> ServeOutcome:
         return ServeOutcome(digest, service.champion(), state, reason)
 
 
-def follow(session: Session, digest: str, text: str) -> bool:
+def follow(session: Session, digest: str, text: str, who: str) -> bool:
     """Carry out a person's move of the champion alias; False where the ledger forbids it.
 
     A version that waits for review and passed the gate is approved by it; one on hold is not.
@@ -148,7 +148,7 @@ def follow(session: Session, digest: str, text: str) -> bool:
     if service.ledger.state(digest) == "AWAIT_REVIEW":
         verdicts = [e.state for e in service.ledger.of(digest) if e.state in ("PROMOTE", "HOLD")]
         if verdicts[-1:] == ["PROMOTE"]:
-            service.record(digest, "APPROVED", text)
+            service.record(digest, "APPROVED", text, actor=who)
     if may_serve(service, digest):
         promote(session, digest, why=text)
         return True

@@ -2,8 +2,9 @@
 
 The ledger is always right. A person may do two things in MLflow's UI, and this is the one place
 that reads them: move the champion alias to a version that passed (or to the anchor), and tag a
-waiting version approve or reject. Both become ledger rows; any other move of the alias is put
-back, with a note on the version. What MLflow lacks is shown by `flows.show.catch_up`.
+waiting version approve or reject. Both become ledger rows with the name of the user who signed in;
+any other move of the alias, and what nobody signed, is put back, with a note on the version. What
+MLflow lacks is shown by `flows.show.catch_up`.
 
 ``poll`` is what the flows' process does every ``projection.reconcile_seconds``.
 """
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from agent.registry import REVIEW
 from agent.store.weights import short
+from deploy.consoles import signer
 from deploy.serving.control import observe
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
@@ -153,7 +155,8 @@ def wishes(service: Service) -> list[Disagreement]:
     for version in read.reviews:
         if states.get(version.digest) == "AWAIT_REVIEW":
             text = f"{version.review} by a tag on version {version.number} ({REVIEW})"
-            done.append(Disagreement("review", version.digest, text, word=str(version.review)))
+            word, number = str(version.review), version.number
+            done.append(Disagreement("review", version.digest, text, word, number))
     return done
 
 
@@ -163,22 +166,31 @@ def _settle(session: Session, disagreement: Disagreement) -> str:
         swaps.finish(session)
     elif disagreement.kind == "served":
         swaps.serve_champion(session)
-    elif disagreement.kind == "review":
-        promote.review(session, disagreement.digest, disagreement.word, disagreement.text)
-    elif disagreement.kind == "moved":
-        return _answer_move(session, disagreement)
+    elif disagreement.kind in ("review", "moved"):
+        return _heed(session, disagreement)
     elif promote.act(session, disagreement.digest):  # approved, or left
         promote.carry_out(session, disagreement.digest, disagreement.text)
     return disagreement.text
 
 
-def _answer_move(session: Session, disagreement: Disagreement) -> str:
-    """Follow a person's move of the alias, or refuse it; the alias then stands at the champion.
+def _heed(session: Session, disagreement: Disagreement) -> str:
+    """Do what a user who signed in to MLflow asked for, or put it back with a note.
 
-    While MLflow cannot be written the move stays unanswered, and the next poll answers it.
+    After a move the alias stands at the champion. While MLflow cannot be written the move stays
+    unanswered, and the next poll answers it.
     """
-    service, note = session.service, ""
-    if not promote.follow(session, disagreement.digest, disagreement.text):
-        note = f"{disagreement.text}, which the gate did not pass: put back"
-    mlflow.within(MLFLOW_S, lambda: put_back(service, disagreement.version, note))
-    return note or disagreement.text
+    service, number = session.service, disagreement.version
+    who, note = signer(service.home, number, disagreement.word or "champion"), ""
+    told = f"{disagreement.text} by {who or 'nobody who signed in'}"
+    if who is None:
+        note = f"{told}: put back"
+    elif disagreement.kind == "review":
+        promote.review(session, disagreement.digest, disagreement.word, told, who)
+        return told
+    elif not promote.follow(session, disagreement.digest, told, who):
+        note = f"{told}, which the gate did not pass: put back"
+    if disagreement.kind == "moved":
+        mlflow.within(MLFLOW_S, lambda: put_back(service, number, note))
+    else:
+        mlflow.within(MLFLOW_S, lambda: service.registry.refuse_tag(number, REVIEW, note))
+    return note or told

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agent.config import Settings, load
+from agent.config import Settings, kept, load
 from agent.home import Home
 from deploy import stack
 from deploy.serving.served import Served
@@ -86,8 +86,7 @@ def _settings(
     if port is not None:
         sections.setdefault("gateway", {})["port"] = port
     if config is None and model is None and home.settings_json.is_file():
-        kept = Settings.model_validate_json(home.settings_json.read_text(encoding="utf-8"))
-        merged = kept.model_dump()
+        merged = kept(home).model_dump()
         for name, section in sections.items():
             merged[name] |= section
         return Settings.model_validate(merged)

@@ -142,8 +142,16 @@ def rollback(session: Session, digest: str, reason: str) -> ServeOutcome:
 
 
 def serve_champion(session: Session) -> None:
-    """Make the engine serve what the ledger says, whatever it serves now."""
-    champion = session.service.champion()
+    """Make the engine serve what the ledger says, whatever it serves now.
+
+    A champion whose weights are lost for good is rolled back to the original model.
+    """
+    service, champion = session.service, session.service.champion()
+    try:
+        service.directory(champion)
+    except UserError as damage:
+        rollback(session, service.origin.digest, f"its weights are lost: {damage}")
+        return
     swap_surely(session, champion, lambda *_: None, "as the ledger says")
 
 

@@ -104,6 +104,6 @@ def status_table(status: Mapping[str, Any]) -> Table:
         drawn.add_column(column)
     for each in status["services"]:
         drawn.add_row(each["name"], each["state"], str(each["pid"] or "-"))
-    for name in ("mlflow", "prefect", "champion"):
-        drawn.add_row(name, str(status[name] or "-"), "")
+    for name in ("mlflow", "prefect", "sign_in", "champion"):
+        drawn.add_row(name.replace("_", " "), str(status[name] or "-"), "")
     return drawn

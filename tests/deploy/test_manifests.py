@@ -122,7 +122,8 @@ def test_prefect_deploys_flows_that_exist_with_parameters_they_take() -> None:
         assert set(deployment["parameters"]) <= taken
         assert deployment["work_pool"]["name"] == told["name"]
     scheduled = [d for d in told["deployments"] if d.get("schedules")]
-    assert all(deployment["concurrency_limit"] == 1 for deployment in scheduled)
+    alone = {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert all(deployment["concurrency_limit"] == alone for deployment in scheduled)
     assert {d["name"] for d in scheduled} == {"loop", "reconcile", "bake"}
 
 

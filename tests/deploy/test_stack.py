@@ -67,7 +67,9 @@ def test_up_answers_and_down_leaves_nobody(home: Home) -> None:
     status = stack.up(home, load(), SERVED, make=small, progress=lambda *a: told.append(a))
     assert [name for name, _ in told[:2]] == [BLUE, "gateway"]
     assert {name for name, state in told[2:] if state.startswith("ready")} == {BLUE, "gateway"}
-    assert set(status) == {"endpoint", "mlflow", "prefect", "champion", "services"}
+    names = {"endpoint", "mlflow", "prefect", "sign_in", "champion", "services"}
+    assert set(status) == names
+    assert str(home.root / "password") in str(status["sign_in"])
     assert status["champion"] == SERVED.digest
     found = {each["name"]: each for each in status["services"]}
     assert set(found) == {BLUE, "gateway", "family", "spare"}
@@ -90,6 +92,11 @@ def test_the_record_leads_clients_to_the_stack(home: Home) -> None:
     environment = stack.environment_of(home)
     assert environment["MLFLOW_TRACKING_URI"] == status["mlflow"]
     assert environment["PREFECT_API_URL"] == f"{status['prefect']}/api"
+    password = (home.root / "password").read_text()
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == password
+    assert environment["PREFECT_API_AUTH_STRING"].endswith(f":{password}")
+    kept = [home.root / name for name in ("stack.json", "supervisord.conf", "settings.json")]
+    assert not any(password in path.read_text() for path in kept)
     stack.down(home)
     assert stack.environment_of(home) == {}
 

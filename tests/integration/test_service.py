@@ -17,6 +17,8 @@ import psutil
 import pytest
 from openai import OpenAI
 
+from agent.home import Home
+from deploy.consoles import USER, credentials
 from evaluators import examples
 from flows.service import Service
 from flows.show.catch_up import shown_within
@@ -245,8 +247,15 @@ def test_lm_evaluation_harness_runs_against_the_endpoint(running: Running, tmp_p
     assert {"1", "2"} <= {row["resps"][0][0] for row in rows}
 
 
+def signed_in(running: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Sign this process's MLflow client in as the owner; user and password."""
+    for name, value in credentials(Home(running.home)).items():
+        monkeypatch.setenv(name, value)
+    return USER, (running.home / "password").read_text()
+
+
 def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
-    running: Running, candidate: dict[str, Any]
+    running: Running, candidate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
@@ -254,6 +263,7 @@ def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
     assert states[:3] == ["ANCHOR", "PROPOSED", "EVALUATED"]
     replayed = as_json("replay", candidate["round"], home=running.home)
     assert replayed["digest"] == candidate["digest"]
+    signed_in(running, monkeypatch)
     client = mlflow.MlflowClient(*[running.status["mlflow"]] * 2)  # not the process's registry
     experiment = client.get_experiment_by_name("anchorage")
     assert experiment is not None
@@ -273,7 +283,11 @@ def test_the_round_is_in_ledger_journal_mlflow_and_prefect(
     assert any(row["kl"] != 0.0 for row in moved.values())
     versions = client.search_model_versions("name = 'anchorage'")
     assert candidate["digest"] in {version.tags["anchorage.digest"] for version in versions}
-    flow_runs = httpx.post(f"{running.status['prefect']}/api/flow_runs/filter", json={}).json()
+    url, owner = (
+        f"{running.status['prefect']}/api/flow_runs/filter",
+        signed_in(running, monkeypatch),
+    )
+    flow_runs = httpx.post(url, json={}, auth=owner).json()
     ended = [run["state_type"] for run in flow_runs if run["state_type"] != "SCHEDULED"]
     assert set(ended) == {"COMPLETED"}
     assert len(ended) >= 2  # improve, evaluate
@@ -315,10 +329,11 @@ def test_no_word_of_a_prompt_is_in_a_log_or_in_mlflow_or_prefect_and_forget_remo
 
 
 def test_a_rounds_rows_are_a_dataset_version_in_mlflow(
-    running: Running, candidate: dict[str, Any]
+    running: Running, candidate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
+    signed_in(running, monkeypatch)
     client = mlflow.MlflowClient(*[running.status["mlflow"]] * 2)  # not the process's registry
     experiment = client.get_experiment_by_name("anchorage")
     assert experiment is not None

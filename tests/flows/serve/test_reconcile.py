@@ -10,6 +10,7 @@ from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home
 from agent.registry import DIGEST, NOTE, REVIEW
+from deploy.consoles import sign
 from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import Served, read_served, write_served
 from flows.serve import promote, swaps
@@ -73,11 +74,15 @@ class Desk:
         assert version is not None
         return version.number
 
-    def move(self, digest: str) -> None:
-        """A person moves the champion alias."""
+    def move(self, digest: str, who: str | None = "ann") -> None:
+        """A person who signed in, or nobody who did, moves the champion alias."""
+        if who is not None:
+            sign(self.home, f"{self.number(digest)} champion", who)
         self.client.set_registered_model_alias("anchorage", "champion", self.number(digest))
 
-    def tag(self, digest: str, word: str) -> None:
+    def tag(self, digest: str, word: str, who: str | None = "ann") -> None:
+        if who is not None:
+            sign(self.home, f"{self.number(digest)} {word}", who)
         self.client.set_model_version_tag("anchorage", self.number(digest), REVIEW, word)
 
     def agree(self) -> str:
@@ -151,6 +156,7 @@ def test_an_alias_moved_elsewhere_is_put_back_with_a_note(
 def test_a_version_of_a_stranger_is_put_back_and_told_so(make_desk: Any) -> None:
     desk = make_desk()
     made = desk.client.create_model_version("anchorage", "file:///tmp/elsewhere")
+    sign(desk.home, f"{made.version} champion", "ann")
     desk.client.set_registered_model_alias("anchorage", "champion", made.version)
     assert f"version {made.version}" in repair(desk.session)[0]
     assert desk.agree() == desk.digests[0]
@@ -207,9 +213,9 @@ def test_the_challenger_is_the_newest_undecided_candidate_or_nobody(make_desk: A
         promote.act(desk.session, digest)
     assert challenger() == last
     promote.act(desk.session, last)
-    promote.review(desk.session, last, "reject", "no")
+    promote.review(desk.session, last, "reject", "no", "ann")
     assert challenger() == new
-    promote.review(desk.session, new, "approve", "yes")
+    promote.review(desk.session, new, "approve", "yes", "ann")
     assert desk.agree() == new
     assert challenger() is None  # the older one waits on, judged beside another champion
     assert desk.service.ledger.state(old) == "AWAIT_REVIEW"
@@ -242,12 +248,12 @@ def test_an_approval_whose_digest_was_judged_again_is_not_carried_over(make_desk
     digest = desk.judged(1, "PROMOTE")
     promote.act(desk.session, digest)
     desk.service.record(digest, "AWAIT_REVIEW", "a test")
-    promote.review(desk.session, digest, "reject", "looked at it")
+    promote.review(desk.session, digest, "reject", "looked at it", "ann")
     desk.tag(digest, "approve")
     poll(desk.session)
     assert desk.agree() == desk.digests[0]
     with pytest.raises(UserError, match="allowed: AWAIT_REVIEW"):
-        promote.review(desk.session, digest, "approve", "second thoughts")
+        promote.review(desk.session, digest, "approve", "second thoughts", "ann")
 
 
 def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
@@ -256,8 +262,35 @@ def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
     promote.act(desk.session, digest)
     desk.tag(digest, "reject")
     poll(desk.session)
-    assert desk.service.ledger.state(digest) == "REJECT"
+    row = desk.service.ledger.of(digest)[-1]
+    assert (row.state, row.actor) == ("REJECT", "ann")
     assert desk.agree() == desk.digests[0]
+
+
+@pytest.mark.parametrize("act", ["approve", "reject", "champion"])
+def test_what_nobody_signed_is_put_back_with_a_note(make_desk: Any, act: str) -> None:
+    """A tag or an alias set by who can write the store, but did not sign in to MLflow."""
+    desk = make_desk("manual")
+    digest = desk.judged(1, "PROMOTE")
+    promote.act(desk.session, digest)
+    desk.move(digest, None) if act == "champion" else desk.tag(digest, act, None)
+    assert "nobody who signed in: put back" in repair(desk.session)[0]
+    assert desk.service.ledger.state(digest) == "AWAIT_REVIEW"
+    assert desk.agree() == desk.digests[0]
+    tags = desk.client.get_model_version("anchorage", desk.number(digest)).tags
+    assert "nobody" in tags[NOTE]
+    assert REVIEW not in tags
+
+
+def test_an_approval_in_mlflow_is_in_history_under_the_users_name(make_desk: Any) -> None:
+    desk = make_desk("manual")
+    digest = desk.judged(1, "PROMOTE")
+    promote.act(desk.session, digest)
+    desk.tag(digest, "approve", "grace")
+    poll(desk.session)
+    assert desk.agree() == digest
+    approved = [e for e in desk.service.ledger.of(digest) if e.state == "APPROVED"]
+    assert [row.actor for row in approved] == ["grace"]
 
 
 def test_an_approval_outlives_its_process(make_desk: Any) -> None:

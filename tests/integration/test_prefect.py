@@ -1,0 +1,204 @@
+"""Prefect's real server: schedules that stay calm, and runs that are refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+
+from agent.config import load
+from agent.home import Home
+from deploy.consoles import USER, credentials
+from deploy.stack import choose_ports, client_environment
+from deploy.supervise import Probe, answers
+
+pytestmark = pytest.mark.integration
+
+# A process of `Runner` in a home: `prefect_runner.py HOME MINUTES`, whose loops only take a while.
+RUNNER = """
+import logging, sys, time
+from pathlib import Path
+from prefect.client.orchestration import get_client
+from agent.home import Home
+from flows.deployments import Runner
+logging.getLogger("anchorage").setLevel(logging.INFO)
+def command(home, name, run_id):
+    return [sys.executable, "-c", CHILD, str(home), str(run_id)]
+CHILD = '''
+import json, sys, time
+from pathlib import Path
+from uuid import UUID
+from flows.deployments import reported
+log = Path(sys.argv[1]) / "rounds.jsonl"
+with reported(UUID(sys.argv[2])):
+    given = json.load(sys.stdin)
+    with log.open("a") as file:
+        file.write(json.dumps([sys.argv[2], "begins", time.time(), given]) + chr(10))
+    time.sleep(9)
+    with log.open("a") as file:
+        file.write(json.dumps([sys.argv[2], "ends", time.time(), given]) + chr(10))
+'''
+with get_client(sync_client=True) as client:
+    runner = Runner(Home(Path(sys.argv[1])), float(sys.argv[2]), client, command)
+    try:
+        for _ in runner.looks():
+            time.sleep(1.0)
+    finally:
+        runner.close()
+"""
+MINUTES = 0.1  # 6 s between two loops that take longer
+
+
+class Desk:
+    """A home whose Prefect server and runner can be stopped and started."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home.at(root)
+        ports = choose_ports(load())
+        self.environment = os.environ | client_environment(self.home, ports)
+        self.environment |= credentials(self.home)
+        self.api = self.environment["PREFECT_API_URL"]
+        self.owner = (USER, self.home.password.read_text())
+        self.port = ports.prefect
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def up(self) -> None:
+        server = [sys.executable, "-m", "deploy.consoles", "prefect", str(self.home.root)]
+        self._start([*server, str(self.port)], "prefect")
+        wait(lambda: answers(Probe(f"{self.api}/health")))
+        self._start([sys.executable, "-c", RUNNER, str(self.home.root), str(MINUTES)], "flows")
+
+    def _start(self, command: list[str], name: str) -> None:
+        self.home.logs.mkdir(exist_ok=True)
+        with self.home.log(name).open("ab") as log:
+            started = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self.processes.append(started)
+
+    def down(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+            process.wait()
+        self.processes = []
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """One request; Prefect answers 503 while its SQLite is busy, and is asked again."""
+        url, code = f"{self.api}{path}", 503
+        while code == 503:
+            reply = httpx.request(method, url, json=body, auth=self.owner, timeout=30)
+            code = reply.status_code
+        reply.raise_for_status()
+        return reply.json() if reply.content else None
+
+    def deployment(self, name: str) -> str:
+        return str(self.ask("GET", f"/deployments/name/{name}/{name}")["id"])
+
+    def runs(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("POST", "/flow_runs/filter", {})
+        return [run for run in found if run["state_type"] != "SCHEDULED"]
+
+    def rounds(self) -> list[tuple[str, str, float]]:
+        path = self.home.root / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [tuple(json.loads(line)[:3]) for line in lines]
+
+    def log(self) -> str:
+        return self.home.log("flows").read_text()
+
+
+def wait(ready: Any, timeout_s: float = 240.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    made = Desk(tmp_path_factory.mktemp("prefect") / "home")
+    made.up()
+    yield made
+    made.down()
+
+
+def test_loops_never_overlap_and_after_a_pause_one_catches_up(desk: Desk) -> None:
+    """Loops of 9 s, planned every 6 s; then down, for as long as several would have taken."""
+    wait(lambda: len([line for line in desk.rounds() if line[1] == "ends"]) >= 2)
+    desk.down()
+    before = len(desk.rounds())
+    time.sleep(25)
+    desk.up()
+    wait(lambda: len(desk.rounds()) >= before + 3)
+    lines = desk.rounds()
+    # Each begins after the one before has ended; only the one that `down` ended has no end.
+    for first, second in pairwise(lines):
+        assert (first[1], second[1]) != ("begins", "begins") or lines.index(second) == before
+    ends = [line[2] for line in lines if line[1] == "ends"]
+    begins = [line[2] for line in lines if line[1] == "begins"]
+    assert all(min(b - e for e in ends if e < b) >= 5.9 for b in begins[1:] if b < begins[-1] - 20)
+    states = Counter((run["state_type"], run["state_name"]) for run in desk.runs())
+    assert not [state for state in states if state[0] == "FAILED"]
+    skipped = [run for run in desk.runs() if run["state_name"] == "Skipped"]
+    assert any("a round is running" in run["state"]["message"] for run in skipped)
+    assert any("catches up" in run["state"]["message"] for run in skipped)
+
+
+SHELL = "prefect.deployments.steps.run_shell_script"
+
+
+@pytest.mark.parametrize("variant", ["pull_steps", "entrypoint", "job_variables", "home", "run"])
+def test_a_run_that_was_changed_in_prefect_is_refused_and_nothing_runs(
+    desk: Desk, tmp_path: Path, variant: str
+) -> None:
+    """By somebody who has the password; the deployment is right again afterwards."""
+    canary, script = tmp_path / "canary", tmp_path / "evil.py"
+    script.write_text(f"open({str(canary)!r}, 'w').close()\n")
+    deployment = desk.deployment("collect")
+    changes: dict[str, dict[str, object]] = {
+        "pull_steps": {"pull_steps": [{SHELL: {"script": f"touch {canary}"}}]},
+        "entrypoint": {"entrypoint": f"{script}:flow"},
+        "job_variables": {"job_variables": {"command": f"touch {canary}"}},
+        "home": {"parameters": {"home": str(tmp_path)}},
+    }
+    run: dict[str, object] = {"state": {"type": "SCHEDULED"}}
+    if variant in changes:
+        desk.ask("PATCH", f"/deployments/{deployment}", changes[variant])
+    else:
+        run["job_variables"] = {"command": f"touch {canary}"}
+    made = desk.ask("POST", f"/deployments/{deployment}/create_flow_run", run)["id"]
+
+    def state() -> Any:
+        try:
+            return desk.ask("GET", f"/flow_runs/{made}")["state"]
+        except httpx.HTTPStatusError:
+            return {"name": "gone"}
+
+    wait(lambda: state()["name"] == "Refused")
+    assert "registered" in state()["message"]
+    assert f"run {made} of collect is refused" in desk.log()
+    wait(lambda: desk.log().count("collect") and desk.deployment("collect"))
+    again = desk.ask("GET", f"/deployments/{desk.deployment('collect')}")
+    assert not again["pull_steps"]
+    assert again["entrypoint"] == "flows/deployments.py:collect_flow"
+    assert again["parameters"] == {"home": str(desk.home.root)}
+    assert not canary.exists()
+    assert made not in {line[0] for line in desk.rounds()}
+
+
+def test_a_run_that_a_person_asks_for_gets_their_parameters(desk: Desk) -> None:
+    deployment = desk.deployment("collect")
+    parameters = {"home": str(desk.home.root), "target": "gsm8k"}
+    body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+    made = desk.ask("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
+    wait(lambda: desk.ask("GET", f"/flow_runs/{made}")["state"]["type"] == "COMPLETED")
+    lines = (desk.home.root / "rounds.jsonl").read_text().splitlines()
+    assert parameters in [given for run, _, _, given in map(json.loads, lines) if run == made]
+    assert UUID(made)
