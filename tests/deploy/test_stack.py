@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from agent.config import Settings, load
+from agent.config import kept as settings_of
 from agent.errors import UserError
 from agent.home import Home
 from deploy import stack, supervise
@@ -327,7 +328,7 @@ def test_what_an_ini_file_cannot_hold_is_refused(home: Home) -> None:
 
 def test_settings_and_version_are_kept_beside_the_stack(home: Home) -> None:
     up(home, learner={"sigma": 0.5})
-    kept = Settings.model_validate_json(home.settings_json.read_text())
+    kept = settings_of(home)
     assert kept.learner.sigma == 0.5
     assert read_served(home) == SERVED
 

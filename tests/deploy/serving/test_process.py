@@ -90,5 +90,5 @@ def test_each_slot_loads_its_own(home: Home) -> None:
 def test_a_damaged_file_is_named(home: Home) -> None:
     for text in ("{", '{"digest": "a"}', '{"digest": "a", "directory": "b", "c": 1}'):
         write_atomically(home.serving_json, text)
-        with pytest.raises(UserError, match="is damaged|not a served version"):
+        with pytest.raises(UserError, match=r"is damaged|not a served version"):
             read_served(home)
