@@ -1,27 +1,25 @@
-"""From answers to rows: what may be kept is written, what asked for a reward is verified.
+"""After an answer: the interaction is stored, and its reward verified where a task was named.
 
-Everything here happens after the client has its answer. Order: the row first, then the verdict, so
-that a process that dies in between leaves an unjudged row, which the next start picks up.
-
-Verdicts off the request path: each in a thread of its own, bounded in time and in number.
+Order: the interaction first, then the verdict, so that a process that ends in between leaves an
+unjudged one, which the next process verifies. Only the check of a row comes before the answer.
+Checks and verifications run in threads of their own, bounded in time and in number.
 """
 
 import asyncio
-import hashlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import orjson
 
-from agent.gateway.requests import Call, TaskAsked
+from agent.gateway.requests import Call, TaskAsked, kept
 from agent.store.experience import ExperienceStore, Interaction, Judgement, Unjudged
-from agent.store.intake import text_hash
 
 MAX_STUCK = 8  # threads still running after their time; more verifications are refused
 MAX_ERROR = 256  # characters of an error, as its column is wide
@@ -131,47 +129,41 @@ class Verifier:
 
 
 def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
-    """Run in a daemon thread; an exception of the work is raised by the future."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(set_outcome: Callable[[], None]) -> None:
-        if not future.done():
-            set_outcome()
+    """Run in a daemon thread; the future has its value or its exception."""
+    loop, outcome = asyncio.get_running_loop(), Future[T]()
 
     def run() -> None:
         try:
             value = work()
-            outcome = lambda: future.set_result(value)  # noqa: E731
         except Exception as error:
-            failure = error
-            outcome = lambda: future.set_exception(failure)  # noqa: E731
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, outcome)
+            outcome.set_exception(error)
+        else:
+            if not loop.is_closed():  # the service ended while a slow verifier went on
+                outcome.set_result(value)
 
     threading.Thread(target=run, name="verify", daemon=True).start()
-    return future
+    return asyncio.wrap_future(outcome)
 
 
 def _finding(
     verify: Verify, task: str, example_id: str | None, example: str | None, completion: str
 ) -> Finding:
-    refused: str | None = None
+    error: str | None = None
     try:
         row = orjson.loads(example) if example is not None else example_id or ""
         try:
             verdict = verify(task, row, completion)
-        except RowRefusedError as error:
-            refused = f"row refused: {error}"[:MAX_ERROR]
-            if error.verdict is None:
-                return Finding(error=refused)
-            verdict = error.verdict
+        except RowRefusedError as refusal:
+            error = f"row refused: {refusal}"[:MAX_ERROR]
+            if refusal.verdict is None:
+                return Finding(error=error)
+            verdict = refusal.verdict
         reward, format_ = float(verdict.reward), float(verdict.format)
-    except Exception as error:
-        return Finding(error=type(error).__name__)
+    except Exception as failure:
+        return Finding(error=type(failure).__name__)
     if not (math.isfinite(reward) and math.isfinite(format_)):
         return Finding(error="reward not finite")
-    return Finding(reward, format_, verdict.extracted, refused)
+    return Finding(reward, format_, verdict.extracted, error)
 
 
 LOG = logging.getLogger("anchorage.gateway")
@@ -339,47 +331,6 @@ class Capture:
                 error=finding.error,
             )
         )
-
-
-def kept(call: Call) -> Mapping[str, Any]:
-    """Columns of a row that come from the request: text only where the call allows it."""
-    if not call.captures_text:
-        return {"session_id": call.session_id}
-    tools = call.payload.get("tools")
-    asked = call.prompt if tools is None else {"messages": call.prompt, "tools": tools}
-    prompt = orjson.dumps(asked).decode()
-    prompt_hash = text_hash(prompt)
-    conversation = f"session:{call.session_id}" if call.session_id else prompt_hash
-    columns: dict[str, Any] = {
-        "session_id": call.session_id,
-        "prompt": prompt,
-        "prompt_hash": prompt_hash,
-        "group_hash": hashlib.sha256(conversation.encode()).hexdigest(),
-    }
-    return columns | (_task_columns(call.task) if call.task else {})
-
-
-def row_hash(task: str, example_id: str | None, example: str | None) -> str | None:
-    """What makes two task rows the same: the known id, or the row in any key order.
-
-    None where neither is there: the row comes later, or never.
-    """
-    if example_id is None and example is None:
-        return None
-    if example is None:
-        return text_hash(f"{task}\nid\n{example_id}")
-    canonical = orjson.dumps(orjson.loads(example), option=orjson.OPT_SORT_KEYS).decode()
-    return text_hash(f"{task}\nrow\n{canonical}")
-
-
-def _task_columns(asked: TaskAsked) -> dict[str, Any]:
-    return {
-        "task": asked.task,
-        "source": "known" if asked.example is None else "submitted",
-        "example_id": asked.example_id,
-        "example": asked.example,
-        "row_hash": row_hash(asked.task, asked.example_id, asked.example),
-    }
 
 
 def _to_judge(row: Interaction) -> list[Unjudged]:

@@ -16,12 +16,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from agent.gateway.capture import row_hash
 from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.exchange import CHAMPION, Exchange, GatewayParts, unknown_model
 from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest
 from agent.gateway.keys import KeyStore, Principal
-from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row
+from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row, row_hash
 from agent.gateway.stream import StreamedAnswer
 from agent.sections import GatewaySettings
 from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, add, keep_row

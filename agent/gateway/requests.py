@@ -1,5 +1,6 @@
 """A request's bytes checked and read into a ``Call``: the engine's payload, and what to capture."""
 
+import hashlib
 import math
 import reprlib
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from agent.gateway.fields import (
 )
 from agent.gateway.schema import SchemaError, check_schema
 from agent.sections import GatewaySettings
+from agent.store.intake import text_hash
 
 Endpoint = Literal["chat.completions", "completions"]
 MAX_DEPTH = 64  # of a whole request
@@ -205,6 +207,47 @@ def read_late_row(body: bytes, tasks: frozenset[str]) -> tuple[str, TaskAsked]:
     asked = _task({"task": checked.task, "example": example}, tasks)
     assert asked is not None
     return checked.inference_id, asked
+
+
+def kept(call: Call) -> Mapping[str, Any]:
+    """Columns of a row that come from the request: text only where the call allows it."""
+    if not call.captures_text:
+        return {"session_id": call.session_id}
+    tools = call.payload.get("tools")
+    sent = call.prompt if tools is None else {"messages": call.prompt, "tools": tools}
+    prompt = orjson.dumps(sent).decode()
+    prompt_hash = text_hash(prompt)
+    conversation = f"session:{call.session_id}" if call.session_id else prompt_hash
+    columns: dict[str, Any] = {
+        "session_id": call.session_id,
+        "prompt": prompt,
+        "prompt_hash": prompt_hash,
+        "group_hash": hashlib.sha256(conversation.encode()).hexdigest(),
+    }
+    return columns | (_task_columns(call.task) if call.task else {})
+
+
+def row_hash(task: str, example_id: str | None, example: str | None) -> str | None:
+    """What makes two task rows the same: the known id, or the row in any key order.
+
+    None where neither is there: the row comes later, or never.
+    """
+    if example_id is None and example is None:
+        return None
+    if example is None:
+        return text_hash(f"{task}\nid\n{example_id}")
+    canonical = orjson.dumps(orjson.loads(example), option=orjson.OPT_SORT_KEYS).decode()
+    return text_hash(f"{task}\nrow\n{canonical}")
+
+
+def _task_columns(asked: TaskAsked) -> dict[str, Any]:
+    return {
+        "task": asked.task,
+        "source": "known" if asked.example is None else "submitted",
+        "example_id": asked.example_id,
+        "example": asked.example,
+        "row_hash": row_hash(asked.task, asked.example_id, asked.example),
+    }
 
 
 def _cap(name: str, value: int | None, most: int) -> None:

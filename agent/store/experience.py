@@ -1,4 +1,4 @@
-"""What the endpoint saw: interactions, their answers, and the rewards that verifiers gave them."""
+"""The experience store: interactions, their answers, and the rewards that verifiers gave them."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -174,13 +174,13 @@ class ExperienceStore:
     def record(self, batch: Iterable[Interaction]) -> None:
         """Insert interactions and their answers, all or none."""
         items = list(batch)
-        mine = [_columns(a) | {"owner": i.inference_id} for i in items for a in i.answers]
+        choices = [_columns(a) | {"owner": i.inference_id} for i in items for a in i.answers]
         with self.writing() as connection:
             if items:
                 connection.execute(insert(interactions), [_columns(item) for item in items])
-            if mine:
+            if choices:
                 owner = _id_of(bindparam("owner")).scalar_subquery()
-                connection.execute(insert(answers).values(interaction_id=owner), mine)
+                connection.execute(insert(answers).values(interaction_id=owner), choices)
 
     def judge(self, batch: Iterable[Judgement]) -> None:
         """Write verdicts; the first word on an answer stands."""
@@ -275,8 +275,8 @@ class ExperienceStore:
             .select_from(answers.join(interactions))
             .where(answers.c.reward.is_not(None))
         )
-        found = self._all(_of_version(query, version, since, until, newest))
-        return sorted(Earned(*row) for row in found)
+        rows = self._all(_of_version(query, version, since, until, newest))
+        return sorted(Earned(*row) for row in rows)
 
     def answered(
         self,
@@ -289,8 +289,8 @@ class ExperienceStore:
         query = select(
             interactions.c.created, interactions.c.status, interactions.c.latency_s
         ).where(interactions.c.status != "cancelled")
-        found = self._all(_of_version(query, version, since, until, newest))
-        return sorted(VersionTraffic(*row) for row in found)
+        rows = self._all(_of_version(query, version, since, until, newest))
+        return sorted(VersionTraffic(*row) for row in rows)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:
         """Note that these rows, in this order, are a round's prompts."""

@@ -85,54 +85,56 @@ def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -
     Raises FeedbackRefusedError for an unknown inference (or another principal's, unless
     ``any_owner``), one whose text was not kept, that named another task, or that has another row.
     """
-    with store.writing() as connection:
+    with store.writing() as connection:  # one transaction: of two rows for an answer one is kept
         query = select(interactions).where(
             (interactions.c.inference_id == row.inference_id)
             | (interactions.c.response_id == row.inference_id)
         )
-        found = connection.execute(query.order_by(interactions.c.id).limit(1)).mappings().first()
-        if found is None or (found["principal"] != row.principal and not any_owner):
+        interaction = (
+            connection.execute(query.order_by(interactions.c.id).limit(1)).mappings().first()
+        )
+        if interaction is None or (interaction["principal"] != row.principal and not any_owner):
             raise FeedbackRefusedError(
                 "unknown_inference", f"inference_id: {row.inference_id!r} is not one of yours"
             )
-        if _known_already(found, row):
+        if _known_already(interaction, row):
             return []
         values = {"task": row.task, "source": "submitted", "example": row.example}
         connection.execute(
             update(interactions)
-            .where(interactions.c.id == found["id"])
+            .where(interactions.c.id == interaction["id"])
             .values(**values, row_hash=row.row_hash)
         )
         kept = select(answers.c.choice, answers.c.completion).where(
-            answers.c.interaction_id == found["id"]
+            answers.c.interaction_id == interaction["id"]
         )
         return [
             Unjudged(
-                inference_id=found["inference_id"],
+                inference_id=interaction["inference_id"],
                 choice=choice,
                 task=row.task,
                 example_id=None,
                 example=row.example,
                 completion=completion or "",
-                version=found["version"],
+                version=interaction["version"],
             )
             for choice, completion in connection.execute(kept)
         ]
 
 
-def _known_already(found: RowMapping, row: LateRow) -> bool:
+def _known_already(interaction: RowMapping, row: LateRow) -> bool:
     """Whether the interaction has this very row; FeedbackRefusedError where it can take none."""
-    if found["prompt"] is None or found["status"] != "ok":
+    if interaction["prompt"] is None or interaction["status"] != "ok":
         raise FeedbackRefusedError(
             "text_not_kept", "inference_id: its text was not kept; ask with store: true or a task"
         )
-    if found["task"] not in (None, row.task):
+    if interaction["task"] not in (None, row.task):
         raise FeedbackRefusedError(
-            "other_task", f"task: {row.task!r}; the request named {found['task']!r}"
+            "other_task", f"task: {row.task!r}; the request named {interaction['task']!r}"
         )
-    if found["row_hash"] not in (None, row.row_hash):
+    if interaction["row_hash"] not in (None, row.row_hash):
         raise FeedbackRefusedError("row_known", "inference_id: it has another row already")
-    return found["row_hash"] is not None
+    return interaction["row_hash"] is not None
 
 
 def of(store: ExperienceStore, inference_id: str) -> list[Mapping[str, Any]]:

@@ -119,7 +119,8 @@ def collect(
             quarantine, no pool but train.
         turn: Which round this is: where not every principal fits in, others do in the next one.
     """
-    refused = {_id(row): found for row in rows if (found := refuse(row))}
+    refused = {_id(row): refusal for row in rows if (refusal := refuse(row))}
+    # Refused first: a row that does not count must neither hide an equal one nor move a median.
     fit = [row for row in rows if _id(row) not in refused]
     strange = {} if alone else unusual(fit)
     places: dict[tuple[str, int], tuple[Why, str]] = {**refused}
@@ -150,7 +151,7 @@ def fair_choice(
     rest: list[tuple[ExperienceRow, Why, str]] = []
     seen: set[str] = set()
     taken: Counter[tuple[str, str]] = Counter()
-    for row in _in_turn(rows, salt, turn):
+    for row in _in_turn(rows, salt, turn):  # in this order a cap cuts everybody's last rows
         limits = {
             ("principal", row.principal): caps.principal_share,
             ("source", row.source): caps.source_share.get(row.source, 0.0),

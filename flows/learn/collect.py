@@ -27,7 +27,7 @@ LOG = logging.getLogger("anchorage.flows")
 SHOWN_PROMPTS = 2  # of each kind, in `collect`
 SHOWN_REASONS = 20  # lines about what was set aside; the rest is counted in one more
 
-Told = tuple[Why, str]  # the kind of reason a row is set aside for, and the reason
+Refusal = tuple[Why, str]  # the kind of reason a row is set aside for, and the reason
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,24 @@ class Collected:
 
     def reasons(self) -> list[dict[str, Any]]:
         """Principal, reason and how many requests, most first."""
-        told = Counter[tuple[str, str, str]]()
+        requests_of = Counter[tuple[str, str, str]]()
         for each in self.set_aside:
-            told[each.row.principal, each.why, each.reason] += 1
+            requests_of[each.row.principal, each.why, each.reason] += 1
         for principal, reason, requests in self.refused:
-            told[principal, "unverified", reason] += requests
+            requests_of[principal, "unverified", reason] += requests
         return [
             {"principal": principal, "why": why, "reason": reason, "requests": requests}
-            for (principal, why, reason), requests in told.most_common()
+            for (principal, why, reason), requests in requests_of.most_common()
         ]
 
     def lines(self) -> list[str]:
         """What was set aside, one line a principal and reason."""
-        told = self.reasons()
+        reasons = self.reasons()
         lines = [
             f"set aside: {each['requests']} of {each['principal']}: {each['why']}: {each['reason']}"
-            for each in told[:SHOWN_REASONS]
+            for each in reasons[:SHOWN_REASONS]
         ]
-        rest = sum(each["requests"] for each in told[SHOWN_REASONS:])
+        rest = sum(each["requests"] for each in reasons[SHOWN_REASONS:])
         return lines + ([f"set aside: {rest} more, for other reasons"] if rest else [])
 
     def preview(self) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
     earlier = sum(run.target == target for run in service.journal.runs())
     since = time.time() - service.settings.gateway.retention_days * 86_400
     intake = _intake(service, task, count, since, turn=str(earlier))
+    # Sorted by key below: which rows a round has decides its outcome, not the order of principals.
     live: dict[str, tuple[Asked, ExperienceRow]] = {}
     set_aside = list(intake.set_aside)
     for request in intake.train:
@@ -205,7 +206,7 @@ def admit(service: Service, task: Task, row: object) -> str | None:
 
 def admission(
     service: Service, task: Task, row: object, judging_rows: HeldOut | None
-) -> Told | None:
+) -> Refusal | None:
     """Why a row that a client sent is not learnt from, or None; the kind of reason, and it.
 
     The same for every row, by whatever way it comes: its form and length, the verdicts on its gold
@@ -216,7 +217,7 @@ def admission(
     return lookalike(judging_rows, row_text(task, cast(Row, row)))
 
 
-def lookalike(judging_rows: HeldOut | None, text: str) -> Told | None:
+def lookalike(judging_rows: HeldOut | None, text: str) -> Refusal | None:
     """Whether a text holds a row that judges; None where these are not read yet."""
     held = None if judging_rows is None else judging_rows.hit(text)
     return ("overlapping", f"it holds a row that judges {held.task}") if held else None
@@ -229,12 +230,14 @@ def _intake(service: Service, task: Task, count: int, since: float, turn: str) -
     judging_rows = held_out(service, task.name) if rows else None
 
     @cache  # the same request often comes many times
-    def judged(example: str | None, example_id: str | None, prompt: str | None) -> Told | None:
+    def refusal_of(
+        example: str | None, example_id: str | None, prompt: str | None
+    ) -> Refusal | None:
         return _refusal(service, task, known, judging_rows, (example, example_id, prompt))
 
-    def refuse(row: ExperienceRow) -> Told | None:
-        if told := judged(row.example, row.example_id, row.prompt):
-            return told
+    def refuse(row: ExperienceRow) -> Refusal | None:
+        if refusal := refusal_of(row.example, row.example_id, row.prompt):
+            return refusal
         reason = over(service, task, row.prompt_tokens)
         return ("not_as_sent", reason) if reason else None
 
@@ -263,20 +266,20 @@ def _refusal(
     task: Task,
     known: Mapping[str, Row],
     judging_rows: HeldOut | None,
-    request: tuple[str | None, str | None, str | None],
-) -> Told | None:
+    request: tuple[str | None, ...],
+) -> Refusal | None:
     """Why a stored request cannot be learnt from. Old homes hold rows that nobody checked."""
     example, example_id, prompt = request
-    told: Told | None
+    refusal: Refusal | None
     if example is None:
-        told = None if example_id in known else ("refused", "no training row has its example_id")
+        refusal = None if example_id in known else ("refused", "no training row has its example_id")
     else:
         try:
-            told = admission(service, task, json.loads(example), judging_rows)
+            refusal = admission(service, task, json.loads(example), judging_rows)
         except (ValueError, RecursionError):
-            told = "refused", "its row is not JSON"
-    if told is not None:
-        return told
+            refusal = "refused", "its row is not JSON"
+    if refusal is not None:
+        return refusal
     try:
         messages = chat(prompt)
     except ValueError as error:

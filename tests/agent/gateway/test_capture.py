@@ -11,7 +11,8 @@ import openai
 import pytest
 from sqlalchemy import select, update
 
-from agent.gateway.capture import RowRefusedError, row_hash
+from agent.gateway.capture import RowRefusedError
+from agent.gateway.requests import row_hash
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction
 from agent.store.experience_db import answers, interactions
