@@ -185,7 +185,11 @@ class GatewaySettings(Section):
     host: str = Field("127.0.0.1", description="Address to listen on; elsewhere keys are required.")
     port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     principal_cap: float = Field(
-        0.01, ge=0, le=1, description="Largest share of a round's rows from one principal; 0: off."
+        0.01,
+        ge=0,
+        le=1,
+        description="Largest share of a round's rows from one principal; 0: off, as while only one "
+        "principal has keys or sends rows.",
     )
     retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
     experience_url: str | None = Field(None, description="SQLAlchemy URL; not set: SQLite in home.")
