@@ -8,12 +8,15 @@ process for each engine and does that.
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import Any
 
 from agent.errors import UserError
@@ -55,6 +58,15 @@ def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
     return {"enable_chunked_prefill": False, **least}
 
 
+def text_only(model: Path) -> dict[str, Any]:
+    """Engine arguments with which a model that also reads pictures or sound is only its text part.
+
+    The rest is neither loaded nor learnt, and needs no image processor.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return {"language_model_only": True} if {"vision_config", "audio_config"} & set(config) else {}
+
+
 def import_model_class(model: Path) -> None:
     """Import the model's class in this process; vLLM would start another one to look at it."""
     from vllm.model_executor.models.registry import ModelRegistry
@@ -62,7 +74,35 @@ def import_model_class(model: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     for name in config.get("architectures", ()):
         if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+            with _torchvision():
+                found = ModelRegistry.models[name].load_model_cls()
+            ModelRegistry.register_model(name, found)
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """Empty modules in the place of torchvision's while a model's class is imported.
+
+    torchvision has no build beside vLLM's CPU build. Files of models that also read pictures, and
+    of text models that share such a file (Qwen3.5), import transformers' image processors, which
+    import this name of it; the text part never calls them.
+    """
+    if find_spec("torchvision") is not None:
+        yield
+        return
+    package = "torchvision.transforms.v2.functional"
+    names = ["torchvision", "torchvision.transforms", "torchvision.transforms.v2", package]
+    modules = {name: ModuleType(name) for name in names}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 # --- the population's engine --------------------------------------------------------------------
@@ -371,6 +411,7 @@ def _start(options: EngineOptions) -> Any:
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         **(whole_prompts(options.max_model_len) if cpu else {}),
+        **text_only(options.model),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
         gpu_memory_utilization=options.gpu_memory_utilization,

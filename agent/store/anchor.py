@@ -17,6 +17,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 HEADS = ("lm_head", "embed_out")
+SENSES = ("visual", "vision", "audio", "image", "multi_modal")  # parts of modules' names
 SHOWN = 8
 
 
@@ -119,11 +120,19 @@ def tie_of(config: Mapping[str, Any], names: Iterable[str], where: Path) -> dict
     return {head or f"{HEADS[0]}.weight": str(embedding)} if tied else {}
 
 
+def not_text(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
+    """The tensors of a model's other senses: no answer to a text depends on them."""
+    if not {"vision_config", "audio_config"} & config.keys():
+        return frozenset()
+    return frozenset(n for n in names if any(s in n.rpartition(".")[0] for s in SENSES))
+
+
 class Anchor:
     """The immutable model a round starts from: tensors by canonical name, tied ones once.
 
     ``names`` sorted, ``specs`` name -> (shape, dtype), ``tied`` alias -> name, ``parameters`` the
-    number of distinct weights, ``digest`` the sha256 of names, dtypes, shapes and bytes.
+    number of distinct weights, ``fixed`` the names that are never perturbed or moved, ``digest``
+    the sha256 of names, dtypes, shapes and bytes.
     Memory: the mapping only, in the published dtype (2 bytes a parameter for bfloat16).
     """
 
@@ -132,6 +141,7 @@ class Anchor:
         self.names = tuple(sorted(specs))
         self.specs = MappingProxyType(dict(specs))
         self.tied: Mapping[str, str] = MappingProxyType({})
+        self.fixed: frozenset[str] = frozenset()
         self.parameters = sum(torch.Size(shape).numel() for shape, _ in specs.values())
         self._tensors: dict[str, torch.Tensor] = {
             name: files[name].get_tensor(name) for name in specs
@@ -161,7 +171,13 @@ class Anchor:
                 raise UserError(f"{directory}: {head} and {embedding} are tied but differ")
         anchor = cls(directory, files, {n: spec for n, spec in specs.items() if n not in tied})
         anchor.tied = MappingProxyType(tied)
+        anchor.fixed = not_text(config, anchor.names)
         return anchor
+
+    @property
+    def learnable(self) -> int:
+        """How many weights a step can move."""
+        return self.parameters - sum(torch.Size(self.specs[n][0]).numel() for n in self.fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The mapped tensor in its own dtype; an alias gives what it is tied to. Do not write."""

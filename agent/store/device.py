@@ -65,7 +65,8 @@ class DeviceParameters(Theta):
         for name in order or self.anchor.names:
             base = self._there(self.anchor.tensor(name))
             out = torch.empty_like(base)
-            render_into(out, base, self.delta[name], address, name, 0, scale, noise)
+            at, scaled = self.noise_of(name, address, scale)
+            render_into(out, base, self.delta[name], at, name, 0, scaled, noise)
             yield name, out.view(self.anchor.specs[name][0])
 
     def moved(self, step: Step) -> Moves:
@@ -74,6 +75,8 @@ class DeviceParameters(Theta):
 
     def _move(self, name: str, step: Step) -> tuple[float, float]:
         """One tensor's step."""
+        if name in self.anchor.fixed:
+            return 0.0, 0.0
         delta, before = self.delta[name], self.delta[name].clone()
         importance = self.weights(step.penalty).get(name)
         weights = None if importance is None else self._there(torch.from_numpy(importance))

@@ -96,6 +96,12 @@ class Theta(ABC):
             layer_norms={layer: math.sqrt(math.fsum(held)) for layer, held in layers.items()},
         )
 
+    def noise_of(
+        self, name: str, address: Address | None, scale: float
+    ) -> tuple[Address | None, float]:
+        """Address and scale of a tensor's noise: none for one that is fixed."""
+        return (None, 0.0) if name in self.anchor.fixed else (address, scale)
+
     def weights(self, penalty: Penalty) -> Mapping[str, Floats]:
         """The importance a penalty names, flat, by tensor name; read once. Nothing: all 1."""
         digest = penalty.importance
@@ -166,14 +172,18 @@ class Parameters(Theta):
         """See ``Theta``; a group of tensors is rendered at a time, on all cores."""
         for names in groups(self.anchor.specs, order or self.anchor.names):
             tensors = {name: torch.empty_like(self.anchor.tensor(name)) for name in names}
-            parts = []
+            parts: list[Render] = []
+            fixed: list[Render] = []
             for name, tensor in tensors.items():
                 if tensor.dtype == torch.float16:
-                    self._render_float16(name, tensor, address, scale, noise)
+                    at = self.noise_of(name, address, scale)
+                    self._render_float16(name, tensor, *at, noise)
                 else:
                     base = stored(self.anchor.tensor(name))
-                    parts.append(Render(name, stored(tensor), base, self.delta[name]))
+                    kind = fixed if name in self.anchor.fixed else parts
+                    kind.append(Render(name, stored(tensor), base, self.delta[name]))
             render_many(parts, address, scale, noise)
+            render_many(fixed, None, 0.0, noise)
             yield from tensors.items()
 
     def _render_float16(
@@ -190,9 +200,11 @@ class Parameters(Theta):
 
     def moved(self, step: Step) -> Moves:
         """See ``Theta``; all tensors in one pass."""
-        names, weights = self.anchor.names, self.weights(step.penalty)
+        weights, fixed = self.weights(step.penalty), self.anchor.fixed
+        names = [name for name in self.anchor.names if name not in fixed]
         parts = [Update(name, self.delta[name], weights.get(name)) for name in names]
-        return dict(zip(names, update_many(parts, step), strict=True))
+        moves = dict(zip(names, update_many(parts, step), strict=True))
+        return moves | dict.fromkeys(fixed, (0.0, 0.0))
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; shares memory with delta."""

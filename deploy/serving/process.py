@@ -28,6 +28,7 @@ from agent.population.vllm import (
     OFFLINE,
     import_model_class,
     on_cpu,
+    text_only,
     whole_prompts,
 )
 from agent.store.weights import require
@@ -80,9 +81,11 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
 
 
 def _flag(name: str, value: object) -> str:
-    """An engine argument as vLLM's command line has it; one that is False is switched off."""
+    """An engine argument as vLLM's command line has it; a truth value is a switch."""
     dashed = name.replace("_", "-")
-    return f"--no-{dashed}" if value is False else f"--{dashed}={value}"
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed}={value}"
 
 
 def environment(home: Home, *, cpu: bool) -> dict[str, str]:
@@ -135,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
     served = intact(home, given.slot)
     path = private_socket(home.engine_socket(given.slot))
-    _run([f"--model={served.directory}", f"--uds={path}", *foreign], served)
+    text = [_flag(name, value) for name, value in text_only(Path(served.directory)).items()]
+    _run([f"--model={served.directory}", f"--uds={path}", *text, *foreign], served)
 
 
 def _settings(home: Home) -> Settings:

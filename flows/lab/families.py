@@ -45,8 +45,8 @@ LINEAR: dict[str, Any] = {  # Qwen3.5: three of four layers are recurrent
     "num_hidden_layers": 4,
     "head_dim": 32,
     "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }

@@ -79,7 +79,7 @@ def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
         penalty=_penalty(learner, run.plan),
         noise=learner.noise,
         early_stop=learner.early_stop,
-        parameters=anchor.parameters,
+        parameters=anchor.learnable,
         start_generation=len(generations) - len(before),
         start_norm=float(before[-1].drift["norm"]) if before else 0.0,
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agent.errors import UserError
-from agent.store.anchor import Anchor, tie_of
+from agent.store.anchor import Anchor, require_finite, tie_of
 from agent.store.tensorfile import raw
 
 MakeModel = Callable[..., Path]
@@ -113,6 +113,15 @@ def test_embeddings_go_by_many_names(
     config: dict[str, Any], names: list[str], tied: str | None
 ) -> None:
     assert list(tie_of(config, names, Path("model")).values()) == ([tied] if tied else [])
+
+
+def test_values_that_are_not_finite_are_named(make_model: MakeModel) -> None:
+    require_finite(Anchor.open(make_model("sound")))
+    bad = make_model("bad")
+    edit(bad, lambda t: t["model.norm.weight"].__setitem__(slice(2), torch.tensor([1e39, -1e39])))
+    edit(bad, lambda t: t[EMBEDDING].view(-1).__setitem__(0, float("nan")))
+    with pytest.raises(UserError, match=r"not finite: .*embed_tokens.weight \(1\), .*norm.*\(2\)$"):
+        require_finite(Anchor.open(bad))
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -20,6 +20,7 @@ from agent.store.theta import Parameters, layer_of
 
 MakeModel = Callable[..., Path]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FILE = "model.safetensors"
 EPS = {"normal": normal, "rademacher": rademacher}
 
 
@@ -54,6 +55,28 @@ def literal(
         eps = EPS[noise](address, name, 0, delta.size)
         delta = delta + np.float32(scale) * eps
     return (base.float() + torch.from_numpy(delta).view(base.shape)).to(base.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_other_senses_are_never_perturbed_or_moved(
+    make_model: MakeModel, dtype: torch.dtype
+) -> None:
+    """No answer to a text depends on them: steps would be a random walk of theirs alone."""
+    seen = {"model.visual.patch_embed.proj.weight": torch.randn(4, 8).to(dtype)}
+    held = {
+        name: t.clone() for name, t in load_file(make_model("text", dtype=dtype) / FILE).items()
+    }
+    folder = make_model("both", tensors=held | seen, config={"vision_config": {}})
+    text, both = Anchor.open(folder.parent / "text"), Anchor.open(folder)
+    assert both.fixed == frozenset(seen)
+    assert both.learnable == text.learnable == text.parameters == both.parameters - 32
+    one, other = Parameters.zeros(text), Parameters.zeros(both)
+    assert one.apply(a_step()).norm == other.apply(a_step()).norm > 0
+    member = dict(other.rendered(Address(5, 1, 0), 0.1))
+    for name, tensor in one.rendered(Address(5, 1, 0), 0.1):
+        assert torch.equal(member.pop(name), tensor)
+    assert all(torch.equal(member.pop(name), tensor) for name, tensor in seen.items())
+    assert not member
 
 
 @pytest.mark.parametrize("noise", ["normal", "rademacher"])
