@@ -72,29 +72,36 @@ class Session:
 
     def certificate(self) -> Certificate:
         """The certificate of this model, vLLM and options: kept, shipped, or measured now."""
-        service, options = self.service, engine_options(self.service)[0]
-        known = kept_certificate(service)
-        if known is None:
-            name = service.anchor.directory.name
-            self.progress.say(f"{name}: engines are certified against cold starts, once")
-
-            def start(directory: Path, way: Way) -> Engine:
-                return self.engine(replace(options, model=directory, way=way))
-
-            folder = service.home.members / "certify"
-            try:
-                known = certify(start, service.anchor.directory, folder)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            path = service.home.certificate_json(certificate_key(service))
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(path, json.dumps(known.to_json(), indent=1))
+        known = kept_certificate(self.service) or self._certified()
         if known.way == "fresh":
             self.progress.say(
                 f"{known.family}: a running engine does not take other weights exactly "
                 f"({known.refused[-1]}); every member gets an engine of its own, which is slow"
             )
         return known
+
+    def _certified(self) -> Certificate:
+        """Measure a certificate and keep it in the home."""
+        home = self.service.home
+        self.progress.say("engines of this model are compared with cold starts, once")
+        certificate = self.measured_certificate()
+        path = home.certificate_json(certificate_key(self.service))
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(path, json.dumps(certificate.to_json(), indent=1))
+        return certificate
+
+    def measured_certificate(self) -> Certificate:
+        """Measure the ways of this model, vLLM and options against cold engines."""
+        options = engine_options(self.service)[0]
+
+        def start(directory: Path, way: Way) -> Engine:
+            return self.engine(replace(options, model=directory, way=way))
+
+        folder = self.service.home.members / "certify"
+        try:
+            return certify(start, self.service.anchor.directory, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _placed(self, way: Way, number: int, options: EngineOptions) -> Engine:
         """An engine of the population, by the certified way."""

@@ -74,13 +74,13 @@ def import_model_class(model: Path) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     for name in config.get("architectures", ()):
         if name in ModelRegistry.models:
-            with _torchvision():
+            with torchvision_for_import():
                 found = ModelRegistry.models[name].load_model_cls()
             ModelRegistry.register_model(name, found)
 
 
 @contextmanager
-def _torchvision() -> Iterator[None]:
+def torchvision_for_import() -> Iterator[None]:
     """Empty modules in the place of torchvision's while a model's class is imported.
 
     torchvision has no build beside vLLM's CPU build. Files of models that also read pictures, and

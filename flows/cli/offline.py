@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,40 @@ def gate(
         confirm_candidate=confirm_candidate,
     )
     show(document, as_json, gate_table(document, target))
+
+
+@app.command("certify")
+def certify_command(
+    model: Annotated[
+        str | None, typer.Argument(help="embedded, a directory, a GGUF file or a hub id.")
+    ] = None,
+    all_tiny: Annotated[
+        bool, typer.Option("--all-tiny", help="Tiny random models of every known family.")
+    ] = False,
+    family: Annotated[
+        list[str] | None, typer.Option(help="A tiny random model of this family; repeatable.")
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="A document whose table of families is brought up to date.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare engines that are given other weights with cold starts on these weights."""
+    from flows.lab.families import certify_model, certify_tiny, row, update_table
+
+    if (model is None) == (not all_tiny and not family):
+        raise UserError("certify: give a model, --all-tiny or --family")
+    with reporter(as_json) as bars:
+        if model is not None:
+            key, told = certify_model(model, bars)
+            lines = [f"{told.family}: {told.way}", *(check.text() for check in told.checks)]
+            show({key: told.to_json()}, as_json, *lines, *told.refused)
+            return
+        trials = certify_tiny(family or [], bars)
+    if into is not None:
+        update_table(into, trials)
+    document = {name: [asdict(trial) for trial in each] for name, each in trials.items()}
+    show(document, as_json, *(row(name, each) for name, each in trials.items()))
 
 
 @task_app.command("check")

@@ -1,17 +1,30 @@
-"""Tiny random models of many families, made by transformers on the spot.
+"""Tiny random models of many families, made by transformers on the spot, and the table of families.
 
 Every tensor matters to the answers: norms lie away from 1, biases away from 0, and the weights are
 wide enough that two models never answer alike.
 """
 
+import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from agent.config import load
 from agent.errors import UserError
+from agent.home import Home, write_atomically
+from agent.population.certify import Certificate, certify
+from agent.population.process import EngineLauncher
+from agent.population.schedule import Engine, Way
+from agent.population.vllm import EngineOptions, vllm_version
 from agent.store.tensorfile import dtype_name
+from flows.service import Service
+from flows.session import Session, certificate_key
+from flows.show.progress import Reporter
 
 END = "<|end|>"
 TEMPLATE = (
@@ -239,3 +252,138 @@ def byte_tokenizer() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+# --- the table of families ----------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOOLS = {  # vLLM's parser of a family's tool calls
+    "llama": "llama3_json",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "phi3": "phi4_mini_json",
+    "granite": "granite",
+    "cohere": "cohere_command3",
+    "gpt_oss": "openai",
+    "qwen3_5_text": "qwen3_xml",
+    "qwen3_5": "qwen3_xml",
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3", "qwen2_moe", "qwen3_moe", "qwen3_vl"), "hermes"),
+}
+PLAIN = ("phi", "gpt2", "opt", "bloom", "falcon", "gpt_neox", "starcoder2")  # no chat template
+HEAD = "| Family | Kind | Tied | Exact | Member | Load | Swap back | Way | Template | Tools |"
+START_MARK, END_MARK = "<!-- families -->", "<!-- end of families -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One tiny model against cold starts: its certificate, or why it could not be started."""
+
+    tied: bool
+    dtype: str
+    certificate: Certificate | None
+    error: str = ""
+
+    def passed(self, what: str) -> bool:
+        """Whether a check (member, theta, load, reload) equals a cold start."""
+        told = self.certificate
+        return told is not None and all(
+            check.passed(told.allowed) for check in told.checks if check.what == what
+        )
+
+
+def certify_tiny(names: Sequence[str], progress: Reporter) -> dict[str, list[Trial]]:
+    """Certify tiny models of these families (all where none is named): tied or not, both dtypes."""
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown:
+        raise UserError(f"family {unknown[0]!r}: allowed: {', '.join(FAMILIES)}")
+    chosen = names or list(FAMILIES)
+    launcher = EngineLauncher()
+    trials: dict[str, list[Trial]] = {name: [] for name in chosen}
+    kinds = [(n, tied, dtype) for n in chosen for tied in FAMILIES[n].ties for dtype in DTYPES]
+    advance = progress.track("families against cold starts", len(kinds))
+    try:
+        for done, (name, tied, dtype) in enumerate(kinds, 1):
+            trials[name].append(_tried(launcher, name, tied, dtype))
+            advance(done)
+    finally:
+        launcher.close()
+    return trials
+
+
+def _tried(launcher: EngineLauncher, name: str, tied: bool, dtype: torch.dtype) -> Trial:
+    """One tiny model, in a folder of its own."""
+
+    def start(directory: Path, way: Way) -> Engine:
+        return launcher.engine(
+            EngineOptions(
+                model=directory,
+                dtype=dtype_name(dtype),
+                max_model_len=256,
+                max_num_seqs=16,
+                kv_cache_mib=64,
+                way=way,
+            )
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = make_tiny(Path(scratch) / "model", name, tied=tied, dtype=dtype)
+        try:
+            told = certify(start, model, Path(scratch) / "members")
+        except UserError as error:  # the engine does not start: that is the finding
+            return Trial(tied, dtype_name(dtype), None, str(error))
+        return Trial(tied, dtype_name(dtype), told)
+
+
+def certify_model(path: str, progress: Reporter) -> tuple[str, Certificate]:
+    """Certify one model as the settings' defaults start it: the certificate's key, and it."""
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(Home.at(Path(folder)), load(None, model={"path": path}))
+        session = Session(service, progress)
+        try:
+            return certificate_key(service), session.measured_certificate()
+        finally:
+            session.close()
+
+
+def row(name: str, trials: Sequence[Trial]) -> str:
+    """One line of the table: a family, over all its tiny models."""
+    family = FAMILIES[name]
+
+    def share(what: str) -> str:
+        return f"{sum(trial.passed(what) for trial in trials)} of {len(trials)}"
+
+    ways = sorted({trial.certificate.way for trial in trials if trial.certificate})
+    exact = sum(all(map(trial.passed, ("member", "theta", "load", "reload"))) for trial in trials)
+    errors = sorted({trial.error for trial in trials if trial.error})
+    cells = [
+        name,
+        "experts" if family.moe else "dense",
+        ", ".join("yes" if tied else "no" for tied in family.ties),
+        "yes" if exact == len(trials) else f"{exact} of {len(trials)}",
+        share("member"),
+        share("load"),
+        share("reload"),
+        ", ".join(ways) or f"refused: {errors[0]}",
+        "to be set" if name in PLAIN else "own",
+        TOOLS.get(name, "none"),
+    ]
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def update_table(path: Path, trials: dict[str, list[Trial]]) -> None:
+    """Write the rows of these families into the table of a document; other rows stay.
+
+    Raises:
+        UserError: The document has no place for it.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START_MARK)
+    table, end, after = rest.partition(END_MARK)
+    if not start or not end:
+        raise UserError(f"{path}: {START_MARK} ... {END_MARK} is missing")
+    rows = {found[1]: found[0] for found in re.finditer(r"^\| (\w+) \|.*$", table, re.MULTILINE)}
+    rows |= {name: row(name, each) for name, each in trials.items()}
+    known = [rows[name] for name in FAMILIES if name in rows]
+    told = f"vLLM {vllm_version()}, {datetime.now(UTC):%Y-%m-%d}, float32 and bfloat16."
+    lines = [told, "", HEAD, "|---" * HEAD.count(" |") + "|", *known]
+    write_atomically(path, before + start + "\n" + "\n".join(lines) + "\n" + end + after)

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from agent.errors import UserError
-from agent.population.vllm import EngineOptions, environment
+from agent.population.vllm import EngineOptions, environment, text_only, torchvision_for_import
 
 
 def test_options_travel_as_json() -> None:
@@ -83,3 +85,21 @@ def test_the_callers_side_imports_neither_torch_nor_vllm() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_model_that_also_sees_is_started_as_its_text_part(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"text_config": {}, "vision_config": {}}')
+    assert text_only(tmp_path) == {"language_model_only": True}
+    config.write_text('{"model_type": "qwen3_5_text"}')
+    assert text_only(tmp_path) == {}
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="a build of torchvision is there")
+def test_torchvision_stands_in_for_the_time_of_an_import() -> None:
+    with torchvision_for_import():
+        found = import_module("torchvision.transforms.v2")
+        assert found.functional.__name__ == "torchvision.transforms.v2.functional"
+    assert not [name for name in sys.modules if name.startswith("torchvision")]
+    with pytest.raises(ModuleNotFoundError):
+        import_module("torchvision")
