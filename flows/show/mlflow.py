@@ -7,7 +7,7 @@ Every function can be repeated: what is there already is left or corrected. Only
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,49 +171,48 @@ def show_origin(service: Service) -> None:
 def show_aliases(service: Service, answered: str = "") -> None:
     """Set the aliases as the ledger says: champion, previous, anchor, and today's challenger.
 
-    A champion alias that a person moved is left alone until reconcile has acted on the move.
+    An alias whose digest has no version, or none at all, is taken away. A champion alias that a
+    person moved is left alone until reconcile has acted on the move.
 
     Args:
         service: The parts of the home.
         answered: Number of the version that a person moved the alias to, once that is decided.
     """
+    registry, path = service.registry, service.home.aliases_json
     with aliases_lock(service):
+        versions = {version.digest for version in registry.versions()}
+        champion, present = service.champion(), registry.aliases()
         digests: dict[Alias, str | None] = {
+            "champion": champion,
             "previous": service.ledger.previous(),
             "anchor": service.anchor.digest,
-            "challenger": challenger(service),
+            "challenger": challenger(service, versions),
         }
-        present, champion = service.registry.aliases(), service.champion()
-        ours = (champion, *set_by_us(service))
-        for alias, digest in digests.items():
-            if digest is None and alias in present:
-                service.registry.drop_alias(alias)
-            elif digest is not None and _points_elsewhere(present.get(alias), digest):
-                service.registry.set_alias(alias, digest)
-        standing = present.get("champion")
-        if standing is None or standing.number == answered or standing.digest in ours:
+        standing, ours = present.get("champion"), (*set_by_us(service), champion)
+        if standing and standing.digest not in ours and standing.number != answered:
+            del digests["champion"]  # a person's move
+        else:
             # Announced before it is set and confirmed after: after a crash in between, an alias at
             # either digest is known to be ours, and is not taken for a person's move.
-            path = service.home.aliases_json
             write_atomically(path, json.dumps(ours))
-            if _points_elsewhere(standing, champion):
-                service.registry.set_alias("champion", champion)
+        for alias, digest in digests.items():
+            if digest in versions and (alias not in present or present[alias].digest != digest):
+                registry.set_alias(alias, str(digest))
+            elif digest not in versions and alias in present:
+                registry.drop_alias(alias)
+        if "champion" in digests:
             write_atomically(path, json.dumps([champion]))
 
 
-def _points_elsewhere(version: Version | None, digest: str) -> bool:
-    return version is None or version.digest != digest
-
-
-def challenger(service: Service) -> str | None:
+def challenger(service: Service, versions: Collection[str]) -> str | None:
     """The newest candidate, proposed after the champion was, whose verdict or review is open.
 
-    None while its version is not shown yet.
+    None while it is not among the digests that have a version.
     """
     states = service.ledger.states()
     later = list(states)[1 + list(states).index(service.champion()) :]
     waiting = [digest for digest in later if states[digest] in WAITING]
-    return waiting[-1] if waiting and service.registry.version(waiting[-1]) else None
+    return waiting[-1] if waiting and waiting[-1] in versions else None
 
 
 @dataclass(frozen=True)

@@ -155,14 +155,18 @@ def test_a_round_that_cannot_be_shown_keeps_no_other_from_being_shown(planted: A
     service = opened.service
     rounds = []
     for target in ("gsm8k", "countdown"):
-        rounds.append(loop.learn(opened, target, {"generations": 1}))
+        rounds.append(loop.learn(opened, target))
         weigh(opened, rounds[-1].run_id)
     shutil.rmtree(service.home.weights / rounds[0].digest)
     done = catch_up(service)
     assert f"round {rounds[1].run_id}" in done
     assert f"round {rounds[0].run_id}" not in done
     assert service.registry.version(rounds[1].digest) is not None
-    assert service.registry.aliases()["champion"].digest == service.champion()
+    assert set(service.registry.aliases()) == {"champion", "anchor", "challenger"}
+    service.record(rounds[0].digest, "SWAP_INTENT", "a test")
+    service.record(rounds[0].digest, "SWAPPED", "a test")
+    catch_up(service)
+    assert set(service.registry.aliases()) == {"previous", "anchor", "challenger"}
     assert behind(service), "it is tried again with every pass"
 
 
