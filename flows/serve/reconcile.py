@@ -24,7 +24,7 @@ from flows.serve.bake import bake
 from flows.service import Service
 from flows.session import Session
 from flows.show import mlflow
-from flows.show.catch_up import put_back
+from flows.show.catch_up import put_back, refuse_review
 
 LOG = logging.getLogger("anchorage.reconcile")
 MLFLOW_S = 5.0  # longest wait for MLflow in one look; what it did not say is read next time
@@ -179,18 +179,16 @@ def _heed(session: Session, disagreement: Disagreement) -> str:
     After a move the alias stands at the champion. While MLflow cannot be written the move stays
     unanswered, and the next poll answers it.
     """
-    service, number = session.service, disagreement.version
-    who, note = signer(service.home, number, disagreement.word or "champion"), ""
-    told = f"{disagreement.text} by {who or 'nobody who signed in'}"
+    service, number, word = session.service, disagreement.version, disagreement.word
+    who, note = signer(service.home, number, word or "champion"), ""
+    text = f"{disagreement.text} by {who or 'nobody who signed in'}"
     if who is None:
-        note = f"{told}: put back"
+        note = f"{text}: put back"
     elif disagreement.kind == "review":
-        promote.review(session, disagreement.digest, disagreement.word, told, who)
-        return told
-    elif not promote.follow(session, disagreement.digest, told, who):
-        note = f"{told}, which the gate did not pass: put back"
-    if disagreement.kind == "moved":
-        mlflow.within(MLFLOW_S, lambda: put_back(service, number, note))
-    else:
-        mlflow.within(MLFLOW_S, lambda: service.registry.refuse_tag(number, REVIEW, note))
-    return note or told
+        promote.review(session, disagreement.digest, word, text, who)
+        return text
+    elif not promote.follow(session, disagreement.digest, text, who):
+        note = f"{text}, which the gate did not pass: put back"
+    answer = put_back if disagreement.kind == "moved" else refuse_review
+    mlflow.within(MLFLOW_S, lambda: answer(service, number, note))
+    return note or text

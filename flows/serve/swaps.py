@@ -66,8 +66,9 @@ def swap(
     service = session.service
     epoch: list[int] = []
     strategy = strategy or service.settings.engines.swap
-    certificate = kept_certificate(service)
-    if strategy == "in_place" and certificate is not None and certificate.way == "fresh":
+    # Not for a cold start that was asked for: it must not depend on anything that can fail.
+    certificate = kept_certificate(service) if strategy == "in_place" else None
+    if certificate is not None and certificate.way == "fresh":
         session.progress.say(
             f"{certificate.family}: swapped by a cold start, a reload is not exact"
         )

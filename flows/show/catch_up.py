@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.home import Home, locked, write_atomically
-from agent.registry import STATE
+from agent.registry import REVIEW, STATE
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show import mlflow
@@ -61,6 +61,11 @@ def put_back(service: Service, version: str, note: str) -> None:
     if note:
         service.registry.note(version, note)
     mlflow.show_aliases(service, answered=version)
+
+
+def refuse_review(service: Service, version: str, note: str) -> None:
+    """Remove a review tag that counts for nothing, with a note that says why."""
+    service.registry.refuse_tag(version, REVIEW, note)
 
 
 def behind(service: Service) -> bool:

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
+from flows.service import Service
 
 
 def tiny_anchor(folder: Path) -> Anchor:
@@ -26,3 +27,13 @@ def candidate_of(anchor: Anchor, number: int, weights: Path) -> str:
     for name, tensor in moved.rendered(Address(number, 0, 0), 0.1):
         moved.delta[name][:] = (tensor - anchor.tensor(name)).reshape(-1).numpy()
     return export(moved, weights).name
+
+
+def made_by_a_round(service: Service, digest: str, number: int) -> None:
+    """A finished round on GSM8K, from the original model, that made the digest."""
+    run, anchor = f"{number:04d}-gsm8k", service.origin.digest
+    service.journal.open_run(
+        run, anchor_digest=anchor, parent_digest=anchor, target="gsm8k", run_seed=number, plan={},
+        now=1.0,
+    )  # fmt: skip
+    service.journal.finish(run, digest, "a test", 2.0)

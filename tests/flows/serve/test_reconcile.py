@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anchors import candidate_of, tiny_anchor
+from anchors import candidate_of, made_by_a_round, tiny_anchor
 
 from agent.config import Settings
 from agent.errors import UserError
@@ -93,15 +93,6 @@ class Desk:
         assert champion == alias == read_served(self.home).digest
         assert disagreements(self.service) == wishes(self.service) == []
         return alias
-
-
-def made_by_a_round(service: Service, digest: str, number: int) -> None:
-    run, anchor = f"{number:04d}-gsm8k", service.origin.digest
-    service.journal.open_run(
-        run, anchor_digest=anchor, parent_digest=anchor, target="gsm8k", run_seed=number, plan={},
-        now=1.0,
-    )  # fmt: skip
-    service.journal.finish(run, digest, "a test", 2.0)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anchors import candidate_of, tiny_anchor
+from anchors import candidate_of, made_by_a_round, tiny_anchor
 
 from agent.config import Settings
 from agent.errors import UserError
@@ -21,13 +21,14 @@ from flows.show.progress import Silent
 
 
 class Failing(Service):
-    """A home whose next ``len(errors)`` looks for weights fail, each with its error."""
+    """A home whose next looks for weights fail with these errors, in order; None: as usual."""
 
-    errors: list[Exception]
+    errors: list[Exception | None]
 
     def directory(self, digest: str) -> Path:
-        if self.errors:
-            raise self.errors.pop()
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
         return super().directory(digest)
 
 
@@ -41,6 +42,7 @@ def promoted(tmp_path: Path) -> Session:
     write_served(home, Served(anchor.digest, str(anchor.directory)))
     service.champion()  # the ledger's first row
     digest = candidate_of(anchor, 1, home.weights)
+    made_by_a_round(service, digest, 1)
     for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
         service.record(digest, state, "a test")
     session = Session(service, Silent())
@@ -69,7 +71,7 @@ def test_a_rollback_whose_swap_fails_in_any_way_starts_cold(
 def test_the_champion_is_served_by_a_cold_start_too(promoted: Session) -> None:
     service: Any = promoted.service
     write_served(service.home, Served(service.origin.digest, str(service.origin.directory)))
-    service.errors = [RuntimeError("a bug")]
+    service.errors = [None, RuntimeError("a bug")]  # they are kept, and then the swap fails
     swaps.serve_champion(promoted)
     assert read_served(service.home).digest == service.champion()
 
@@ -87,7 +89,7 @@ def test_who_was_taken_over_does_not_start_anything(promoted: Session, error: Ex
 def test_a_cold_start_that_fails_as_well_is_told_and_changes_nothing(promoted: Session) -> None:
     service: Any = promoted.service
     champion = service.champion()
-    service.errors = [UserError("the second"), RuntimeError("the first")]
+    service.errors = [RuntimeError("the first"), UserError("the second")]
     with pytest.raises(UserError, match="the second"):
         swaps.rollback(promoted, service.origin.digest, "a test")
     assert read_served(service.home).digest == service.champion() == champion
