@@ -27,7 +27,7 @@ from flows.show import mlflow
 from flows.show.catch_up import put_back, refuse_review
 
 LOG = logging.getLogger("anchorage.reconcile")
-MLFLOW_S = 5.0  # longest wait for MLflow in one look; what it did not say is read next time
+MLFLOW_S = 15.0  # longest wait for MLflow in one look; what it did not say is read next time
 
 Kind = Literal["served", "moved", "review", "unfinished", "approved", "left"]
 
