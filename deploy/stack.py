@@ -33,6 +33,7 @@ from deploy.supervise import (
     start,
     states,
     supervisor_of,
+    unsupervised,
     write_config,
 )
 
@@ -149,7 +150,7 @@ def up(
             start(home)
             _wait(home, chosen, wait_for, progress, time.monotonic() + timeout_s)
         except BaseException:
-            shut_down(home)
+            _stop(home)
             raise
     return status(home)
 
@@ -157,7 +158,13 @@ def up(
 def down(home: Home) -> int:
     """Stop everything of this home, orphans of a crash included; how many processes were ended."""
     with _alone(home):
-        return shut_down(home)
+        return _stop(home)
+
+
+def _stop(home: Home) -> int:
+    """Forget that a stack is wanted before it ends: what looks after it would bring it back."""
+    home.stack_json.unlink(missing_ok=True)
+    return shut_down(home)
 
 
 def status(home: Home) -> dict[str, Any]:
@@ -165,11 +172,11 @@ def status(home: Home) -> dict[str, Any]:
 
     ``sign_in`` says how to open MLflow's and Prefect's pages, ``services`` lists {"name", "state",
     "pid"}. Addresses are None and no service is listed where nothing runs; a second engine is
-    listed while it runs.
+    listed while it runs. Services whose supervisord was killed are "unsupervised".
     """
-    running = supervisor_of(home) is not None
+    services_now = states(home) if supervisor_of(home) is not None else unsupervised(home)
+    running = bool(services_now)
     record = _read_record(home) if running else {}
-    services_now = states(home) if running else []
     return {
         "endpoint": record.get("endpoint"),
         "mlflow": record.get("mlflow"),

@@ -26,13 +26,14 @@ import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, locked
 from deploy.serving.control import UnixTransport
 
 GROUP = "stack"
 MARKER = "ANCHORAGE_STACK"  # environment of every process of a stack: its home
 GRACE_S = 5.0  # for an orphan to end by itself
 SUPERVISOR_S = 20.0  # for supervisord to end its services and itself
+REVIVE_S = 60.0  # for an up or down that runs to end
 STOP_S = 10.0  # for a service to end by itself
 UNINFORMATIVE = (
     "For further information",
@@ -86,7 +87,8 @@ def write_config(home: Home, services: Sequence[Program], cwd: Path) -> Path:
 
 def start(home: Home) -> None:
     """Start supervisord on the written configuration; it becomes a daemon of its own session."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    mine = ("PYTHONDONTWRITEBYTECODE", "SUPERVISOR_")  # of a supervisord that this one follows
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
     environment |= {MARKER: str(home.root)}  # and bytecode is kept, as imports are most of a start
     starting = subprocess.Popen(
         [sys.executable, "-m", "supervisor.supervisord", "-c", str(home.supervisor_config)],
@@ -185,6 +187,48 @@ def shut_down(home: Home) -> int:
     for leftover in [*home.sockets.glob("*"), home.supervisor_pid]:
         leftover.unlink(missing_ok=True)
     return len(before)
+
+
+def revive(home: Home) -> bool:
+    """Start a supervisord that was killed again, with its services; False where none is wanted.
+
+    Its services live on without it, but nobody would restart or stop them: they are ended first.
+    Called by a process that none of them is a parent's marked child of (``watchdog``).
+    """
+    taken = f"home {home.root}: an up or down runs in it; allowed: one at a time"
+    with locked(home.stack_lock, taken=taken, wait_s=REVIVE_S):
+        if supervisor_of(home) is not None or not home.stack_json.exists():
+            return False  # somebody was quicker, or `down` came between
+        shut_down(home)
+        start(home)
+        return True
+
+
+def unsupervised(home: Home) -> list[State]:
+    """Services that live on although their supervisord was killed: leaders of process groups."""
+    if supervisor_of(home) is not None:
+        return []
+    leaders = [each for each in survivors(home) if _leads(each)]
+    return [State(_service_name(each), "unsupervised", each.pid) for each in leaders]
+
+
+def _leads(process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == process.pid
+    except OSError:
+        return False
+
+
+def _service_name(process: psutil.Process) -> str:
+    """A service by its command line, which ends in its name or names its module."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        words = []
+    modules = {"deploy.serving.watchdog": "watchdog", "deploy.serving.process": words[-1:]}
+    modules |= {"deploy.consoles": words[3:4], "flows.cli": words[4:5]}
+    name = next((modules[word] for word in words if word in modules), None)
+    return "".join(name) if name else (words[0].rpartition("/")[2] if words else str(process.pid))
 
 
 def end_leaderless() -> int:

@@ -2,12 +2,18 @@
 
     python -m deploy.serving.watchdog HOME
 
+It also looks after the supervisord that started it: when that was killed, a process outside of the
+stack ends what is left and starts it again.
+
 It holds no state of its own: the lease says how far the swap was, serving.json what to serve.
 """
 
 import argparse
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +24,7 @@ from deploy.serving.control import ControlError, EngineControl, GatewayControl
 from deploy.serving.engines import Engines, engines_of
 from deploy.serving.lease import Lease, LeaseLostError, Leases
 from deploy.serving.served import Served, read_served, write_served
+from deploy.supervise import MARKER, revive
 
 LOG = logging.getLogger("anchorage.watchdog")
 TICK_S = 0.25
@@ -132,7 +139,12 @@ def main(root: Path) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     home = Home.at(root)
     watchdog = Watchdog(home, engines=engines_of(home))
+    parent = os.getppid() if "SUPERVISOR_ENABLED" in os.environ else None
     while True:
+        if parent is not None and os.getppid() != parent:
+            LOG.error("supervisord %d is gone: started again", parent)
+            call_reviver(home)
+            parent = None  # it ends this process, too
         try:
             watchdog.tick()
         except ControlError as error:
@@ -140,7 +152,27 @@ def main(root: Path) -> None:
         time.sleep(TICK_S)
 
 
+def call_reviver(home: Home) -> None:
+    """Start a process that is none of the stack's: by session and variable it would be ended."""
+    environment = {key: value for key, value in os.environ.items() if key != MARKER}
+    command = [sys.executable, "-m", "deploy.serving.watchdog", str(home.root), "--revive"]
+    with home.log("watchdog").open("ab") as log:
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="deploy.serving.watchdog")
     parser.add_argument("home", type=Path)
-    main(parser.parse_args().home)
+    parser.add_argument("--revive", action="store_true", help="start a killed supervisord again")
+    asked = parser.parse_args()
+    if asked.revive:
+        revive(Home.at(asked.home))
+    else:
+        main(asked.home)

@@ -28,7 +28,7 @@ app.add_typer(rounds.anchor_app, name="anchor")
 app.add_typer(offline.task_app, name="task")
 app.add_typer(offline.embedded_app, name="embedded")
 app.add_typer(records.key_app, name="key")
-app.add_typer(stack.service_app, name="service", hidden=True)
+app.add_typer(stack.service_app, name="service")
 
 
 @app.callback()

@@ -13,7 +13,7 @@ from flows.cli.options import AsJson, Config, Home
 from flows.show.terminal import pairs, reporter, show, status_table
 
 app = typer.Typer()
-service_app = typer.Typer(help="Processes of the service (started by `up`).")
+service_app = typer.Typer(help="The service under systemd.", no_args_is_help=True)
 
 
 @app.command()
@@ -96,7 +96,23 @@ def doctor(home: Home = None, as_json: AsJson = False) -> None:
     raise typer.Exit(0 if all(each["ok"] for each in document) else 1)
 
 
-@service_app.command("gateway")
+@service_app.command("install")
+def install_service(
+    home: Home = None,
+    system: Annotated[bool, typer.Option("--system", help="For all users; as root.")] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the unit only.")] = False,
+) -> None:
+    """Write a systemd unit that keeps the service up, over crashes and restarts of the machine."""
+    from flows.serve.stack import install, unit
+
+    if only_print:
+        print(unit(home, system), end="")  # noqa: T201
+        return
+    document = install(home, system)
+    show(document, False, pairs("systemd", document))
+
+
+@service_app.command("gateway", hidden=True)
 def gateway_service(port: Annotated[int, typer.Option()], home: Home = None) -> None:
     """The gateway's process."""
     from flows.serve.gateway_process import run
@@ -105,7 +121,7 @@ def gateway_service(port: Annotated[int, typer.Option()], home: Home = None) -> 
     run(Service.at(home), port)
 
 
-@service_app.command("flows")
+@service_app.command("flows", hidden=True)
 def flows_service(home: Home = None) -> None:
     """The process that runs scheduled flows."""
     from flows.service import Service
@@ -118,7 +134,7 @@ def flows_service(home: Home = None) -> None:
     serve_flows(service)
 
 
-@service_app.command("run")
+@service_app.command("run", hidden=True)
 def run_service(name: str, run_id: str, home: Home = None) -> None:
     """The process of one scheduled run; its parameters are a JSON object on stdin."""
     from flows.service import Service

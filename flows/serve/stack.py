@@ -1,16 +1,20 @@
 """Start, stop and look at the stack of a home; it serves the ledger's champion."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from agent.config import Settings, kept, load
-from agent.home import Home
+from agent.errors import UserError
+from agent.home import Home, write_atomically
 from deploy import stack
 from deploy.serving.served import Served
 from flows.show.progress import Reporter
+
+ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
 
 
 def start(
@@ -91,3 +95,57 @@ def _settings(
             merged[name] |= section
         return Settings.model_validate(merged)
     return load(config, **sections)
+
+
+_UNIT = """\
+[Unit]
+Description=Anchorage in {home}
+After=network-online.target
+StartLimitIntervalSec=600
+StartLimitBurst=5
+
+[Service]
+Type=forking
+PIDFile={home}/supervisord.pid
+WorkingDirectory={folder}
+Environment=PYTHONPATH={folder}
+ExecStart={python} -m flows.cli up --home {home}
+ExecStop={python} -m flows.cli down --home {home}
+Restart=on-failure
+RestartSec=5
+TimeoutStartSec=900
+TimeoutStopSec=120
+KillMode=control-group
+UMask=0077
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit(home: Path | None, system: bool) -> str:
+    """A systemd unit for a home: supervisord is its main process, which is started again if killed.
+
+    Raises:
+        UserError: A home whose name systemd would read otherwise.
+    """
+    place = Home.at(home)
+    words = (str(place.root), sys.executable, str(ROOT))
+    odd = [word for word in words if set(word) & set(" \t\n\"'%$\\")]
+    if odd:
+        raise UserError(f"path {odd[0]!r}: allowed in a unit: no spaces, quotes, %, $ or backslash")
+    target = "multi-user.target" if system else "default.target"
+    return _UNIT.format(home=words[0], python=words[1], folder=words[2], target=target)
+
+
+def install(home: Path | None, system: bool) -> dict[str, Any]:
+    """Write the unit where systemd looks; it is enabled by the command that is returned."""
+    name = f"anchorage-{Home.at(home).root.name.lstrip('.') or 'home'}.service"
+    folder = Path("/etc/systemd/system") if system else Path.home() / ".config/systemd/user"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / name, unit(home, system))
+    scope = "" if system else "--user "
+    return {
+        "unit": str(folder / name),
+        "next": f"systemctl {scope}daemon-reload && systemctl {scope}enable --now {name}",
+    }

@@ -138,9 +138,65 @@ def test_a_killed_supervisord_leaves_orphans_that_down_ends(home: Home) -> None:
     supervisor.wait()
     left = survivors(home)
     assert {p.pid for p in left} == {p.pid for p in before} - {supervisor.pid}
-    assert stack.status(home)["services"] == []
+    seen = {each["pid"]: each["state"] for each in stack.status(home)["services"]}
+    assert set(seen) <= {p.pid for p in left}
+    assert set(seen.values()) == {"unsupervised"}
+    assert len(seen) >= 3
     assert stack.down(home) == len(left)
     assert not any(process.is_running() for process in left)
+
+
+def guarded(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
+    """The small stack with the real watchdog."""
+    watchdog = (sys.executable, "-m", "deploy.serving.watchdog", str(home.root))
+    return (*small(home, settings, ports), Program("watchdog", watchdog))
+
+
+def test_a_killed_supervisord_comes_back_and_status_and_endpoint_agree(home: Home) -> None:
+    """Then the gateway is killed, too: whoever is supervised again starts it again."""
+    first = up(home, guarded)
+    before = {process.pid for process in survivors(home)}
+    time.sleep(3)  # the watchdog knows its parent once it has started
+    supervisor = supervise.supervisor_of(home)
+    assert supervisor is not None
+    supervisor.kill()
+    supervisor.wait()
+    for each in stack.status(home)["services"]:
+        if each["name"] == "gateway":
+            os.kill(each["pid"], signal.SIGKILL)
+
+    def whole() -> bool:
+        states = {each["name"]: each["state"] for each in stack.status(home)["services"]}
+        running = {"engine", "gateway", "family", "watchdog"}
+        return running <= {name for name, state in states.items() if state == "running"}
+
+    until = time.monotonic() + 60
+    while not (whole() and supervise.answers(Probe(f"{first['endpoint']}/"))):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    again = stack.status(home)
+    assert (again["endpoint"], again["champion"]) == (first["endpoint"], first["champion"])
+    assert before.isdisjoint({process.pid for process in survivors(home)})
+    assert stack.down(home) > 0
+    time.sleep(2)
+    assert survivors(home) == []  # nothing brings back what was taken down
+
+
+def test_a_unit_for_systemd_names_home_and_main_process(home: Home, tmp_path: Path) -> None:
+    from flows.serve.stack import unit
+
+    with pytest.raises(UserError, match="allowed in a unit"):
+        unit(home.root, system=False)  # it has a space and a % in it
+    text = unit(tmp_path / "plain", system=True)
+    assert f"PIDFile={tmp_path / 'plain'}/supervisord.pid" in text
+    assert "WantedBy=multi-user.target" in text
+    file = tmp_path / "anchorage-plain.service"
+    file.write_text(text)
+    if shutil.which("systemd-analyze"):
+        checked = subprocess.run(
+            ["systemd-analyze", "verify", str(file)], capture_output=True, text=True
+        )
+        assert (checked.returncode, checked.stderr) == (0, "")
 
 
 TITLED = "import setproctitle, time; setproctitle.setproctitle('core'); time.sleep(987)"
