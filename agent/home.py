@@ -364,6 +364,26 @@ def _hash_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sign_file(path: Path) -> None:
+    """Write ``<file>.sha256`` beside a file that is finished, as sha256sum writes it."""
+    write_atomically(_signature(path), f"{_sha256(path)}  {path.name}\n")
+
+
+def is_as_signed(path: Path) -> bool:
+    """Whether a file is what was signed; one that was never signed is taken as it is."""
+    beside = _signature(path)
+    return not beside.exists() or beside.read_text("utf-8").split()[:1] == [_sha256(path)]
+
+
+def _signature(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def create_once(path: Path, text: str) -> None:
     """Make a file of mode 0600 with this content, whole from the start, unless it is there.
 

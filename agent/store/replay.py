@@ -67,12 +67,12 @@ def route(
     for done in range(len(generations), 0, -1):
         wanted = generations[done - 1].delta_hash
         path = snapshot_path(snapshots, wanted) if snapshots else None
-        if path and path.exists() and _is_sound(anchor, path, wanted):
+        if path and path.exists() and is_sound(anchor, path, wanted):
             return ReplayRoute(path, tuple(generations[done:]))
     return ReplayRoute(None, tuple(generations))
 
 
-def _is_sound(anchor: Anchor, path: Path, delta_hash: str) -> bool:
+def is_sound(anchor: Anchor, path: Path, delta_hash: str) -> bool:
     """Whether a snapshot holds the delta of its name."""
     try:
         return Parameters.load(anchor, path).delta_hash() == delta_hash

@@ -85,14 +85,28 @@ def status(
 
 @app.command()
 def doctor(home: Home = None, as_json: AsJson = False) -> None:
-    """Check the machine, the home and the hash chains; exit code 1 when something is wrong."""
+    """Check the machine, and every file and process of the home; exit code 1 for any fault."""
     from flows.commands.doctor import examine
 
     document = examine(home)
     rows = {
-        each["check"]: ("ok: " if each["ok"] else "WRONG: ") + each["found"] for each in document
+        each["check"]: f"ok: {each['found']}"
+        if each["ok"]
+        else f"WRONG: {each['found']}\nrepair: {each['repair']}"
+        for each in document
     }
     show({"checks": document}, as_json, pairs("doctor", rows))
+    raise typer.Exit(0 if all(each["ok"] for each in document) else 1)
+
+
+@app.command()
+def repair(home: Home = None, as_json: AsJson = False) -> None:
+    """Repair what `doctor` finds, as far as what is left allows; exit code 1 for what remains."""
+    from flows.commands.doctor import repair as repaired
+
+    document = repaired(home)
+    rows = {each["check"]: f"{each['done']}: {each['found']}" for each in document}
+    show({"repairs": document}, as_json, pairs("repair", rows or {"nothing": "is wrong"}))
     raise typer.Exit(0 if all(each["ok"] for each in document) else 1)
 
 

@@ -4,6 +4,7 @@ A finished table is kept under its digest and harness hash; its rows are not eva
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.home import write_atomically
+from agent.home import is_as_signed, sign_file, write_atomically
 from agent.population.certify import Reply, allowed
 from agent.population.pool import Population
 from agent.population.schedule import Engine
@@ -22,6 +23,7 @@ from evaluators.task import Row, Task
 from flows.service import Service
 from flows.show.progress import Reporter
 
+LOG = logging.getLogger("anchorage.evaluate")
 Rows = Sequence[tuple[Task, Sequence[Row]]]
 
 
@@ -109,6 +111,9 @@ def table(
     folder = service.home.evaluations / digest
     out = folder / f"{questions.name}-{questions.harness[:12]}.parquet"
     total = sum(len(rows) for _, rows in questions.rows)
+    if out.exists() and not is_as_signed(out):
+        LOG.warning("%s: is not what was written; evaluated again", out)
+        out.unlink()
     if not out.exists():
         population.load(service.directory(digest))
         advance = progress.track(f"evaluate {short(digest)} ({questions.name})", total)
@@ -121,6 +126,7 @@ def table(
             shots=shots_of(service, questions.rows),
             progress=lambda done, _total: advance(done),
         )
+        sign_file(out)
     return out
 
 

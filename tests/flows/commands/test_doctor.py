@@ -1,0 +1,301 @@
+"""For each check one thing that breaks it: the command's words and exit code, and its repair."""
+
+import hashlib
+import json
+import resource
+import shutil
+import sqlite3
+import stat
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from agent.config import Settings, keep
+from agent.home import Home, secret, sign_file
+from agent.learner import es
+from agent.learner.penalty import Penalty
+from agent.store.replay import snapshot_path
+from agent.store.weights import Parameters, export
+from deploy.serving.lease import Leases
+from deploy.serving.probes import Probes, write_probes
+from deploy.serving.served import Served, write_served
+from flows.cli import app
+from flows.commands import doctor
+from flows.commands.sound import Limits
+from flows.service import Service
+
+
+@dataclass
+class Patient:
+    """A home that was in use and is down: every kind of file is there, and whole."""
+
+    home: Home
+    champion: str
+    candidate: str
+
+
+def learnt(service: Service) -> Parameters:
+    """A round of one generation in the journal; its weights, exported."""
+    anchor, journal = service.origin, service.journal
+    journal.open_run(
+        "0001-t", anchor_digest=anchor.digest, parent_digest=anchor.digest, target="t",
+        run_seed=1, plan={}, now=0.0,
+    )  # fmt: skip
+    parameters = Parameters.zeros(anchor)
+    rewards = np.random.default_rng(0).random((4, 5))
+    step = es.step(
+        rewards.mean(axis=1), es.members(4, False), run_seed=1, sigma=0.1, generation=0,
+        alpha=0.1, penalty=Penalty("l2", 1.0),
+    )  # fmt: skip
+    moved = parameters.apply(step)
+    journal.commit("0001-t", step, rewards, moved.delta_hash, {"norm": moved.norm})
+    journal.finish("0001-t", export(parameters, service.home.weights).name, "a test", now=2.0)
+    service.home.snapshots.mkdir()
+    parameters.save(snapshot_path(service.home.snapshots, parameters.delta_hash()))
+    return parameters
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One such home, copied for each test."""
+    from anchors import tiny_anchor
+
+    root = tmp_path_factory.mktemp("doctor")
+    anchor = tiny_anchor(root / "anchor")
+    home = Home.at(root / "home")
+    keep(home, Settings.model_validate({"model": {"path": str(anchor.directory)}}))
+    service = Service.at(home.root)
+    champion = service.champion()
+    candidate = learnt(service).digest()
+    write_served(home, Served(champion, str(anchor.directory)))
+    write_probes(home, champion, Probes.of([({"role": "user"},)], [[{1: -1.0}]]))
+    service.experience.close()
+    for name in ("gateway", "mlflow", "prefect"):
+        home.logs.mkdir(mode=0o700, exist_ok=True)
+        home.log(name).write_text("")
+    for folder in (home.mlflow, home.prefect, home.sockets, home.importance):
+        folder.mkdir(mode=0o700)
+    for path in (home.mlflow_db, home.mlflow_users, home.prefect / "prefect.db"):
+        with closing(sqlite3.connect(path)) as made:
+            made.execute("CREATE TABLE t (a)")
+    weights = b"weights of a penalty"
+    name = hashlib.sha256(weights).hexdigest()
+    (home.importance / f"{name}.safetensors").write_bytes(weights)
+    table = home.evaluations / candidate / "first-abc.parquet"
+    table.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"reward": [1.0] * 50}), table)
+    sign_file(table)
+    run = home.run("0001-t")
+    run.mkdir(parents=True)
+    (run / "curve.json").write_text("[]")
+    for path in (home.password, home.salt):
+        secret(path)
+    service.ledger.close()
+    service.journal.close()
+    home.root.chmod(0o700)
+    return home.root
+
+
+@pytest.fixture
+def patient(whole: Path, tmp_path: Path) -> Patient:
+    home = Home(tmp_path / "home")
+    shutil.copytree(whole, home.root)
+    service = Service.at(home.root)
+    return Patient(home, service.champion(), next(iter(set(service.kept()) - {service.champion()})))
+
+
+MACHINE = {"memory", "disk", "vLLM", "descriptors"}  # of whoever runs the tests
+
+
+def wrong(patient: Patient) -> dict[str, dict[str, Any]]:
+    """The failed checks as the command prints them, and that its exit code says so."""
+    told = CliRunner().invoke(app, ["doctor", "--json", "--home", str(patient.home.root)])
+    checks = json.loads(told.stdout)["checks"]
+    failed = {each["check"]: each for each in checks if not each["ok"]}
+    assert told.exit_code == (1 if failed else 0)
+    assert all(bool(each["repair"]) is not each["ok"] for each in checks)
+    return {name: each for name, each in failed.items() if name not in MACHINE}
+
+
+def flip(path: Path, place: float = 0.6) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x40
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(0o600)
+
+
+def one(folder: Path, pattern: str = "*") -> Path:
+    return next(each for each in sorted(folder.rglob(pattern)) if each.is_file())
+
+
+def first_bytes(path: Path) -> None:
+    """What a damaged header is: another program's file type."""
+    with path.open("r+b") as file:
+        file.write(b"not a database!!")
+
+
+def changed_row(table: str, field: str) -> Callable[[Patient], None]:
+    def act(patient: Patient) -> None:
+        with closing(sqlite3.connect(patient.home.state_db)) as state:
+            for (name,) in state.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+                state.execute(f"DROP TRIGGER {name}")
+            state.execute(f"UPDATE {table} SET {field} = 'x' || {field}")
+            state.commit()
+
+    return act
+
+
+def ahead(patient: Patient) -> None:
+    """A row of a day ahead: the clock was set back since."""
+    ledger = Service.at(patient.home.root).ledger
+    later = time.time() + 86_400
+    ledger.append(
+        patient.candidate, "PROPOSED", epoch=ledger.epoch(), actor="a test", why="", now=later
+    )
+
+
+def overdue(patient: Patient) -> None:
+    served = Served(patient.champion, "/")
+    Leases(patient.home).begin(served, served, lease_s=1.0, now=1.0)
+
+
+def lost(path: str) -> Callable[[Patient], None]:
+    return lambda patient: (patient.home.root / path).unlink()
+
+
+BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
+    ("clock", ahead, "behind the newest row", "no"),
+    ("permissions", lambda p: p.home.password.chmod(0o644), "password 644", "yes"),
+    ("permissions", lambda p: p.home.root.chmod(0o755), "home 755", "yes"),
+    ("settings.json", lambda p: flip(p.home.settings_json), "damaged", "no"),
+    ("settings.json", lost("settings.json"), "is not there", "no"),
+    ("state.db", lost("state.db"), "is not there", "yes"),
+    ("state.db", lambda p: first_bytes(p.home.state_db), "not a database", "yes"),
+    ("experience.db", lost("experience.db"), "is not there", "yes"),
+    ("experience.db", lambda p: first_bytes(p.home.experience_db), "not a database", "yes"),
+    ("mlflow.db", lambda p: first_bytes(p.home.mlflow_db), "not a database", "yes"),
+    ("users.db", lambda p: first_bytes(p.home.mlflow_users), "not a database", "yes"),
+    ("prefect.db", lambda p: first_bytes(p.home.prefect / "prefect.db"), "not a database", "yes"),
+    ("prefect.db", lost("prefect/prefect.db"), "is not there", "yes"),
+    ("ledger", changed_row("ledger", "why"), "why is damaged", "no"),
+    ("journal", changed_row("generations", "delta_hash"), "delta_hash", "no"),
+    (
+        "kept weights",
+        lambda p: flip(p.home.weights / p.candidate / "model.safetensors", 0.9),
+        "the weights are",
+        "yes",
+    ),
+    ("kept weights", lambda p: one(p.home.weights, "config.json").unlink(), "config.json", "yes"),
+    ("serving.json", lost("serving.json"), "is not there", "yes"),
+    (
+        "serving.json",
+        lambda p: p.home.serving_json.write_text(
+            p.home.serving_json.read_text().replace(p.champion, "0" * 64)
+        ),
+        "damaged",
+        "yes",
+    ),
+    (
+        "serving.json",
+        lambda p: write_served(p.home, Served(p.candidate, str(p.home.weights / p.candidate))),
+        "the champion is",
+        "yes",
+    ),
+    ("swap.json", overdue, "overdue", "yes"),
+    ("documents", lambda p: one(p.home.runs).write_text("[{"), "Expecting", "no"),
+    ("probes", lambda p: flip(one(p.home.probes)), "", "yes"),
+    ("snapshots", lambda p: flip(one(p.home.snapshots), 0.95), "another hash", "yes"),
+    ("evaluations", lambda p: flip(one(p.home.evaluations, "*.parquet")), "not what", "yes"),
+    ("importance", lambda p: flip(one(p.home.importance)), "another sha256", "no"),
+    ("processes", lambda p: p.home.stack_json.write_text("{}"), "supervisord is dead", "no"),
+    ("sockets", lambda p: p.home.stack_json.write_text("{}"), "nobody listens", "no"),
+    ("ports", lambda p: p.home.stack_json.write_text("{}"), "no answer", "no"),
+]
+
+
+def test_a_whole_home_is_well(patient: Patient) -> None:
+    assert wrong(patient) == {}
+    assert doctor.repair(patient.home.root) == [
+        each for each in doctor.repair(patient.home.root) if each["check"] in MACHINE
+    ]
+
+
+@pytest.mark.parametrize(
+    ("check", "act", "text", "mends"), BREAKS, ids=[f"{b[0]}-{i}" for i, b in enumerate(BREAKS)]
+)
+def test_each_fault_is_named_with_its_repair(
+    patient: Patient, check: str, act: Callable[[Patient], object], text: str, mends: str
+) -> None:
+    act(patient)
+    failed = wrong(patient)
+    assert check in failed, failed
+    assert text in failed[check]["found"]
+    before = set(failed)
+    told = CliRunner().invoke(app, ["repair", "--json", "--home", str(patient.home.root)])
+    repairs = {each["check"]: each for each in json.loads(told.stdout)["repairs"]}
+    assert repairs[check]["ok"] is (mends == "yes"), repairs[check]
+    after = wrong(patient)
+    assert (check in after) is (mends == "no")
+    assert set(after) <= before  # a repair breaks nothing else
+
+
+def test_a_lost_ledger_begins_again_with_the_original_model(patient: Patient) -> None:
+    """What the lost file said cannot be known; the weights it learnt stay on the disk."""
+    patient.home.state_db.unlink()
+    doctor.repair(patient.home.root)
+    service = Service.at(patient.home.root)
+    assert service.champion() == service.origin.digest
+    assert [row.state for row in service.ledger.history()] == ["ANCHOR"]
+    assert patient.candidate in service.kept()
+
+
+def test_a_header_is_mended_with_all_that_the_file_holds(patient: Patient) -> None:
+    first_bytes(patient.home.state_db)
+    doctor.repair(patient.home.root)
+    service = Service.at(patient.home.root)
+    assert [run.run_id for run in service.journal.runs()] == ["0001-t"]
+    assert service.ledger.verify() == 1
+
+
+def test_a_changed_anchor_is_a_fault(patient: Patient) -> None:
+    directory = Service.at(patient.home.root).origin.directory
+    here = Path(shutil.copytree(directory, patient.home.root.parent / "anchor"))
+    settings = Settings.model_validate({"model": {"path": str(here)}})
+    keep(patient.home, settings)
+    write_served(patient.home, Served(patient.champion, str(here)))
+    assert wrong(patient) == {}
+    flip(here / "model.safetensors", 0.9)
+    failed = wrong(patient)
+    assert "the ledger says" in failed["anchor"]["found"]
+    assert "original model" in failed["anchor"]["repair"]
+
+
+@pytest.mark.parametrize("name", ["memory", "disk", "vLLM", "descriptors"])
+def test_what_the_machine_lacks_is_said(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Limits that no machine meets."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    limits = Limits(1 << 62, 1 << 62, 1 << 62, ("no-such-package",))
+    told = {each["check"]: each for each in doctor.examine(patient.home.root, limits)}[name]
+    assert not told["ok"]
+    assert told["repair"]
+    assert any(word in told["found"] for word in ("wanted", "installed"))
+
+
+def test_a_new_home_has_nothing_wrong(tmp_path: Path) -> None:
+    found = doctor.examine(tmp_path / "fresh")
+    assert [each for each in found if not each["ok"] and each["check"] not in MACHINE] == []
+    made = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert made == set()  # looking makes nothing
+    assert stat.S_IMODE((tmp_path / "fresh").stat().st_mode) == 0o700
