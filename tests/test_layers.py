@@ -189,3 +189,12 @@ def test_floors_zero_and_one_load_without_heavy_libraries() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert told.stdout.strip() == "[]"
+
+
+def test_a_serving_engines_process_does_not_load_llvmlite() -> None:
+    """vLLM's search for kernels on the CPU fails where it is; see ``agent.store.theta``."""
+    code = "import sys, deploy.serving.process; print({'numba', 'llvmlite'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert run.stdout.strip() == "set()"

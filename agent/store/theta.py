@@ -10,6 +10,10 @@ the bits are the same.
 Memory on the host: the mapped anchor (2 bytes a parameter for bfloat16, pages the system may drop),
 4 bytes a parameter for delta, and the tensors rendered ahead (GROUP elements, or one tensor that is
 larger) for as long as a reader holds them.
+
+The compiled kernels are imported where they are called. They load numba and llvmlite, and vLLM's
+search for kernels, at the start of a serving engine on the CPU, fails in a process that has
+llvmlite: such a process imports this module to check its weights before it starts.
 """
 
 import math
@@ -24,7 +28,6 @@ from numpy.typing import NDArray
 
 from agent.home import flush_folder
 from agent.learner.es import Applied, Step
-from agent.learner.kernels_cpu import Render, Update, render_many, update_many
 from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
 from agent.store.anchor import Anchor
@@ -170,6 +173,8 @@ class Parameters(Theta):
         order: Iterable[str] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; a group of tensors is rendered at a time, on all cores."""
+        from agent.learner.kernels_cpu import Render, render_many
+
         for names in groups(self.anchor.specs, order or self.anchor.names):
             tensors = {name: torch.empty_like(self.anchor.tensor(name)) for name in names}
             parts: list[Render] = []
@@ -190,6 +195,8 @@ class Parameters(Theta):
         self, name: str, out: torch.Tensor, address: Address | None, scale: float, noise: NoiseKind
     ) -> None:
         """Through float32, rounded once at the end."""
+        from agent.learner.kernels_cpu import Render, render_many
+
         flat, base = out.view(-1), self.anchor.tensor(name).reshape(-1)
         for start in range(0, flat.numel(), GROUP):
             wide = base[start : start + GROUP].float()
@@ -200,6 +207,8 @@ class Parameters(Theta):
 
     def moved(self, step: Step) -> Moves:
         """See ``Theta``; all tensors in one pass."""
+        from agent.learner.kernels_cpu import Update, update_many
+
         weights, fixed = self.weights(step.penalty), self.anchor.fixed
         names = [name for name in self.anchor.names if name not in fixed]
         parts = [Update(name, self.delta[name], weights.get(name)) for name in names]
