@@ -291,15 +291,17 @@ class Trial:
         )
 
 
-def certify_tiny(names: Sequence[str], progress: Reporter) -> dict[str, list[Trial]]:
-    """Certify tiny models of these families (all where none is named): tied or not, both dtypes."""
+def certify_tiny(
+    names: Sequence[str], progress: Reporter, dtypes: Sequence[torch.dtype] = DTYPES
+) -> dict[str, list[Trial]]:
+    """Certify tiny models of these families (all where none is named): tied or not, each dtype."""
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         raise UserError(f"family {unknown[0]!r}: allowed: {', '.join(FAMILIES)}")
     chosen = names or list(FAMILIES)
     launcher = EngineLauncher()
     trials: dict[str, list[Trial]] = {name: [] for name in chosen}
-    kinds = [(n, tied, dtype) for n in chosen for tied in FAMILIES[n].ties for dtype in DTYPES]
+    kinds = [(n, tied, dtype) for n in chosen for tied in FAMILIES[n].ties for dtype in dtypes]
     advance = progress.track("families against cold starts", len(kinds))
     try:
         for done, (name, tied, dtype) in enumerate(kinds, 1):

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from tiny import tiny_model
 
 from agent.config import Settings, load
@@ -37,12 +38,14 @@ from deploy.serving.served import BLUE, Served, read_served
 from deploy.serving.watchdog import Watchdog
 from deploy.stack import Ports, services
 from deploy.supervise import Program, survivors
+from flows.lab.families import make_tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("2 + 3", "Is it hot?", "abc " * 40)]
 POSITIONS, K = 4, 5
 HEADS = ["tied", "untied"]  # only a tied head is packed by itself
+KINDS = [*HEADS, "experts"]  # and these are packed for a kernel of their own
 either_head = pytest.mark.parametrize("engine", HEADS, indirect=True, scope="module")
 
 
@@ -115,12 +118,16 @@ def record_cold(home: Home, digest: str) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=HEADS if os.environ.get("ANCHORAGE_SOAK") == "1" else HEADS[:1]
+    scope="module", params=KINDS if os.environ.get("ANCHORAGE_SOAK") == "1" else HEADS[:1]
 )
 def engine(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Served2]:
     """Cold on the candidate, then cold on the anchor: both recorded, the anchor served."""
     folder = tmp_path_factory.mktemp(request.param)
-    anchor = Anchor.open(tiny_model(folder / "anchor", tied=request.param == "tied"))
+    if request.param == "experts":
+        model = make_tiny(folder / "anchor", "qwen3_moe", tied=False, dtype=torch.float32)
+    else:
+        model = tiny_model(folder / "anchor", tied=request.param == "tied")
+    anchor = Anchor.open(model)
     home = Home.at(folder / "home")
     old = Served(anchor.digest, str(anchor.directory))
     new_dir = export(moved(anchor), home.weights)

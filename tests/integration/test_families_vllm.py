@@ -1,0 +1,157 @@
+"""Real vLLM engines of many families: members, loads and swaps answer like cold engines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agent.home import Home
+from agent.learner.noise import Address
+from agent.population.certify import ANSWER, PROMPTS, FreshEngine, Reply
+from agent.population.process import EngineLauncher
+from agent.population.vllm import EngineOptions
+from deploy.model import EMBEDDED_CERTIFICATES
+from deploy.serving.probes import read_probes
+from evaluators import examples
+from flows.commands.runs import review_now
+from flows.lab.families import DTYPES, FAMILIES, certify_model, certify_tiny, make_tiny
+from flows.learn.evaluate import against_cold, first_stage, tables
+from flows.serve.swaps import cold_engine
+from flows.service import Service
+from flows.session import session
+from flows.show.progress import Silent
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
+Scale = Callable[[int, int], int]
+FEW = ["gemma2", "gpt2", "qwen3_moe"]  # a head that is the embedding, other names, experts
+
+
+def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
+    names, dtypes = (FEW, DTYPES[1:]) if scale(0, 1) == 0 else (list(FAMILIES), DTYPES)
+    for name, trials in certify_tiny(names, Silent(), dtypes).items():
+        for trial in trials:
+            assert trial.certificate is not None, (name, trial.error)
+            assert trial.certificate.way != "fresh", (name, trial)
+            assert {check.difference for check in trial.certificate.checks} == {0.0}, (name, trial)
+
+
+def test_the_embedded_models_certificate_is_what_is_measured() -> None:
+    key, measured = certify_model("embedded", Silent())
+    shipped = json.loads(EMBEDDED_CERTIFICATES.read_text(encoding="utf-8"))
+    assert shipped == {key: measured.to_json()}
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[EngineLauncher]:
+    launcher = EngineLauncher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_every_member_of_a_model_whose_head_is_its_embedding_is_its_own(
+    family: str, launcher: EngineLauncher, tmp_path: Path, scale: Scale
+) -> None:
+    """Twelve questions of each member, against an engine that was started on the member."""
+    model = make_tiny(tmp_path / "model", family, tied=True)
+
+    def start(directory: Path) -> Any:
+        return launcher.engine(
+            EngineOptions(
+                directory, dtype="bfloat16", max_model_len=256, max_num_seqs=16, kv_cache_mib=64
+            )
+        )
+
+    fresh, put = FreshEngine(start, tmp_path / "members", model), start(model)
+    members = [(Address(3, 0, pair), 0.05) for pair in range(scale(2, 12))]
+    fresh.open(model)
+    put.open(model)
+    told = [(Reply.of(fresh, member), Reply.of(put, member)) for member in members]
+    fresh.close()
+    put.close()
+    assert sum(one.equal(other) for one, other in told) == len(PROMPTS) * len(members)
+    assert all(one.difference(other) == 0.0 for one, other in told)
+    assert len({one.texts for one, _ in told}) == len(members)
+    assert ANSWER >= 8  # a text tells members apart
+
+
+SETTINGS = """
+[model]
+path = "{model}"
+dtype = "bfloat16"
+max_model_len = 512
+
+[engines]
+swap = "{swap}"
+
+[learner]
+generations = 2
+population = 4
+prompts = 8
+sigma = 0.02
+alpha = 0.05
+
+[tasks]
+target = "json_answer"
+files = ["{own}/json_answer.py:TASK"]
+rows = 24
+curve_every = 0
+kl_rows = 0
+priors = ["refusal"]
+
+[review]
+mode = "manual"
+"""
+
+
+def anchorage(*arguments: str, home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments, "--home", str(home)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("swap", ["in_place", "blue_green"])
+def test_a_round_of_experts_ends_in_what_cold_engines_say(
+    swap: str, tmp_path: Path, scale: Scale
+) -> None:
+    """Tables, gate and endpoint of a mixture of experts, by both ways of swapping."""
+    if swap == "blue_green" and scale(0, 1) == 0:
+        pytest.skip("two stacks: in the soak")
+    model = make_tiny(tmp_path / "model", "qwen3_moe", tied=False, dtype=torch.bfloat16)
+    for name in ("json_answer.py", "json_answer.jsonl"):
+        shutil.copy(Path(examples.__file__).parent / name, tmp_path)
+    config, home = tmp_path / "anchorage.toml", tmp_path / "home"
+    config.write_text(SETTINGS.format(model=model, own=tmp_path, swap=swap), encoding="utf-8")
+    anchorage("up", "--config", str(config), home=home)
+    try:
+        anchorage("improve", home=home)
+        service = Service.at(home)
+        (run,) = service.journal.runs()
+        candidate = str(run.digest)
+        with session(home) as opened:
+            digests = {"candidate": candidate, "anchor": run.anchor_digest}
+            names = [run.target, *service.priors(run.target)]
+            questions = first_stage(service, names)
+            paths = tables(service, opened.population, digests, questions, Silent())
+            cold = partial(cold_engine, opened)
+            assert against_cold(service, opened.population, cold, digests, questions, paths) == []
+        if service.ledger.state(candidate) == "AWAIT_REVIEW":
+            told = review_now(home, candidate, "approve", "a test", Silent())
+            assert told["served"] == candidate, told
+            assert read_probes(Home.at(home), candidate).positions > 0
+        assert service.ledger.state(candidate) in ("CHAMPION", "BAKING", "REJECT")
+    finally:
+        anchorage("down", home=home)
