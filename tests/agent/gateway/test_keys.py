@@ -141,6 +141,15 @@ def test_what_belongs_to_one_principal_is_not_shown_to_another(guarded: Any) -> 
         assert reviewer.post("/v1/feedback", json=opinion).status_code == 201
 
 
+def test_several_keys_of_one_owner_are_one_principal(guarded: Any) -> None:
+    for _ in range(3):
+        with guarded.client("infer", "submit_task") as ann:
+            assert ann.post("/v1/chat/completions", json=TASK).status_code == 200
+    guarded.settled()
+    assert [row.principal for row in guarded.store.rows("gsm8k")] == ["ann"] * 3
+    assert guarded.store.key_owners() == {"ann", "first"}
+
+
 def test_rates_are_counted_by_principal(start: Any, store: Any) -> None:
     keys = KeyStore(store)
     running = start(keys=keys, rate="1/hour")

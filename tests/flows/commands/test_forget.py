@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -141,6 +143,16 @@ def test_an_unknown_principal_is_told_and_nothing_is_done(service: Service) -> N
     with pytest.raises(UserError, match="principal 'nobody': nothing of it is kept; principals: a"):
         forget_now(service.home.root, "nobody", True, Silent())
     assert len(service.experience.rows("gsm8k")) == 2
+
+
+def test_the_command_says_so_and_ends_with_code_2(service: Service) -> None:
+    command = [sys.executable, "-m", "flows.cli", "forget", "nobody"]
+    command += ["--home", str(service.home.root)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "anchorage: principal 'nobody': nothing of it is kept; principals: ann, bob\n"
+    )
 
 
 def test_whoever_only_has_a_key_is_known(service: Service) -> None:
