@@ -19,7 +19,7 @@ from agent.gateway.exchange import GatewayParts, Versions
 from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
-from agent.gateway.requests import ServedModel, read_chat, read_completion
+from agent.gateway.requests import ServedModel, read_chat, read_completion, read_responses
 from agent.gateway.upstream import CONNECT_TIMEOUT_S, TransportLine, Upstream
 from agent.sections import GatewaySettings
 from agent.store.experience import ExperienceStore
@@ -118,6 +118,7 @@ def _watch(parts: GatewayParts) -> None:
 PUBLIC_PATHS = {
     b"/v1/chat/completions": PublicPath("chat.completions", "POST", paths.completer(read_chat)),
     b"/v1/completions": PublicPath("completions", "POST", paths.completer(read_completion)),
+    b"/v1/responses": PublicPath("responses", "POST", paths.completer(read_responses)),
     b"/v1/models": PublicPath("models", "GET", paths.list_models),
     ONE_MODEL: PublicPath("model", "GET", paths.one_model),
     b"/v1/feedback": PublicPath("feedback", "POST", paths.give_feedback),

@@ -13,7 +13,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive
 
-from agent.gateway.answers import Answered, aborted, stamp
+from agent.gateway.answers import Answered, AnswerForm, ChatAnswer, ResponsesAnswer, aborted
 from agent.gateway.capture import Capture
 from agent.gateway.errors import ApiError, answer_timeout, bad_gateway, unavailable, until_gone
 from agent.gateway.hold import Admission, Route, Ticket
@@ -86,6 +86,7 @@ class Exchange:
     ticket: Ticket | None = None
     reply: Reply | None = None
     answered: Answered = field(default_factory=Answered)
+    form: AnswerForm | None = None  # once the version is known
     recorded: bool = False
 
     async def respond(self, receive: Receive) -> Response | None:
@@ -219,15 +220,23 @@ class Exchange:
         self.refuse_mixed()
         try:
             self.answered.read(orjson.loads(content), text=self.call.captures_text)
-        except (ValueError, TypeError, AttributeError) as error:
+            body = self.answer_form().whole(content)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise bad_gateway("the engine's answer is no completion", "engine_failed") from error
-        version = self.route.version[:12]
         self.finish("ok")
-        return Response(
-            stamp(content, version),
-            headers={"x-model-version": version},
-            media_type="application/json",
-        )
+        headers = {"x-model-version": self.route.version[:12]}
+        return Response(body, headers=headers, media_type="application/json")
+
+    def answer_form(self) -> AnswerForm:
+        """How this answer is written: as the engine does, or as the Responses API does."""
+        if self.form is None:
+            version, responses = self.route.version[:12], self.call.responses
+            self.form = (
+                ChatAnswer(version)
+                if responses is None
+                else ResponsesAnswer(responses, self.inference_id, version)
+            )
+        return self.form
 
     def _row(self, status: Status) -> Interaction:
         text = self.call.captures_text and status == "ok"
@@ -242,7 +251,7 @@ class Exchange:
             latency_s=time.perf_counter() - self.began,
             prompt_tokens=self.answered.prompt_tokens,
             completion_tokens=self.answered.completion_tokens,
-            response_id=self.answered.response_id,
+            response_id=(self.form and self.form.answer_id) or self.answered.response_id,
             answers=self.answered.answers() if text else (),
         )
 

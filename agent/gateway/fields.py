@@ -123,6 +123,15 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=64)],
+        Annotated[str, StringConstraints(max_length=MAX_EXAMPLE_CHARACTERS)],
+    ],
+    Field(max_length=16),
+]
+
+
 class Sampling(Strict):
     """What both kinds of completion share."""
 
@@ -155,16 +164,7 @@ class Sampling(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    metadata: (
-        Annotated[
-            dict[
-                Annotated[str, StringConstraints(min_length=1, max_length=64)],
-                Annotated[str, StringConstraints(max_length=MAX_EXAMPLE_CHARACTERS)],
-            ],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     store: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None

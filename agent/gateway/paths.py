@@ -5,6 +5,7 @@ Order in each: who asks (401), the request (400), whether the key allows it (403
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -18,9 +19,15 @@ from starlette.responses import Response
 
 from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.exchange import CHAMPION, Exchange, GatewayParts, unknown_model
-from agent.gateway.fields import ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest
+from agent.gateway.fields import (
+    ChatRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    RewardRequest,
+)
 from agent.gateway.keys import KeyStore, Principal
 from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row, row_hash
+from agent.gateway.responses import ResponsesRequest
 from agent.gateway.stream import StreamedAnswer
 from agent.sections import GatewaySettings
 from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, add, keep_row
@@ -88,7 +95,7 @@ async def give_feedback(request: Request) -> Response:
         rationale=checked.rationale,
         supersedes=checked.supersedes,
     )
-    await parts.capture.settle(item.inference_id.rpartition("-")[2], SETTLE_S)
+    await parts.capture.settle(_own_id(item.inference_id), SETTLE_S)
     try:
         new = await asyncio.to_thread(
             add, parts.store, item, time.time(), any_owner=principal.may("review")
@@ -111,7 +118,7 @@ async def give_row(request: Request) -> Response:
     inference_id, asked = read_late_row(await _body(request), parts.model.tasks)
     await parts.quota.take(principal.owner)
     await _fitting(parts, asked, "example")
-    await parts.capture.settle(inference_id.rpartition("-")[2], SETTLE_S)
+    await parts.capture.settle(_own_id(inference_id), SETTLE_S)
     row = LateRow(
         inference_id=inference_id,
         principal=principal.owner,
@@ -219,6 +226,11 @@ async def _body(request: Request) -> bytes:
     return b"".join(pieces)
 
 
+def _own_id(any_id: str) -> str:
+    """The inference id in an answer's own: ``chatcmpl-ID`` of a chat, ``resp_ID`` of a response."""
+    return re.split("[-_]", any_id)[-1]
+
+
 def _models(parts: GatewayParts) -> list[dict[str, object]]:
     name = parts.model.name
     served = [route.version for route in parts.served()]
@@ -252,7 +264,13 @@ def _json(content: object, status: int = 200) -> Response:
 
 def document() -> dict[str, Any]:
     """OpenAPI 3.1 of every public path."""
-    models = (ChatRequest, CompletionRequest, FeedbackRequest, RewardRequest)
+    models = (
+        ChatRequest,
+        CompletionRequest,
+        FeedbackRequest,
+        ResponsesRequest,
+        RewardRequest,
+    )
     _, schemas = models_json_schema([(m, "validation") for m in models], ref_template=REF)
     return {
         "openapi": "3.1.0",
@@ -260,6 +278,7 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _post("createChatCompletion", ChatRequest)},
             "/v1/completions": {"post": _post("createCompletion", CompletionRequest)},
+            "/v1/responses": {"post": _post("createResponse", ResponsesRequest)},
             "/v1/feedback": {"post": _post("createFeedback", FeedbackRequest)},
             "/v1/models": {"get": _get("listModels")},
             "/v1/models/{model}": {"get": _get("retrieveModel", [_path("model")])},

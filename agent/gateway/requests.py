@@ -4,7 +4,7 @@ import hashlib
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -20,6 +20,7 @@ from agent.gateway.fields import (
     Sampling,
     SchemaFormat,
 )
+from agent.gateway.responses import ResponsesRequest, ResponsesSchema, chat_body
 from agent.gateway.schema import SchemaError, check_schema
 from agent.sections import GatewaySettings
 from agent.store.intake import text_hash
@@ -73,6 +74,7 @@ class Call:
     store: bool
     session_id: str | None
     constrained: bool = False  # a schema of the client's bounds the answer
+    responses: ResponsesRequest | None = None  # the request this was translated from
 
     @property
     def captures_text(self) -> bool:
@@ -99,7 +101,27 @@ def parse(body: bytes, shape: type[Shape]) -> tuple[dict[str, Any], Shape]:
 
 def read_chat(body: bytes, settings: GatewaySettings, model: ServedModel) -> Call:
     """A chat completion request."""
-    raw, checked = parse(body, ChatRequest)
+    return _chat_call(*parse(body, ChatRequest), settings, model)
+
+
+def read_responses(body: bytes, settings: GatewaySettings, model: ServedModel) -> Call:
+    """A request of the Responses API, as the chat request that asks for the same answer."""
+    raw, checked = parse(body, ResponsesRequest)
+    _cap("max_output_tokens", checked.max_output_tokens, model.max_tokens)
+    _check_size("text.format", raw.get("text"))
+    if checked.text and isinstance(checked.text.format, ResponsesSchema):
+        _check_schema("text.format", checked.text.format.schema_)
+    chat = chat_body(checked)
+    try:
+        call = _chat_call(chat, ChatRequest.model_validate(chat), settings, model)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    return replace(call, responses=checked, wants_usage=True)
+
+
+def _chat_call(
+    raw: dict[str, Any], checked: ChatRequest, settings: GatewaySettings, model: ServedModel
+) -> Call:
     _check_size("tools", raw.get("tools"))
     for tool in checked.tools or ():
         _check_schema("tools", tool.function.parameters)
@@ -291,8 +313,12 @@ def _depth(value: Any) -> int:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    """The first mismatch, in OpenAI's words where it has some."""
-    first = error.errors(include_url=False)[0]
+    """The first mismatch, in OpenAI's words where it has some.
+
+    A wrong kind comes before the fields that are missing for the kind expected.
+    """
+    mismatches = error.errors(include_url=False)
+    first = next((each for each in mismatches if each["type"] == "literal_error"), mismatches[0])
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {where}"

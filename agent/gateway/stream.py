@@ -1,6 +1,7 @@
 """A streamed answer: read ahead from the engine, stamped, checked to its end, passed on."""
 
 import asyncio
+import logging
 
 import httpx
 import orjson
@@ -12,16 +13,21 @@ from agent.gateway.answers import (
     BrokenStreamError,
     Events,
     aborted,
-    error_event,
     is_usage,
-    stamp_event,
 )
-from agent.gateway.errors import ApiError, ClientGoneError, answer_timeout, cancelled, gone
-from agent.gateway.exchange import Exchange
-from agent.gateway.hold import Route
+from agent.gateway.errors import (
+    ApiError,
+    ClientGoneError,
+    answer_timeout,
+    bad_gateway,
+    cancelled,
+    gone,
+)
+from agent.gateway.exchange import UNFOLLOWABLE, Exchange
 from agent.gateway.wire import WaitTimer
 from agent.store.experience import Status
 
+LOG = logging.getLogger("anchorage.gateway")
 BUFFER_EVENTS = 8192  # read ahead of a slow client, so that it cannot delay a swap
 END = b""  # in the buffer: nothing follows
 
@@ -43,7 +49,7 @@ class StreamedAnswer(Response):
         del self.headers["content-length"]
         self._exchange = exchange
         self._reply = exchange.reply
-        self._version = version
+        self._form = exchange.answer_form()
         self._began = False
         self._ready: asyncio.Queue[bytes] = asyncio.Queue(BUFFER_EVENTS)
 
@@ -96,7 +102,7 @@ class StreamedAnswer(Response):
         try:
             status, last = await self._all()
             self._exchange.finish(status)
-            await self._ready.put(last + b"\n\n")
+            await self._ready.put(last)
             await self._ready.put(END)
         except asyncio.CancelledError:
             self._exchange.finish("cancelled")
@@ -110,9 +116,9 @@ class StreamedAnswer(Response):
         try:
             async with asyncio.timeout(self._exchange.parts.settings.answer_timeout_s):
                 await self._events()
-            return "ok", DONE
+            return "ok", self._form.end()
         except Exception as error:
-            return "error", _broken(error, self._exchange.route)
+            return "error", self._form.failure(self._error_body(error))
         finally:
             await self._reply.close()
 
@@ -133,7 +139,9 @@ class StreamedAnswer(Response):
         if aborted(event):
             raise BrokenStreamError("aborted")
         if event.startswith(b'data: {"error"'):
-            raise BrokenStreamError("engine error")
+            # Before the first piece of an answer with a schema: its grammar could not be built.
+            unfollowable = self._exchange.call.constrained and not self._began
+            raise ApiError(400, UNFOLLOWABLE) if unfollowable else BrokenStreamError("engine error")
         if not self._began:
             self._began = True
             self._exchange.first_event()
@@ -145,16 +153,18 @@ class StreamedAnswer(Response):
             event.startswith(b"data: {")
         ):
             self._exchange.answered.read(orjson.loads(event[6:]), text=call.captures_text)
-        if not usage or call.wants_usage:
-            await self._ready.put(stamp_event(event, self._version) + b"\n\n")
+        if (not usage or call.wants_usage) and (piece := self._form.event(event)):
+            await self._ready.put(piece)
 
-
-def _broken(error: Exception, route: Route) -> bytes:
-    """The event that ends a stream that failed."""
-    if isinstance(error, httpx.HTTPError):
-        error = route.upstream.failure(error)
-    if isinstance(error, ApiError):
-        return b"data: " + error.body
-    if isinstance(error, TimeoutError):
-        return b"data: " + answer_timeout().body
-    return error_event("the engine broke off", "engine_failed")
+    def _error_body(self, error: Exception) -> bytes:
+        """What the client reads of a failure."""
+        if isinstance(error, httpx.HTTPError):
+            error = self._exchange.route.upstream.failure(error)
+        elif isinstance(error, TimeoutError):
+            error = answer_timeout()
+        elif not isinstance(error, ApiError):
+            if not isinstance(error, BrokenStreamError):  # a fault of ours, by its type only
+                LOG.error("stream failed", extra={"fields": {"error": type(error).__name__}})
+            error = bad_gateway("the engine broke off", "engine_failed")
+        assert isinstance(error, ApiError)
+        return error.body

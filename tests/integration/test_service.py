@@ -152,6 +152,46 @@ def test_plain_and_streamed_answers_are_the_same_and_carry_the_version(running: 
     assert all(version in (part.system_fingerprint or "") for part in parts)
 
 
+def test_the_responses_api_gives_the_chats_answer(running: Running) -> None:
+    plain = chat(running).parse().choices[0].message.content
+    options: Any = {"model": "anchorage", "temperature": 0, "max_output_tokens": 8}
+    question = "How do I write a note?"
+    response = running.client.responses.create(input=question, **options)
+    *_, last = running.client.responses.create(input=question, stream=True, **options)
+    assert response.output_text == last.response.output_text == plain
+    assert response.metadata == {"model_version": running.status["champion"][:12]}
+    assert response.usage == last.response.usage
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"type": "string", "pattern": "\\p{L}{1,1000}"},
+        {"type": "string", "pattern": "\\p{L}+"},  # these four pass the gateway
+        {"type": "integer", "multipleOf": 3},
+        {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
+        {"type": "object", "minProperties": 5},
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_the_clients_error(
+    running: Running, schema: dict[str, Any], stream: bool
+) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError):
+        list(
+            running.client.chat.completions.create(
+                model="anchorage",
+                messages=[{"role": "user", "content": "?"}],
+                max_tokens=4,
+                response_format=form,  # type: ignore[call-overload]
+                stream=stream,
+            )
+        )
+    assert chat(running).status_code == 200
+
+
 def test_an_unknown_model_and_a_malformed_body_are_openai_errors(running: Running) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         running.client.chat.completions.create(

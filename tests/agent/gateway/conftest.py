@@ -61,6 +61,7 @@ class FakeEngine(httpx.AsyncBaseTransport):
         self.running: set[Chunks] = set()
         self.broken_off = 0
         self.text: str | None = None
+        self.finish = "stop"
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -93,7 +94,7 @@ class FakeEngine(httpx.AsyncBaseTransport):
         return {"id": "chatcmpl-engine", "object": kind, "created": 1, "model": body["model"]}
 
     def _choices(self, body: dict[str, Any], text: str) -> list[dict[str, Any]]:
-        finish = "abort" if self.fault == "abort" else "stop"
+        finish = "abort" if self.fault == "abort" else self.finish
         base = [
             {"index": i, "logprobs": None, "finish_reason": finish}
             for i in range(body.get("n") or 1)
@@ -135,10 +136,12 @@ class FakeEngine(httpx.AsyncBaseTransport):
         for i in range(self.tokens):
             await asyncio.sleep(self.delay_s)
             last = i == self.tokens - 1
-            finish = ("abort" if self.fault == "abort" else "stop") if last else None
+            finish = ("abort" if self.fault == "abort" else self.finish) if last else None
             part = (
                 {"text": self.weights} if "prompt" in body else {"delta": {"content": self.weights}}
             )
+            if body.get("tools"):
+                part = {"delta": self._call_piece(body["tools"], i)}
             yield self._event(head | {"choices": [{"index": 0, "finish_reason": finish} | part]})
             if self.fault == "cut" and i == 1:
                 return
@@ -153,6 +156,21 @@ class FakeEngine(httpx.AsyncBaseTransport):
                 head | {"choices": [], "usage": usage, "system_fingerprint": "vllm-0.32"}
             )
         yield b"data: [DONE]\n\n"
+
+    @staticmethod
+    def _call_piece(tools: list[dict[str, Any]], i: int) -> dict[str, Any]:
+        """A word, then a call of each tool in three pieces, as vLLM streams them."""
+        if i == 0:
+            return {"role": "assistant", "content": "so"}
+        index, piece = divmod(i - 1, 3)
+        if index >= len(tools):
+            return {}
+        function: dict[str, Any] = {"arguments": ('{"x"', ": 1}", "")[piece]}
+        call: dict[str, Any] = {"index": index, "function": function}
+        if piece == 0:
+            call |= {"id": f"call_{index}", "type": "function"}
+            function["name"] = tools[index]["function"]["name"]
+        return {"tool_calls": [call]}
 
     @staticmethod
     def _event(content: dict[str, Any]) -> bytes:

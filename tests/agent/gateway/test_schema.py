@@ -33,6 +33,6 @@ def test_no_request_is_a_server_error(running: Any, scale: Callable[[int, int], 
                 assert status < 500
 
             ask()
-    assert len(statuses) == 9
+    assert len(statuses) == 10
     assert 200 in statuses["POST /v1/completions"]
     assert 200 in statuses["GET /v1/models"]
