@@ -140,11 +140,15 @@ class Population:
         self._pool = ThreadPoolExecutor(len(starts), thread_name_prefix="engine")
         self._running: set[Future[None]] = set()
 
-    def open(self, anchor: Path) -> str:
-        """Make theta this anchor everywhere; returns its digest."""
+    def open(self, anchor: Path, digest: str | None = None) -> str:
+        """Make theta this anchor everywhere; returns its digest, which must be the given one.
+
+        Raises:
+            UserError: The files hold other weights.
+        """
         digests = self._everywhere(lambda engine: engine.open(anchor))
         self._held = Held(anchor)
-        return agreed(list(digests.values()))
+        return wanted(anchor, agreed(list(digests.values())), digest)
 
     def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
         """Make delta the snapshot (None: zero) and the steps everywhere; returns its hash."""
@@ -171,12 +175,16 @@ class Population:
         self._held = Held(before.anchor, path, (), before.directory)
         return saved[0]
 
-    def load(self, directory: Path) -> str:
-        """Load this weights directory everywhere; returns its digest."""
+    def load(self, directory: Path, digest: str | None = None) -> str:
+        """Load this weights directory everywhere; returns its digest, which must be the given one.
+
+        Raises:
+            UserError: What went into the engines is something else.
+        """
         digests = self._everywhere(lambda engine: engine.load(directory))
         before = self._held
         self._held = Held(before.anchor, before.snapshot, before.steps, directory)
-        return agreed(list(digests.values()))
+        return wanted(directory, agreed(list(digests.values())), digest)
 
     def members(
         self,
@@ -359,3 +367,10 @@ def _generate(
 ) -> list[Completion]:
     """One call of one engine."""
     return engine.generate(prompts, limits, member, noise)
+
+
+def wanted(directory: Path, found: str, digest: str | None) -> str:
+    """The digest that went into the engines; UserError where another one was asked for."""
+    if digest not in (None, found):
+        raise UserError(f"{directory}: the weights are {found[:12]}, wanted {str(digest)[:12]}")
+    return found

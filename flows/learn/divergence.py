@@ -54,7 +54,7 @@ def shift(
     if not path.exists():
         progress.say(f"KL of {short(digest)} to the anchor, on {len(questions)} continuations")
         drawn = _drawn(service, population, questions, f"continuations-{name}")
-        population.load(service.directory(digest))
+        population.load(service.directory(digest), digest)
         on_version = _logprobs(population, questions, drawn.ids)
         tasks_of = [each.task.name for each in questions]
         _keep(path, estimates(tasks_of, drawn.logprobs, on_version))
@@ -101,7 +101,7 @@ def _drawn(
     """The anchor's continuations, drawn on first use."""
     path = service.home.evaluations / service.anchor.digest / name
     if not path.exists():
-        population.load(service.anchor.directory)
+        population.load(service.anchor.directory, service.anchor.digest)
         prompts = [each.messages for each in questions]
         ids = population.ask(lambda engine: engine.sample(prompts, TOKENS, SEED))
         _keep(path, {"ids": ids, "logprobs": _logprobs(population, questions, ids)})

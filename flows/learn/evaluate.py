@@ -115,7 +115,7 @@ def table(
         LOG.warning("%s: is not what was written; evaluated again", out)
         out.unlink()
     if not out.exists():
-        population.load(service.directory(digest))
+        population.load(service.directory(digest), digest)
         advance = progress.track(f"evaluate {short(digest)} ({questions.name})", total)
         evaluate(
             questions.rows,
@@ -237,7 +237,7 @@ def _unconfirmed(
         write_atomically(kept, json.dumps(told))
     told = json.loads(kept.read_text(encoding="utf-8"))
     reply, bound = Reply.from_json(told), allowed(told["spread"])
-    population.load(service.directory(digest))
+    population.load(service.directory(digest), digest)
     if not (off := population.ask(asked).difference(reply)) <= bound:
         yield f"log p differs from a cold engine's by {off:.3g}, allowed: {bound:.3g}"
     table = {(row["task"], row["example_id"]): row["completion"] for row in read_samples(path)}

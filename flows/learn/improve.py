@@ -268,7 +268,7 @@ class Driver:
             DamagedError: The engines' delta is not the one that the journal names.
         """
         service = self._service
-        self._population.open(self._anchor.directory)
+        self._population.open(self._anchor.directory, self._run.anchor_digest)
         way = route(service.journal, self._anchor, self._run.run_id, service.home.snapshots)
         steps = [each.step for each in way.generations]
         delta_hash = self._population.restore(way.snapshot, steps)

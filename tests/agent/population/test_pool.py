@@ -251,6 +251,17 @@ def test_a_directory_is_asked_until_theta_moves() -> None:
     population.close()
 
 
+def test_other_weights_than_those_named_are_refused_at_every_load() -> None:
+    population = opened(Troubles(), 2)
+    assert population.load(Path("weights"), "weights") == "weights"
+    with pytest.raises(UserError, match="the weights are weights, wanted others"):
+        population.load(Path("weights"), "others")
+    assert population.open(ANCHOR, "anchor") == "anchor"
+    with pytest.raises(UserError, match="wanted others"):
+        population.open(ANCHOR, "others")
+    population.close()
+
+
 def test_abandoned_results_do_not_reach_the_next_call() -> None:
     population = opened(Troubles(), 2)
     for _ in range(20):
