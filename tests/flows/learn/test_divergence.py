@@ -13,7 +13,7 @@ from agent.learner.es import members, step
 from agent.learner.penalty import Penalty
 from agent.population.pool import Population
 from agent.population.schedule import Messages
-from agent.store.weights import Parameters, export
+from agent.store.weights import Parameters, digest_of, export
 from flows.learn.divergence import Shift, estimates, shift
 from flows.service import Service
 from flows.show.progress import Silent
@@ -31,7 +31,7 @@ class Toy:
 
     def load(self, directory: Path) -> str:
         self._share = self._shares[directory]
-        return directory.name
+        return digest_of(directory)
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
         self.calls += 1
