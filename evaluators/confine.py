@@ -114,6 +114,8 @@ def restrict(
     Returns:
         names of what took hold: landlock, seccomp, processes; limits always do.
     """
+    # The size is read first, because Landlock hides /proc; no_new_privs has to precede Landlock
+    # and seccomp, which the kernel gives to an unprivileged process on that condition only.
     held_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     taken = {"landlock"} if _landlock(readable) else set()

@@ -4,24 +4,39 @@
 2. Every prior task against the ANCHOR: no harm beyond its margin, alpha 0.025.
 3. All prior tasks pooled, against the anchor, with a narrower margin.
 4. The target against the champion: a gain with p < 0.01 and of at least 0.5 points.
-5. Steps 2-3 again on a sealed draw, at a level spent (:mod:`evaluators.confirm`).
+5. Steps 2-3 again on a sealed draw (``draw``), at a level spent (``spent_alpha``).
 6. The verdict: reject if a step shows harm, else hold if a step cannot tell, else promote.
+
+Which rows confirm a candidate is a pure function of a secret salt, the round and the candidate's
+digest, so nobody can know them before the digest is recorded, and anybody can check them after.
+Rows never used before go first, so draws rotate through the pool round by round.
 
 Outcomes of one comparison: :mod:`evaluators.comparison`. Fields are
 shares (0.01 is one point).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from evaluators.comparison import Comparison, Reason, Stage, Step, pooled_margin, task_margin
-from evaluators.confirm import spent_alpha
 from evaluators.evidence import Evidence, accuracy, evidence
 from evaluators.samples import Defect, Sample, Tables, defects, moved_digests, overlap
 from evaluators.stats import level
 
-__all__ = ["POOLED", "Decision", "GateRules", "Reason", "Sample", "Tables", "decide"]
+__all__ = [
+    "POOLED",
+    "Decision",
+    "GateRules",
+    "Reason",
+    "Sample",
+    "Tables",
+    "decide",
+    "draw",
+    "spent_alpha",
+]
 
 Verdict = Literal["promote", "hold", "reject"]
 Baseline = Literal["anchor", "champion"]
@@ -264,3 +279,55 @@ def _figures(tables: Tables, target: str, reasons: Sequence[Reason]) -> dict[str
             row[name] = getattr(reason, name, None)
         figures[task] = row
     return figures
+
+
+def draw(
+    rows: Iterable[str],
+    *,
+    round_number: int,
+    digest: str,
+    count: int,
+    salt: str,
+    used: Collection[str] = (),
+) -> tuple[str, ...]:
+    """``count`` of ``rows`` for this round's candidate, in the order of the draw.
+
+        key(row) = (row in used, sha256(salt | round | digest | row)),  ascending
+
+    Args:
+        rows: ids of the pool, each once; their order does not matter.
+        round_number: of the round that made the candidate.
+        digest: of the candidate; record it before calling.
+        count: rows wanted, 1..len(rows).
+        salt: a secret of this installation.
+        used: rows of earlier draws; taken again only when fresh ones run out.
+    """
+    pool = list(rows)
+    if len(set(pool)) != len(pool):
+        raise ValueError(f"pool of {len(pool)} rows with {len(set(pool))} ids: each once")
+    if not digest or not salt:
+        raise ValueError("digest and salt: not empty (record the digest before the draw)")
+    if not 1 <= count <= len(pool):
+        raise ValueError(f"count {count}: 1..{len(pool)} rows")
+    # The digest enters the hash, so a candidate cannot be trained towards its own sealed rows.
+    spent = frozenset(used)
+    ranked = sorted(pool, key=lambda row: (row in spent, _rank(salt, round_number, digest, row)))
+    return tuple(ranked[:count])
+
+
+def _rank(salt: str, round_number: int, digest: str, row: str) -> bytes:
+    parts = (salt, str(round_number), digest, row)
+    framed = b"".join(len(b).to_bytes(8, "big") + b for b in (p.encode() for p in parts))
+    return hashlib.sha256(framed).digest()
+
+
+def spent_alpha(alpha: float, confirmation: int) -> float:
+    """Level of the k-th confirmation on one sealed pool: alpha * 6 / (pi^2 k^2).
+
+    The levels of all confirmations together sum to alpha, so a pool may serve any number of
+    candidates: the chance that it ever passes a harmful one stays <= alpha. Rows that no
+    candidate has touched are a fresh pool: there k = 1 again.
+    """
+    if confirmation < 1:
+        raise ValueError(f"confirmation {confirmation}: 1, 2, ...")
+    return level(alpha) * 6 / (math.pi * confirmation) ** 2

@@ -163,6 +163,8 @@ def evaluate(
         done |= {_identity(sample): sample for sample in fresh}
     if progress:
         progress(len(questions), len(questions))
+    # Order: the parquet file is published whole, then the part file goes; a kill in between leaves
+    # both, and the next call reads the parquet file.
     samples = [done[q.task.name, q.example_id] for q in questions]
     write_samples(out, samples)
     part.unlink(missing_ok=True)

@@ -185,6 +185,8 @@ def _judged(
 
     pid, pipe, to_child = _forked(work, filters)
     os.close(to_child)
+    # The first look at the CPU clock comes after cpu_s of waiting, when it can be used up at the
+    # earliest; a process that sleeps is looked at again when the rest could be used up.
     reply, deadline = b"", time.monotonic() + limits.wall_s
     error, wait_s = None, limits.cpu_s
     with os.fdopen(pipe, "rb", 0) as replies, selectors.DefaultSelector() as selector:

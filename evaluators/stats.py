@@ -165,6 +165,7 @@ def weighted_mean_interval(
     def ratio(a: Floats, b: Floats, axis: int = -1) -> Floats:
         return np.asarray(a.sum(axis=axis) / b.sum(axis=axis), float)
 
+    # Rows are resampled as pairs of total and weight: tokens of one row are not independent.
     resampled = bootstrap(
         (x, w),
         ratio,

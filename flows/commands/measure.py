@@ -67,7 +67,7 @@ def evaluate_model(
             progress.say(note)
         digest, generate = _model(opened, model, endpoint or RemoteModel())
         out = service.home.evaluations / digest / f"asked-{questions.harness[:12]}.parquet"
-        if is_url(model):
+        if is_url(model):  # the model behind a URL may have changed since its last answers
             out.unlink(missing_ok=True)
         _ask(opened, questions, generate, digest, out)
         samples = read_samples(out)

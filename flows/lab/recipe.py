@@ -99,6 +99,7 @@ def pure_noise_norms(
     origins = [_anchor(parameters, seed).to(dtype) for dtype in dtypes]
     exact = [np.zeros(parameters, np.float32) for _ in penalties]
     in_place = [[origin.clone() for origin in origins] for _ in penalties]
+    # Both arithmetics take the same steps, so that their norms differ by rounding alone.
     for now in steps:
         summed = np.zeros(parameters, np.float32)
         update_inplace(summed, "weights", 0, now)

@@ -93,6 +93,7 @@ def study(opened: Session, plan: StudyPlan, picture: Path | None = None) -> dict
         raise UserError("targets: none; give at least one task")
     for name in plan.targets:
         service.target(name)
+    # Mistakes in targets and settings show here, before hours of rounds.
     LearnerSettings.model_validate(service.settings.learner.model_dump() | dict(plan.changes))
     advance = opened.progress.track("study", plan.rounds)
     for done in _rounds(opened, plan):

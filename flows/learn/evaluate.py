@@ -17,7 +17,7 @@ from agent.population.certify import Reply, allowed
 from agent.population.pool import Population
 from agent.population.schedule import Engine
 from agent.store.weights import short
-from evaluators.confirm import draw
+from evaluators.gate import draw
 from evaluators.runner import Shots, evaluate, harness_of, questions_of, read_samples
 from evaluators.task import Row, Task
 from flows.service import Service

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evaluators.confirm import draw, spent_alpha
+from evaluators.gate import draw, spent_alpha
 
 POOL = [f"row-{i}" for i in range(200)]
 

@@ -2,7 +2,7 @@
 
 Starts engine, gateway and watchdog in a temporary home. The same requests go to the engine's
 socket and through the gateway in turns; then two versions are swapped with and without streaming
-clients; then rollbacks are timed (``rollbacks``).
+clients; then rollbacks are timed (bench/swapping.py).
 
     added latency   p(gateway) - p(direct) of the pooled latencies, p50 and p99, in ms
     throughput      median over the turns of answers/s through the gateway over answers/s direct
@@ -36,9 +36,8 @@ from deploy import stack
 from deploy.serving.served import BLUE, Served
 from deploy.stack import Ports, services
 from deploy.supervise import Program
-from flows.lab.bench import rollbacks
 from flows.lab.bench.load import Burst, Client, Target, clients, percentile
-from flows.lab.bench.swapping import Shuttle, swapped
+from flows.lab.bench.swapping import Shuttle, rollbacks, rollbacks_within, swapped
 from flows.serve.swaps import probe_served
 from flows.service import Service
 from flows.show.progress import Reporter, Silent
@@ -92,7 +91,7 @@ def bench_endpoint(
         process = psutil.Process(_pid(status, "gateway"))
         document = asyncio.run(_measure(bench, service, doors, process, (anchor, other), progress))
         if bench.rollbacks:
-            document["rollback"] = rollbacks.rollbacks(service, other, bench.rollbacks, progress)
+            document["rollback"] = rollbacks(service, other, bench.rollbacks, progress)
     finally:
         stack.down(home)
         shutil.rmtree(folder, ignore_errors=True)
@@ -274,5 +273,5 @@ def _within(document: Mapping[str, Any]) -> bool:
         and all(row["throughput_ratio"] >= THROUGHPUT for row in document["latency"])
         and all(each["pause_p95_ms"] <= PAUSE_MS for each in swaps)
         and not any(each["failed_swaps"] + each["failed_answers"] for each in swaps)
-        and ("rollback" not in document or rollbacks.within(document["rollback"]))
+        and ("rollback" not in document or rollbacks_within(document["rollback"]))
     )

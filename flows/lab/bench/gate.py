@@ -22,8 +22,8 @@ from scipy.stats import norm
 
 from agent.sections import GateSettings
 from evaluators.comparison import pooled_margin, task_margin
-from evaluators.confirm import spent_alpha
 from evaluators.eprocess import log_e_counts
+from evaluators.gate import spent_alpha
 from evaluators.stats import mcnemar_exact, tango_p, tango_z
 from flows.show.progress import Reporter, Silent
 
@@ -82,6 +82,7 @@ def bench_gate(bench: GateBench | None = None, progress: Reporter | None = None)
     figures: list[dict[str, Any]] = []
     curves, drifts = [], []
     for done, n in enumerate(bench.rows, 1):
+        # The gate's own rule (anchor, confirmed) beside two that it does not use.
         figures += _rates(bench, n)
         curves.append(_curves(bench, n))
         for against, confirmed in (("anchor", True), ("anchor", False), ("champion", True)):
@@ -137,6 +138,7 @@ def _pooled_passes(n: int, b: Ints, c: Ints, alpha: float) -> Flags:
 
 def _rates(bench: GateBench, n: int) -> list[dict[str, Any]]:
     """Every named rate for tasks of n rows."""
+    # One stream for all rates of a size: the figures depend on their order, which is fixed here.
     rng = np.random.default_rng([bench.seed, n, 1])
     all_priors = (bench.draws, bench.priors)
     at_margin = np.full(bench.draws, task_margin(n))

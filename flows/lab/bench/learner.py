@@ -12,20 +12,21 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import pi, sqrt
 from statistics import median
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.table import Table
 
 from agent.errors import UserError
 from agent.learner.es import members, step
 from agent.learner.kernels_cpu import CORES, Render, Update, noise_into, render_many, update_many
 from agent.learner.noise import Address
-from agent.learner.penalty import Penalty, expected_norm
+from agent.learner.penalty import Penalty, expected_norm, prox
 from flows.lab import recipe
-from flows.lab.density import norm_by_density
 from flows.show.progress import Advance, Reporter, Silent
 
 Phases: TypeAlias = dict[str, float]  # seconds per (parameter, member)
@@ -274,3 +275,37 @@ def _norms_table(document: Mapping[str, Any]) -> Table:
         lam, arithmetic = f"{row['lambda']:g}", row["arithmetic"]
         drawn.add_row(row["penalty"], lam, arithmetic, *numbers, row["prediction"])
     return drawn
+
+
+def norm_by_density(
+    penalty: Penalty, *, alpha: float, population: int, parameters: int, generations: int
+) -> float:
+    """sqrt(E ||delta_T||^2) from delta_0 = 0 after T generations of pure noise, numerically.
+
+    Under rewards of pure noise each coordinate follows x <- P(x + g xi), xi ~ N(0, 1), with
+    g = alpha / sqrt(N) and P the penalty step. The value before P, u = P(u') + g xi, has the
+    density, with phi_g that of g xi,
+
+        f_{t+1}(u) = integral f_t(v) phi_g(u - P(v)) dv,     f_1 = phi_g
+
+    solved on an even grid (spacing g / 4, out to 7 standard deviations of the free walk) by the
+    trapezoidal rule. Then E ||delta_T||^2 = d integral f_T(v) P(v)^2 dv. With penalty none and l2
+    the result equals penalty.expected_norm to 1e-4.
+    """
+    if generations < 1:
+        return 0.0
+    g = alpha / sqrt(population)
+    half = int(np.ceil(4 * 7 * sqrt(generations)))
+    grid = np.arange(-half, half + 1, dtype=np.float64) * (g / 4)
+    moved = prox(grid, penalty, alpha)
+    kernel = _gaussian(grid[:, None] - moved[None, :], g) * (g / 4)
+    density = _gaussian(grid, g)
+    for _ in range(generations - 1):
+        density = kernel @ density
+    return sqrt(parameters * float(np.sum(density * moved**2)) * (g / 4))
+
+
+def _gaussian(x: NDArray[Any], deviation: float) -> NDArray[np.float64]:
+    """The density of N(0, deviation^2) at x."""
+    density: NDArray[np.float64] = np.exp(-((x / deviation) ** 2) / 2) / (deviation * sqrt(2 * pi))
+    return density

@@ -1,10 +1,21 @@
-"""Length of the pause that swaps cause, with and without streaming clients."""
+"""Times of version changes on a running service: the pause of a swap, and rollbacks.
+
+Swaps are measured with and without streaming clients. Rollbacks are measured twice, as a call of
+`flows.serve.swaps.rollback` in this process and as the command `anchorage rollback`, whose times
+include the start of a Python process:
+
+    served    from the call until the earlier version is verified and chosen (serving.json)
+    whole     from the call until everything is written (MLflow follows by itself)
+"""
 
 import asyncio
+import subprocess
+import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -12,12 +23,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from agent.errors import UserError
 from deploy.serving.controller import change
-from deploy.serving.served import Served
+from deploy.serving.served import Served, read_served
 from flows.lab.bench.load import Client, Target, percentile
+from flows.serve import promote, swaps
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.session import Session
+from flows.show.progress import Reporter, Silent
 
 PAUSE = "anchorage_swap_pause_seconds_sum"
+ROLLBACK_S = 2.0  # longest rollback by call
 BETWEEN_S = 0.05  # so that every version answers some requests
 
 
@@ -107,3 +121,76 @@ def _paused_s(door: Target) -> float:
             if sample.name == PAUSE:
                 return float(sample.value)
     raise UserError(f"{door.url}/metrics: no {PAUSE}")
+
+
+def rollbacks(
+    service: Service, other: Served, count: int, progress: Reporter
+) -> dict[str, dict[str, float]]:
+    """Promote ``other`` and roll back ``count`` times by call and by command; seconds."""
+    _make_known(service, other)
+    session, root = Session(service, Silent()), str(service.home.root)
+    if read_served(service.home).digest != service.champion():
+        swaps.serve_champion(session)
+
+    def act() -> None:
+        swaps.rollback(session, service.anchor.digest, "a bench")
+
+    def command() -> None:
+        argv = [sys.executable, "-m", "flows.cli", "rollback", "previous", "--home", root, "--json"]
+        finished = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise UserError(f"anchorage rollback: {finished.stderr.strip()}")
+
+    timings = {}
+    for name, back in (("act", act), ("command", command)):
+        advance = progress.track(f"rollbacks, {name}", count)
+        timings[name] = _timed_rollbacks(session, other, count, back, advance)
+    return {"setup": {"count": count}, **timings}
+
+
+def rollbacks_within(timings: Mapping[str, Any]) -> bool:
+    """Whether every rollback by call was fast enough."""
+    return bool(timings["act"]["whole_max_s"] <= ROLLBACK_S)
+
+
+def _timed_rollbacks(
+    session: Session,
+    other: Served,
+    count: int,
+    back: Callable[[], None],
+    advance: Callable[[int], None],
+) -> dict[str, float]:
+    service, served, whole = session.service, [], []
+    chosen = service.home.serving_json
+    for done in range(count):
+        promote.promote(session, other.digest, "a bench")
+        began = time.time()  # as files tell it
+        back()
+        whole.append(time.time() - began)
+        if read_served(service.home).digest != service.anchor.digest:
+            raise UserError(f"rollback: {read_served(service.home).digest} is served")
+        served.append(chosen.stat().st_mtime - began)
+        advance(done + 1)
+    return {
+        "served_p50_s": median(served),
+        "served_max_s": max(served),
+        "whole_p50_s": median(whole),
+        "whole_max_s": max(whole),
+    }
+
+
+def _make_known(service: Service, other: Served) -> None:
+    """Journal and ledger as after a round that made ``other`` and passed the gate."""
+    anchor, run = service.anchor.digest, "0001-bench"
+    service.journal.open_run(
+        run,
+        anchor_digest=anchor,
+        parent_digest=anchor,
+        target=service.target().name,
+        run_seed=0,
+        plan={},
+        now=time.time(),
+    )
+    service.journal.finish(run, other.digest, "a bench", time.time())
+    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+        service.record(other.digest, state, "a bench")

@@ -7,9 +7,9 @@ import pytest
 from aiohttp import web
 
 from agent.errors import UserError
-from flows.lab.bench import rollbacks
 from flows.lab.bench.endpoint import EndpointBench, compared, table
 from flows.lab.bench.load import Burst, Target, clients, percentile
+from flows.lab.bench.swapping import rollbacks_within
 
 pytestmark = pytest.mark.proof
 
@@ -91,5 +91,5 @@ def test_the_table_names_every_measurement() -> None:
     times = {"served_p50_s": 0.2, "served_max_s": 0.3, "whole_p50_s": 0.4, "whole_max_s": 2.1}
     told["rollback"] = {"act": times, "command": times}
     assert table(told).row_count == 6
-    assert not rollbacks.within(told["rollback"])
-    assert rollbacks.within({"act": times | {"whole_max_s": 1.9}})
+    assert not rollbacks_within(told["rollback"])
+    assert rollbacks_within({"act": times | {"whole_max_s": 1.9}})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluators.gate import Sample, Tables, decide
+from evaluators.gate import GateRules, Sample, Tables, decide
 from flows.lab.bench.gate import (
     SETTINGS,
     GateBench,
@@ -53,7 +53,7 @@ def test_the_simulated_decision_is_the_gates_own():
         tables = tables_of(
             n, {task: (int(b[i]), int(c[i])) for i, task in enumerate(tasks)}, target
         )
-        decision = decide(tables, "target")
+        decision = decide(tables, "target", GateRules.of(SETTINGS))
         passes = priors_pass(n, b, c, SETTINGS.alpha) & target_passes(n, *target)
         assert bool(passes) == (decision.verdict == "promote")
         judged = [r.outcome for r in decision.reasons if r.step in ("prior", "pooled")]

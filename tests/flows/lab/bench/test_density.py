@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agent.learner.penalty import Penalty, expected_norm, prox
-from flows.lab.density import norm_by_density
+from flows.lab.bench.learner import norm_by_density
 
 WALK = {"alpha": 0.0005, "population": 30, "parameters": 40_000}
 
