@@ -19,7 +19,7 @@ from agent.errors import UserError
 from agent.learner.es import Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.layout import Layout
-from agent.store.weights import Anchor, Parameters, Theta
+from agent.store.weights import Anchor, Parameters, Theta, identity
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +101,14 @@ class WeightsExtension:
         A reload cannot be undone in place (a missing tensor would only be a line in vLLM's log),
         so whatever is wrong with the directory is raised before the first tensor is touched.
         """
-        weights = Anchor.open(Path(directory))
+        before, weights = identity(Path(directory)), Anchor.open(Path(directory))
         refuse_other_tensors(weights, self._anchorage_own())
         with ThreadPoolExecutor(1) as beside:  # hashing is as long as loading, and needs no GIL
             hashed = beside.submit(lambda: weights.digest)
             self._anchorage_put(weights.tensors(), repack_head, short_way=False)
             digest = hashed.result()
+        if identity(Path(directory)) != before:  # hashed and loaded may be two contents
+            raise UserError(f"{directory}: was changed while it was loaded")
         self._anchorage_served = digest
         return {"digest": digest}
 

@@ -41,6 +41,7 @@ __all__ = [
     "Theta",
     "digest_of",
     "export",
+    "identity",
     "layer_of",
     "preflight",
     "require",
@@ -62,6 +63,12 @@ def short(digest: str) -> str:
 def digest_of(directory: Path) -> str:
     """Digest of the weights in a Hugging Face directory."""
     return Anchor.open(directory).digest
+
+
+def identity(directory: Path) -> frozenset[tuple[str, int, int, int]]:
+    """Name, inode, size and time of change of every file: other ones after any write."""
+    files = [(file.name, file.stat()) for file in directory.iterdir()]
+    return frozenset((name, at.st_ino, at.st_size, at.st_ctime_ns) for name, at in files)
 
 
 def require(directory: Path, digest: str) -> None:

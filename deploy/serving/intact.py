@@ -24,14 +24,6 @@ from deploy.serving.served import Served, read_served, read_slot, write_served
 
 LOG = logging.getLogger("anchorage.engine")
 
-Identity = frozenset[tuple[str, int, int, int]]
-
-
-def identity(directory: Path) -> Identity:
-    """Name, inode, size and time of change of every file: other ones after any write."""
-    files = [(file.name, file.stat()) for file in directory.iterdir()]
-    return frozenset((name, at.st_ino, at.st_size, at.st_ctime_ns) for name, at in files)
-
 
 def intact(home: Home, slot: str) -> Served:
     """What the engine of a slot loads now, checked; mended or replaced where it is damaged.

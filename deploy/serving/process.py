@@ -31,8 +31,8 @@ from agent.population.vllm import (
     text_only,
     whole_prompts,
 )
-from agent.store.weights import require
-from deploy.serving.intact import identity, intact
+from agent.store.weights import identity, require
+from deploy.serving.intact import intact
 from deploy.serving.served import BLUE, Served
 from deploy.supervise import end_leaderless
 

@@ -170,6 +170,28 @@ def test_a_directory_is_loaded_with_its_head(
     assert not holds(extension, wanted.tensors())
 
 
+class Meddling(Runner):
+    """The weights file is written, with the same bytes, while the engine reads it."""
+
+    file: Path
+
+    def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().reload_weights(weights_iterator)
+        self.file.write_bytes(self.file.read_bytes())
+
+
+def test_files_that_are_written_while_they_are_loaded_are_not_taken_for_the_digest(
+    tmp_path: Path,
+) -> None:
+    one, other = model(tmp_path / "a", 0), model(tmp_path / "b", 1)
+    extension = WeightsExtension()
+    extension.model_runner = Meddling(one)
+    extension.model_runner.file = other / "model.safetensors"
+    with pytest.raises(UserError, match="was changed while it was loaded"):
+        extension.anchorage_load(str(other))
+    assert extension.anchorage_state()["served"] == "half loaded"
+
+
 def test_other_tensors_are_refused_and_the_engine_keeps_its_own(tmp_path: Path) -> None:
     one, wide = model(tmp_path / "a", 0), model(tmp_path / "b", 1, torch.float32)
     extension = worker(one)

@@ -17,8 +17,8 @@ from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.journal import Journal
 from agent.store.ledger import Ledger
-from agent.store.weights import Anchor, Parameters, export, require
-from deploy.serving.intact import identity, intact
+from agent.store.weights import Anchor, Parameters, export, identity, require
+from deploy.serving.intact import intact
 from deploy.serving.lease import Leases
 from deploy.serving.served import GREEN, Served, read_served, write_served, write_slot
 
