@@ -75,7 +75,6 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 
-
 S = TypeVar("S", bound=Section)
 
 

@@ -128,6 +128,11 @@ class Home:
         return self.root / f"{slot}.json"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that is set, for engines that want a file."""
+        return self.root / "chat_template.jinja"
+
+    @property
     def probes(self) -> Path:
         """What a cold engine answered to fixed prompts, one file per digest."""
         return self.root / "probes"

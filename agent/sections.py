@@ -6,12 +6,28 @@ puts the profile of a small model over them.
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the hub or an installed package
+PLAIN = "plain"
+PLAIN_TEMPLATE = (  # of models without one: turns as text, each answer closed by the model's eos
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + message['content'] }}{{ eos_token }}{{ '\\n\\n' }}"
+    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+TAKEN = frozenset(  # parameters of apply_chat_template, which are no variables of a template
+    {"conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding"}
+    | {"add_generation_prompt", "continue_final_message", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -32,6 +48,43 @@ class ModelSettings(Section):
     name: str = Field("anchorage", description="The name clients ask for and MLflow registers.")
     dtype: str = Field("auto", description="vLLM's --dtype.")
     max_model_len: int = Field(4096, gt=0, description="vLLM's --max-model-len, in tokens.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file, or 'plain' (User: / Assistant:); not set: the model's own."
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {},
+        description="Variables of the chat template in training, evaluation and serving, such as "
+        "{enable_thinking = false}; a client's own come first.",
+    )
+    reasoning_parser: str | None = Field(
+        None, description="vLLM's --reasoning-parser, such as 'qwen3'; not set: none."
+    )
+    tool_parser: str = Field("hermes", description="vLLM's --tool-call-parser.")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_as_text(cls, value: str | None) -> str | None:
+        """The file's text: a service keeps the template it was started with."""
+        if value is None or value == PLAIN or "{" in value:
+            return value
+        path = Path(value).expanduser()
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if "{" not in text:
+            raise ValueError("is neither 'plain' nor a file with a Jinja template")
+        return text
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_only(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Names that transformers' apply_chat_template takes for itself are none."""
+        if taken := sorted(TAKEN & value.keys()):
+            raise ValueError(f"{', '.join(taken)}: not a variable of a chat template")
+        return value
+
+    @property
+    def template(self) -> str | None:
+        """The chat template's text; None: the model's own."""
+        return PLAIN_TEMPLATE if self.chat_template == PLAIN else self.chat_template
 
 
 class LearnerSettings(Section):
@@ -94,6 +147,11 @@ class TaskSettings(Section):
     data_dir: Path | None = Field(None, description="Local rows: <data_dir>/<task>/<split>.jsonl.")
     rows: int = Field(500, ge=1, description="Evaluation rows of each task.")
     max_tokens: int | None = Field(None, gt=0, description="Longest answer; not set: the task's.")
+    generation_config: Literal["model", "none"] = Field(
+        "model",
+        description="'model': the penalties of the model's generation_config.json hold in "
+        "training, at the gate and at the endpoint; 'none': nowhere.",
+    )
     curve_every: int = Field(
         0, ge=0, description="Measure all tasks every so many generations of a round; 0: never."
     )

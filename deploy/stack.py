@@ -18,7 +18,7 @@ from typing import Any
 from agent.config import Settings, keep
 from agent.errors import UserError
 from agent.home import Home, locked, write_atomically
-from agent.population.vllm import on_cpu
+from agent.population.placement import on_cpu
 from deploy.consoles import LOOPBACK, USER, credentials
 from deploy.serving import process
 from deploy.serving.process import private_socket

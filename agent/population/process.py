@@ -35,16 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.population.placement import EngineOptions, base_environment, environment, own_cores
 from agent.population.process_group import end_others
 from agent.population.remote import Json, RemoteEngine, answer
 from agent.population.schedule import Engine
-from agent.population.vllm import (
-    EngineOptions,
-    base_environment,
-    environment,
-    own_cores,
-    preload,
-)
+from agent.population.vllm import preload
 
 LIMIT_S = 3600.0  # no call, nor the start, may take longer: the engine hangs
 MODULE = "agent.population.process"

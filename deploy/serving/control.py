@@ -186,6 +186,11 @@ class EngineControl(_Socket):
             "prompt": [list(prompt) for prompt in prompts],
             "max_tokens": positions,
             "temperature": 0.0,
+            # Not the penalties of the model's generation_config.json, which are the server's
+            # defaults: a population's engine answers probes without them.
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "logprobs": k,
             "ignore_eos": True,
             "return_tokens_as_token_ids": True,

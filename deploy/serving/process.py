@@ -11,26 +11,21 @@ forked from this process instead of importing everything again.
 """
 
 import argparse
+import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent.config import Settings, kept
 from agent.errors import UserError
-from agent.home import Home
-from agent.population.placement import available_cores, serving_cores
-from agent.population.vllm import (
-    EXTENSION,
-    OFFLINE,
-    import_model_class,
-    on_cpu,
-    text_only,
-    whole_prompts,
-)
+from agent.home import Home, write_atomically
+from agent.population.decoding import generation_config
+from agent.population.placement import OFFLINE, available_cores, on_cpu, serving_cores
+from agent.population.vllm import EXTENSION, import_model_class, text_only, whole_prompts
 from agent.store.weights import identity, require
 from deploy.serving.intact import intact
 from deploy.serving.served import BLUE, Served
@@ -67,7 +62,10 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
         f"--worker-extension-cls={EXTENSION}",
         "--enable-prefix-caching",
         "--enable-auto-tool-choice",
-        "--tool-call-parser=hermes",
+        f"--tool-call-parser={model.tool_parser}",
+        *((f"--reasoning-parser={model.reasoning_parser}",) if model.reasoning_parser else ()),
+        f"--default-chat-template-kwargs={json.dumps(model.chat_template_kwargs)}",
+        *_decoding(settings),
         # With its own choice of backend vLLM checks a schema that xgrammar does not have with
         # llguidance, which some schemas end or keep busy for ever, and then builds it with xgrammar
         # all the same: a server error instead of a refusal.
@@ -86,6 +84,21 @@ def _flag(name: str, value: object) -> str:
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
     return f"--{dashed}={value}"
+
+
+def _decoding(settings: Settings) -> Iterator[str]:
+    """Flags with which this server decodes as the population's engines do."""
+    same = generation_config(settings.tasks.generation_config == "model")
+    for name, value in same.items():
+        yield _flag(name, value if isinstance(value, str) else json.dumps(value))
+
+
+def _template(home: Home) -> list[str]:
+    """The flag of a chat template that is set; its file is written again at every start."""
+    if not home.settings_json.is_file() or (text := _settings(home).model.template) is None:
+        return []
+    write_atomically(home.chat_template, text)
+    return [f"--chat-template={home.chat_template}"]
 
 
 def environment(home: Home, *, cpu: bool) -> dict[str, str]:
@@ -131,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("slot")
     given, foreign = parser.parse_known_args(argv)
     home = Home.at(given.home)
-    foreign = foreign or list(flags(_settings(home), cpu=on_cpu()))
+    foreign = [*(foreign or flags(_settings(home), cpu=on_cpu())), *_template(home)]
     for name, value in environment(home, cpu=on_cpu()).items():
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:

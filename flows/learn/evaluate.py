@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from agent.home import is_as_signed, sign_file, write_atomically
 from agent.population.certify import Reply, allowed
+from agent.population.decoding import decoding
 from agent.population.pool import Population
 from agent.population.schedule import Engine
 from agent.store.weights import short
@@ -148,7 +149,8 @@ def engine_settings(service: Service) -> dict[str, Any]:
         "max_model_len": service.settings.model.max_model_len,
         "max_num_seqs": service.settings.engines.max_num_seqs,
         "tensor_parallel_size": service.settings.engines.population_ranks,
-        "decoding": "greedy",
+        "decoding": decoding(service.settings, service.origin.directory),
+        "reads": "after </think>",  # of an answer, in judge
     }
 
 

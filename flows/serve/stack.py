@@ -3,15 +3,16 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from agent.config import Settings, kept, load
 from agent.errors import UserError
 from agent.home import Home, write_atomically
+from agent.population.decoding import decoding
 from deploy import stack
-from deploy.serving.served import Served
+from deploy.serving.served import Served, read_served
 from flows.show.progress import Reporter
 
 ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
@@ -38,6 +39,7 @@ def start(
     settings = _settings(place, config, model, port, changes)
     service = Service(place, settings)
     require_finite(service.origin)
+    decoding(settings, service.origin.directory)  # refused before an engine starts
     champion = service.champion()
     served = Served(champion, str(service.directory(champion)))
     status = stack.up(
@@ -60,8 +62,12 @@ def stop(home: Path | None) -> dict[str, Any]:
 
 
 def state(home: Path | None) -> dict[str, Any]:
-    """What runs in a home."""
-    return stack.status(Home.at(home))
+    """What runs in a home, and how it decodes (None before it was ever started)."""
+    place = Home.at(home)
+    how = None
+    with suppress(UserError, FileNotFoundError):  # `doctor` names a file that is damaged
+        how = decoding(kept(place), Path(read_served(place).directory))
+    return stack.status(place) | {"decoding": how}
 
 
 @contextmanager

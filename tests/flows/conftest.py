@@ -11,9 +11,9 @@ from agent.config import load
 from agent.home import Home
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
+from agent.population.placement import EngineOptions
 from agent.population.pool import Population
 from agent.population.schedule import Completion, Logprobs, Messages
-from agent.population.vllm import EngineOptions
 from agent.registry import Registry
 from agent.store.weights import Anchor, Parameters
 from flows.service import Service

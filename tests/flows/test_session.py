@@ -8,8 +8,7 @@ import pytest
 from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
-from agent.population.placement import available_cores, serving_cores
-from agent.population.vllm import on_cpu
+from agent.population.placement import available_cores, on_cpu, serving_cores
 from agent.store.device import DeviceParameters
 from flows.service import Service
 from flows.session import engine_options

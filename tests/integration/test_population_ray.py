@@ -12,10 +12,10 @@ from reference import ReferenceEngine, random_checkpoint
 
 from agent.errors import UserError
 from agent.learner.noise import Address
+from agent.population.placement import EngineOptions
 from agent.population.pool import Population
 from agent.population.ray import Placement, RayEngine, attach, detach
 from agent.population.schedule import Completion
-from agent.population.vllm import EngineOptions
 
 pytestmark = pytest.mark.integration
 

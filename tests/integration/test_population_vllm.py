@@ -22,12 +22,11 @@ from agent.learner.es import Step, members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.population.logprobs import kl_per_token, largest_difference
-from agent.population.placement import available_cores
+from agent.population.placement import EngineOptions, available_cores
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineLostError, EngineProcess
 from agent.population.process_group import SHARED_MEMORY
 from agent.population.schedule import Completion, Logprobs
-from agent.population.vllm import EngineOptions
 from agent.store.weights import Anchor, Parameters, export
 
 pytestmark = pytest.mark.integration
@@ -347,7 +346,7 @@ import sys
 from pathlib import Path
 from agent.population.process_group import SHARED_MEMORY
 from agent.population.process import EngineLauncher
-from agent.population.vllm import EngineOptions
+from agent.population.placement import EngineOptions
 import json
 launcher = EngineLauncher(Path(sys.argv[2]))
 engine = launcher.engine(EngineOptions.from_json(json.loads(sys.argv[1])))

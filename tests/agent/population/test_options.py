@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent.errors import UserError
-from agent.population.vllm import EngineOptions, environment, text_only, torchvision_for_import
+from agent.population.placement import EngineOptions, environment
+from agent.population.vllm import text_only, torchvision_for_import
 
 
 def test_options_travel_as_json() -> None:

@@ -1,0 +1,119 @@
+"""One decoding for all: how prompts are written and answers read, in every engine of a home.
+
+The population's engines and the serving engine take the same chat template, its variables, the
+penalties of the model's generation_config.json and the same reasoning parser. Answers are greedy
+unless a client gives a temperature.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from agent.config import Settings
+from agent.errors import UserError
+from agent.population.schedule import Messages
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")  # change greedy answers
+CACHED_PROMPTS = 20_000
+
+
+def decoding(settings: Settings, directory: Path) -> dict[str, Any]:
+    """How prompts are written and answered, in training, at the gate and at the endpoint alike.
+
+    ``penalties`` and ``eos_token_id`` are those in force of the generation_config.json in the
+    model's ``directory``; a chat template is given by its sha256. A client's own values come
+    first; the longest answer is the task's.
+
+    Raises:
+        UserError: The model has no chat template and none is set.
+    """
+    path = directory / "generation_config.json"
+    model = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    used = settings.tasks.generation_config == "model"
+    return {
+        "temperature": 0.0,
+        "stop": [],
+        "seed": None,
+        "generation_config": settings.tasks.generation_config,
+        "penalties": {each: model[each] for each in PENALTIES if used and model.get(each)},
+        "eos_token_id": model.get("eos_token_id"),
+        "max_tokens": settings.tasks.max_tokens,
+        "chat_template": sha256(_template(settings, directory)).hexdigest()[:12],
+        "chat_template_kwargs": settings.model.chat_template_kwargs,
+        "reasoning_parser": settings.model.reasoning_parser,
+    }
+
+
+def _template(settings: Settings, directory: Path) -> bytes:
+    """The chat template in force; of a model's own, whatever its files hold."""
+    if settings.model.template is not None:
+        return settings.model.template.encode()
+    found = [path.read_bytes() for path in sorted(directory.glob("chat_template.*"))]
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if inside := config.get("chat_template"):
+        found.append(json.dumps(inside).encode())
+    if not found:
+        raise UserError(
+            f"model {settings.model.path!r} has no chat template; set model.chat_template to a "
+            "Jinja file, or to 'plain' for a built-in one"
+        )
+    return b"".join(found)
+
+
+def generation_config(used: bool) -> dict[str, Any]:
+    """vLLM's arguments with which a request that names no temperature is answered greedily.
+
+    ``used``: the other fields of the model's generation_config.json are defaults of a request,
+    too. Its end-of-sequence ids end an answer either way.
+    """
+    source = "auto" if used else "vllm"
+    return {"generation_config": source, "override_generation_config": {"temperature": 0.0}}
+
+
+class Chat:
+    """Conversations as token ids, and answers without their thinking.
+
+    Args:
+        tokenizer: transformers' own.
+        template: The chat template's text; None: the tokenizer's.
+        variables: Of the template.
+        reader: Makes a function from an answer's text to what follows the thinking, or to None
+            where the thinking never ends; None: answers are left as they are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None,
+        variables: Mapping[str, Any],
+        reader: Callable[[], Callable[[str], str | None]] | None,
+    ) -> None:
+        self._tokenizer, self._reader = tokenizer, reader
+        self._variables = dict(variables) | ({"chat_template": template} if template else {})
+        self._ids: dict[str, list[int]] = {}  # by the conversation as JSON
+
+    def tokens(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation; equal ones are kept."""
+        key = json.dumps(list(messages))
+        if key not in self._ids:
+            if len(self._ids) >= CACHED_PROMPTS:
+                self._ids.clear()
+            going_on = bool(messages) and messages[-1]["role"] == "assistant"
+            self._ids[key] = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=not going_on,
+                continue_final_message=going_on,
+                **self._variables,
+            )
+        return self._ids[key]
+
+    def answer(self, text: str) -> str:
+        """What the endpoint gives as an answer's content."""
+        if self._reader is None:
+            return text
+        return self._reader()(text) or ""  # a reader keeps state: one an answer

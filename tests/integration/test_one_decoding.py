@@ -1,0 +1,145 @@
+"""The same 60 prompts, asked of a population's engine and of the serving engine: equal answers.
+
+The population's engine is started as a round starts it, the serving engine as the stack starts it;
+a client's request names no sampling parameter. One model has every kind of entry of a
+generation_config.json, a thinking template and, at first, no template of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import letter_tokenizer, random_checkpoint
+
+from agent.config import load
+from agent.errors import UserError
+from agent.home import Home
+from agent.population.logprobs import largest_difference
+from agent.population.process import EngineLauncher
+from agent.store.weights import Anchor
+from deploy.model import prepare
+from deploy.serving.control import EngineControl
+from deploy.serving.probes import TOLERANCE
+from flows.learn.evaluate import engine_settings
+from flows.service import Service
+from flows.session import engine_options
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+PROMPTS = [[{"role": "user", "content": f"What is {n} plus {7 * n}?"}] for n in range(60)]
+TOKENS = 40
+THINKING = (  # as Qwen3's: closed in advance where thinking is off
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+CONFIG = {
+    "repetition_penalty": 1.05,
+    "presence_penalty": 0.2,
+    "temperature": 0.7,
+    "top_k": 3,
+    "top_p": 0.8,
+    "do_sample": True,
+    "forced_bos_token_id": 5,
+    "max_new_tokens": 7,
+}
+
+
+def model(directory: Path) -> Path:
+    """A random model that closes its thinking now and then, with every kind of decoding entry."""
+    from tokenizers import AddedToken
+
+    random_checkpoint(directory, family="qwen2", seed=3, spread=0.25)
+    tokenizer = letter_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("<think>", "</think>")])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    vocabulary = tokenizer.get_vocab()
+    resized(directory, len(tokenizer))
+    ends = [tokenizer.eos_token_id, vocabulary["x"], vocabulary["Q"]]
+    (directory / "generation_config.json").write_text(json.dumps(CONFIG | {"eos_token_id": ends}))
+    return directory
+
+
+def resized(directory: Path, tokens: int) -> None:
+    """Give the checkpoint rows for added tokens."""
+    from transformers import AutoModelForCausalLM
+
+    made: Any = AutoModelForCausalLM.from_pretrained(directory)
+    made.resize_token_embeddings(tokens, mean_resizing=False)
+    made.save_pretrained(directory)
+
+
+def service(root: Path, **settings: dict[str, Any]) -> Service:
+    own = {"path": str(root / "model"), "dtype": "float32", "max_model_len": 128}
+    settings["model"] = own | settings.get("model", {})
+    return Service(Home.at(root / "home"), load(engines={"max_num_seqs": 8}, **settings))
+
+
+@contextmanager
+def serving(opened: Service) -> Iterator[EngineControl]:
+    """The serving engine as the stack starts it."""
+    prepare(opened.home, opened.settings)
+    log = (opened.home.root / "engine.log").open("wb")
+    argv = [sys.executable, "-m", "deploy.serving.process", str(opened.home.root), "blue"]
+    process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env={**os.environ})
+    try:
+        with EngineControl.at(opened.home.engine_socket("blue")) as engine:
+            engine.wait(240)
+            yield engine
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+def asked(engine: EngineControl, **more: Any) -> list[str]:
+    """Answers to requests without sampling parameters."""
+    answers = []
+    for messages in PROMPTS:
+        body = {"model": "anchorage", "messages": messages, "max_tokens": TOKENS, **more}
+        choice = engine._ask("POST", "/v1/chat/completions", body, timeout_s=60)["choices"][0]
+        answers.append(choice["message"]["content"] or "")
+    return answers
+
+
+def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
+    """Penalties, sampling entries, a forced bos, three eos ids; thinking off, then on."""
+    model(tmp_path / "model")
+    with pytest.raises(UserError, match=r"no chat template; set model\.chat_template"):
+        engine_options(service(tmp_path))
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    thinking = {"chat_template": str(tmp_path / "thinking.jinja"), "reasoning_parser": "qwen3"}
+    off = service(tmp_path, model=thinking | {"chat_template_kwargs": {"enable_thinking": False}})
+    on = service(tmp_path, model=thinking)
+    assert engine_settings(off)["decoding"] != engine_settings(on)["decoding"]
+    answers, probes = {}, []
+    launcher = EngineLauncher(tmp_path / "launcher.log")
+    try:
+        for name, opened in (("off", off), ("on", on)):
+            engine = launcher.engine(engine_options(opened)[0])
+            answers[name] = [each.text for each in engine.generate(PROMPTS, TOKENS)]
+            if name == "off":
+                probes = engine.top_logprobs(PROMPTS[:4], 5, 3)
+            engine.close()
+    finally:
+        launcher.close()
+    with serving(off) as engine:
+        assert asked(engine) == answers["off"]
+        assert asked(engine, chat_template_kwargs={"enable_thinking": True}) == answers["on"]
+        plain = asked(engine, repetition_penalty=1.0, presence_penalty=0.0)
+        assert sum(map(str.__eq__, plain, answers["off"])) < 50  # a client's own values hold
+        ids = [engine.tokens(prompt) for prompt in PROMPTS[:4]]
+        told = engine.top_logprobs("anchorage", ids, 5, 3)
+        assert largest_difference(probes, told) <= TOLERANCE
+    assert len(set(answers["off"])) > 30
+    assert any(answers["on"]) != all(answers["on"])  # some thinking never ends, some does
+    assert off.anchor.digest == Anchor.open(tmp_path / "model").digest
