@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.loading import read_file, rows
-from evaluators.task import Task, judge
+from evaluators.task import Task, judge, row_problem
 from evaluators.tasks import TASKS
 
 HERE = Path(__file__).parent
@@ -71,6 +71,15 @@ def test_every_task_has_at_least_fifteen_cases_of_both_kinds() -> None:
         rewards = [case["expected_reward"] for case in read(HERE / "cases" / f"{name}.jsonl")]
         assert len(rewards) >= 15
         assert set(rewards) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_only_what_follows_the_thinking_is_read(task: Task) -> None:
+    cases = read(HERE / "cases" / f"{task.name}.jsonl")
+    row = next(case["example"] for case in cases if not row_problem(task, case["example"]))
+    gold, wrong = task.gold(row), task.wrong(row)
+    assert judge(task, f"<think>\n{wrong}\n</think>\n\n{gold}", row).reward == 1.0
+    assert judge(task, f"<think>\n{gold}\n</think>\n\n{wrong}", row).reward == 0.0
 
 
 def test_the_shared_cases(real_rows: Path | None) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import load
+from agent.config import keep, load
 from agent.errors import UserError
 from agent.home import Home, write_atomically
+from agent.sections import PLAIN_TEMPLATE
 from deploy.serving import process
 from deploy.serving.served import (
     BLUE,
@@ -39,6 +40,30 @@ def test_settings_become_vllms_own_flags() -> None:
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= cpu - gpu
     assert "--distributed-executor-backend=uni" not in cpu  # two workers need processes
     assert any(flag.startswith("--gpu-memory-utilization=") for flag in gpu - cpu)
+
+
+def test_an_engine_decodes_as_the_population_does() -> None:
+    own = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_parser": "qwen3"}
+    flags = set(process.flags(load(model=own), cpu=True))
+    assert {
+        "--generation-config=auto",
+        '--override-generation-config={"temperature": 0.0}',
+        '--default-chat-template-kwargs={"enable_thinking": false}',
+        "--reasoning-parser=qwen3",
+        "--tool-call-parser=hermes",
+    } <= flags
+    plain = process.flags(load(tasks={"generation_config": "none"}), cpu=True)
+    assert "--generation-config=vllm" in plain
+    assert not [flag for flag in plain if flag.startswith("--reasoning-parser")]
+
+
+def test_a_chat_template_that_is_set_becomes_a_file(home: Home) -> None:
+    assert process._template(home) == []
+    keep(home, load(model={"chat_template": "plain"}))
+    assert process._template(home) == [f"--chat-template={home.chat_template}"]
+    assert home.chat_template.read_text() == PLAIN_TEMPLATE
+    keep(home, load())
+    assert process._template(home) == []
 
 
 def test_the_engine_reports_to_nobody(home: Home) -> None:
