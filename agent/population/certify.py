@@ -168,7 +168,7 @@ def certify(
     written to ``scratch`` once.
 
     Raises:
-        UserError: The model cannot be started at all, or is not what an anchor may be.
+        UserError: The model cannot be started or asked at all, or is not what an anchor may be.
     """
     anchor = Anchor.open(directory)
     require_finite(anchor)
@@ -176,7 +176,7 @@ def certify(
     other = export(Parameters.zeros(anchor), scratch, member=member)
     engine = start(other, "long")
     try:
-        on_member = Reply.of(engine, prompts=prompts)
+        on_member = _cold(engine, directory, prompts)
     finally:
         engine.close()
     refused: list[str] = []
@@ -184,8 +184,8 @@ def certify(
     while True:
         engine = start(directory, way)
         try:
-            on_anchor = Reply.of(engine, prompts=prompts)
-            spread = Reply.of(engine, prompts=prompts).difference(on_anchor)
+            on_anchor = _cold(engine, directory, prompts)
+            spread = _cold(engine, directory, prompts).difference(on_anchor)
             pair = (directory, on_anchor), (other, on_member)
             checks = tuple(_checks(engine, *pair, member, prompts))
             way = _taken(engine)
@@ -199,6 +199,17 @@ def certify(
     refused += [f"{way} way, {text}" for text in bad]
     way = "fresh" if bad else way
     return Certificate(family_of(directory), way, spread, checks, tuple(refused))
+
+
+def _cold(engine: Engine, directory: Path, prompts: Sequence[Messages]) -> Reply:
+    """The reply of an engine that was given nothing; one that cannot answer refuses the model."""
+    try:
+        return Reply.of(engine, prompts=prompts)
+    except UserError:
+        raise
+    except Exception as error:  # the boundary of an engine
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{family_of(directory)}: an engine does not answer: {why}") from error
 
 
 def _checks(

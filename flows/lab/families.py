@@ -357,7 +357,7 @@ def row(name: str, trials: Sequence[Trial]) -> str:
 
     ways = sorted({trial.certificate.way for trial in trials if trial.certificate})
     exact = sum(all(map(trial.passed, ("member", "theta", "load", "reload"))) for trial in trials)
-    errors = sorted({trial.error for trial in trials if trial.error})
+    errors = sorted({f"{trial.dtype}: {trial.error}" for trial in trials if trial.error})
     cells = [
         name,
         "experts" if family.moe else "dense",
@@ -366,7 +366,7 @@ def row(name: str, trials: Sequence[Trial]) -> str:
         share("member"),
         share("load"),
         share("reload"),
-        ", ".join(ways) or f"refused: {errors[0]}",
+        "; ".join([*([", ".join(ways)] if ways else []), *errors]),
         "to be set" if name in PLAIN else "own",
         TOOLS.get(name, "none"),
     ]

@@ -139,6 +139,19 @@ def test_an_engine_that_breaks_fails_and_one_that_refuses_ends_it(
         certify(lambda d, way: Broken(d, way, refuses), models["llama"], tmp_path / "two", PROBES)
 
 
+def test_a_model_that_no_engine_answers_is_one_line(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    class Mute(ReferenceEngine):
+        def generate(self, *arguments, **more):
+            raise RuntimeError("attention requires\nBF16")
+
+    with pytest.raises(
+        UserError, match=r"^LlamaForCausalLM: .* not answer: attention requires BF16$"
+    ):
+        certify(lambda d, way: Mute(d), models["llama"], tmp_path, PROBES)
+
+
 def test_engines_started_afresh_answer_as_the_literal_definition(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
