@@ -59,6 +59,7 @@ class Session:
         self._launcher: EngineLauncher | None = None
         self._population = population
         self._start = start
+        self._own = population is None  # whether the engines were started here
 
     @property
     def population(self) -> Population:
@@ -116,6 +117,13 @@ class Session:
             return self.engine(replace(options, model=directory))
 
         return FreshEngine(start, scratch, options.model, options.importance)
+
+    def make_room(self) -> None:
+        """End the population where one more engine would not fit beside it; it starts anew."""
+        crowded = not on_cpu() and self.service.settings.engines.placement == "local"
+        if crowded and self._own and self._population is not None:
+            self._population.close()
+            self._population = None
 
     def engine(self, options: EngineOptions) -> Engine:
         """One more engine, placed as the settings say; the caller closes it."""

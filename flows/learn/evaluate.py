@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from agent.population.pool import Population
 from agent.population.schedule import Engine
 from agent.store.weights import short
 from evaluators.gate import draw
-from evaluators.runner import Shots, evaluate, harness_of, questions_of, read_samples
+from evaluators.runner import Question, Shots, evaluate, harness_of, questions_of, read_samples
 from evaluators.task import Row, Task
 from flows.service import Service
 from flows.show.progress import Reporter
@@ -200,50 +201,68 @@ def against_cold(
 
     A sample of the rows is asked of an engine started on the digest. The population's engine must
     give the same log-probabilities, within the spread of the cold engine's own under another order
-    of the rows, and the table the same answers: reward differences of weights that are not the
-    digest's would otherwise pass the gate.
+    of the rows, and the table the same answers: else the gate compared weights that are not the
+    digests'. The population is asked first of all: on a GPU it makes room for cold engines.
     """
-    checked: dict[str, Who] = {digest: who for who, digest in digests.items() if who in paths}
+    rows = questions_of(questions.rows, shots_of(service, questions.rows))
+    sample = rows[:: -(-len(rows) // COLD_ROWS)]
+    models: dict[str, Who] = {digest: who for who, digest in digests.items() if who in paths}
+    warm: dict[str, Reply] = {}
+    for digest in models:
+        population.load(service.directory(digest), digest)
+        warm[digest] = population.ask(partial(_asked, sample))
     return [
         f"{who} {short(digest)}: {text}"
-        for digest, who in checked.items()
-        for text in _unconfirmed(service, population, cold, digest, questions, paths[who])
+        for digest, who in models.items()
+        for text in _unconfirmed(
+            _cold_reply(cold, digest, sample, _beside(paths[who], questions)),
+            warm[digest],
+            _answers(paths[who], sample),
+        )
     ]
 
 
-def _unconfirmed(
-    service: Service,
-    population: Population,
-    cold: Cold,
-    digest: str,
-    questions: Questions,
-    path: Path,
-) -> Iterator[str]:
-    """The findings on one model: its weights in the population, and its table."""
-    rows = questions_of(questions.rows, shots_of(service, questions.rows))
-    sample = rows[:: -(-len(rows) // COLD_ROWS)]
+@dataclass(frozen=True)
+class ColdReply:
+    """A cold engine's reply, and how far its own reply to the rows in reverse order is from it."""
+
+    reply: Reply
+    spread: float  # max |log p - log q|, nats
+    unlike: int  # texts
+
+
+def _beside(path: Path, questions: Questions) -> Path:
+    """Where the cold reply to a table's sample is kept: a model is asked once."""
+    return path.with_name(f"cold-{questions.harness[:12]}.json")
+
+
+def _asked(sample: Sequence[Question], engine: Engine) -> Reply:
     prompts, limits = [q.messages for q in sample], [q.task.max_tokens for q in sample]
+    return Reply.of(engine, None, prompts, limits, positions=1)
 
-    def asked(engine: Engine) -> Reply:
-        return Reply.of(engine, None, prompts, limits, positions=1)
 
-    kept = path.with_name(f"cold-{questions.harness[:12]}.json")
+def _cold_reply(cold: Cold, digest: str, sample: Sequence[Question], kept: Path) -> ColdReply:
+    """The kept reply, or that of an engine started now."""
     if not kept.exists():
         with cold(digest) as engine:
-            reply = asked(engine)
-            prompts, limits = prompts[::-1], limits[::-1]  # other batches, the same weights
-            again = asked(engine).reversed()
-            prompts, limits = prompts[::-1], limits[::-1]
+            reply, again = _asked(sample, engine), _asked(sample[::-1], engine).reversed()
         spread, unlike = again.difference(reply), len(sample) - again.equal(reply)
-        told = asdict(reply) | {"spread": spread, "unlike": unlike}
-        write_atomically(kept, json.dumps(told))
-    told = json.loads(kept.read_text(encoding="utf-8"))
-    reply, bound = Reply.from_json(told), allowed(told["spread"])
-    population.load(service.directory(digest), digest)
-    if not (off := population.ask(asked).difference(reply)) <= bound:
-        yield f"log p differs from a cold engine's by {off:.3g}, allowed: {bound:.3g}"
+        write_atomically(kept, json.dumps(asdict(ColdReply(reply, spread, unlike))))
+    document = json.loads(kept.read_text(encoding="utf-8"))
+    return ColdReply(**(document | {"reply": Reply.from_json(document["reply"])}))
+
+
+def _answers(path: Path, sample: Sequence[Question]) -> list[str | None]:
+    """What a table holds for the sample; None for a row it does not have."""
     table = {(row["task"], row["example_id"]): row["completion"] for row in read_samples(path)}
-    answers = [table.get((q.task.name, q.example_id)) for q in sample]
-    wrong = sum(one != other for one, other in zip(answers, reply.texts, strict=True))
-    if wrong > (most := 1 + 2 * told["unlike"]):
-        yield f"{wrong} of {len(sample)} answers are not a cold engine's, allowed: {most}"
+    return [table.get((q.task.name, q.example_id)) for q in sample]
+
+
+def _unconfirmed(cold: ColdReply, warm: Reply, answers: Sequence[str | None]) -> Iterator[str]:
+    """The findings on one model: its weights in the population, and its table."""
+    bound, off = allowed(cold.spread), warm.difference(cold.reply)
+    if not off <= bound:
+        yield f"log p differs from a cold engine's by {off:.3g}, allowed: {bound:.3g}"
+    wrong = sum(one != other for one, other in zip(answers, cold.reply.texts, strict=True))
+    if wrong > (most := 1 + 2 * cold.unlike):
+        yield f"{wrong} of {len(answers)} answers are not a cold engine's, allowed: {most}"

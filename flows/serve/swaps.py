@@ -215,6 +215,7 @@ def cold_engine(session: Session, digest: str) -> Iterator[Engine]:
     """An engine started on a version, which has answered its probes where a swap may need them."""
     service = session.service
     options = engine_options(service)[0]
+    session.make_room()
     cold = session.engine(replace(options, model=service.directory(digest)))
     try:
         if is_up(service.home) and not _known(service, digest):
