@@ -40,7 +40,7 @@ def credentials(home: Home) -> dict[str, str]:
     }
 
 
-class Door:
+class HostGuard:
     """Refuses requests for another host name, or sent by another site's page; ASGI.
 
     A page of another origin could use the password the browser remembers, and a name that an
@@ -88,7 +88,7 @@ def serve(name: str, home: Home, port: int) -> None:
 
     make = {"mlflow": mlflow_app, "prefect": prefect_app}[name]
     uvicorn.run(
-        Door(make(home, port)),
+        HostGuard(make(home, port)),
         host=LOOPBACK,
         port=port,
         log_level="warning",
@@ -125,7 +125,7 @@ auth_cache_ttl_seconds = 60
 def mlflow_app(home: Home, port: int) -> Asgi:
     """MLflow's server on the home's SQLite, with its own users, of whom one is made here.
 
-    It is put together as `mlflow server` does it, whose command could not be given a door. What
+    It is put together as `mlflow server` does it, whose command could not be given the guard. What
     MLflow asks of its environment has to be there before its modules are imported.
     """
     password = secret(home.password)

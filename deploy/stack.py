@@ -6,6 +6,7 @@ state the last crash left.
 """
 
 import json
+import os
 import socket
 import sys
 import time
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from agent.config import Settings, keep
 from agent.errors import UserError
@@ -33,7 +36,7 @@ from deploy.supervise import (
     start,
     states,
     supervisor_of,
-    unsupervised,
+    survivors,
     write_config,
 )
 
@@ -174,7 +177,7 @@ def status(home: Home) -> dict[str, Any]:
     "pid"}. Addresses are None and no service is listed where nothing runs; a second engine is
     listed while it runs. Services whose supervisord was killed are "unsupervised".
     """
-    services_now = states(home) if supervisor_of(home) is not None else unsupervised(home)
+    services_now = states(home) if supervisor_of(home) is not None else _unsupervised(home)
     running = bool(services_now)
     record = _read_record(home) if running else {}
     return {
@@ -189,6 +192,33 @@ def status(home: Home) -> dict[str, Any]:
             if not (each.name in SLOTS and each.state == "stopped")
         ],
     }
+
+
+def _unsupervised(home: Home) -> list[State]:
+    """Services that live on although their supervisord was killed: leaders of process groups."""
+    if supervisor_of(home) is not None:
+        return []
+    leaders = [each for each in survivors(home) if _leads(each)]
+    return [State(_service_name(each), "unsupervised", each.pid) for each in leaders]
+
+
+def _leads(process: psutil.Process) -> bool:
+    try:
+        return os.getpgid(process.pid) == process.pid
+    except OSError:
+        return False
+
+
+def _service_name(process: psutil.Process) -> str:
+    """A service by its command line, which ends in its name or names its module."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        words = []
+    modules = {"deploy.serving.watchdog": "watchdog", "deploy.serving.process": words[-1:]}
+    modules |= {"deploy.consoles": words[3:4], "flows.cli": words[4:5]}
+    name = next((modules[word] for word in words if word in modules), None)
+    return "".join(name) if name else (words[0].rpartition("/")[2] if words else str(process.pid))
 
 
 def choose_ports(settings: Settings) -> Ports:

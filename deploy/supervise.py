@@ -204,33 +204,6 @@ def revive(home: Home) -> bool:
         return True
 
 
-def unsupervised(home: Home) -> list[State]:
-    """Services that live on although their supervisord was killed: leaders of process groups."""
-    if supervisor_of(home) is not None:
-        return []
-    leaders = [each for each in survivors(home) if _leads(each)]
-    return [State(_service_name(each), "unsupervised", each.pid) for each in leaders]
-
-
-def _leads(process: psutil.Process) -> bool:
-    try:
-        return os.getpgid(process.pid) == process.pid
-    except OSError:
-        return False
-
-
-def _service_name(process: psutil.Process) -> str:
-    """A service by its command line, which ends in its name or names its module."""
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        words = []
-    modules = {"deploy.serving.watchdog": "watchdog", "deploy.serving.process": words[-1:]}
-    modules |= {"deploy.consoles": words[3:4], "flows.cli": words[4:5]}
-    name = next((modules[word] for word in words if word in modules), None)
-    return "".join(name) if name else (words[0].rpartition("/")[2] if words else str(process.pid))
-
-
 def end_leaderless() -> int:
     """End what killed services of this process's session left behind; how many there were.
 

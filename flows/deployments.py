@@ -1,13 +1,10 @@
 """The loop as Prefect flows: schedules and visibility. The only importer of Prefect here.
 
 Prefect remembers nothing that matters: a killed flow run is taken up from the journal and the
-ledger by whichever run comes next.
-
-Nothing that Prefect's server returns is executed. It says which runs are due and when; what runs is
-one of the functions here, in a process with a command line of our own, after the deployment and the
-run were compared with what this installation registered (`flows.due`). Prefect's own runner would
-import an entrypoint, perform pull steps and unpickle results that anyone with access to the server
-can set.
+ledger by whichever run comes next. Nothing that its server returns is executed: it says which runs
+are due; what runs is one of the functions here, in a process with a command line of our own, after
+deployment and run were compared with what was registered (`flows.due`). Prefect's own runner would
+import an entrypoint, perform pull steps and unpickle results that whoever reaches the server sets.
 """
 
 import inspect

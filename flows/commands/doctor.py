@@ -1,4 +1,4 @@
-"""Everything with a promise, looked at: the machine, and each file and process of a home.
+"""Checks of the machine and of each file, database and process of a home.
 
 One list of checks; each says in words what repairs it, and many can do it (`repair`). A check that
 fails tells why instead of raising, so that the others go on.
@@ -50,7 +50,7 @@ MAGIC = b"SQLite format 3\0"  # how every SQLite file begins
 
 @dataclass(frozen=True)
 class Check:
-    """One promise: how it is looked at, what repairs it, and what does that by itself, if any."""
+    """One check: what performs it, what repairs a fault, and the function that does so, if any."""
 
     name: str
     look: Callable[[], str]  # what is there; any exception is a fault
@@ -60,13 +60,13 @@ class Check:
 
 def examine(home: Path | None, limits: Limits = Limits()) -> list[dict[str, Any]]:  # noqa: B008
     """Every check: {"check", "ok", "found", "repair"}; the last is empty where nothing is wrong."""
-    return [_result(check) for check in Ward(Home.at(home), limits).checks()]
+    return [_result(check) for check in HomeChecks(Home.at(home), limits).checks()]
 
 
 def repair(home: Path | None) -> list[dict[str, Any]]:
     """Do what can be done of each failed check, in their order; what is left names its repair."""
-    ward, done = Ward(Home.at(home)), []
-    for check in ward.checks():
+    done = []
+    for check in HomeChecks(Home.at(home)).checks():
         before = _result(check)
         if before["ok"]:
             continue
@@ -89,7 +89,7 @@ def _result(check: Check) -> dict[str, Any]:
         return {"check": check.name, "ok": False, "found": text, "repair": check.repair}
 
 
-class Ward:
+class HomeChecks:
     """The checks of one home; what a check needs is opened by it, and never made anew."""
 
     def __init__(self, home: Home, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
@@ -116,7 +116,7 @@ class Ward:
         )
         yield Check("clock", self._clock, "set the machine's clock")
         yield Check(
-            "permissions", self._permissions, "anchorage repair, or chmod go=", self._close_doors
+            "permissions", self._permissions, "anchorage repair, or chmod go=", self._make_private
         )
         yield Check("settings.json", self._settings, "anchorage up --config FILE writes it anew")
         yield from self._databases()
@@ -185,7 +185,7 @@ class Ward:
             raise RuntimeError(f"others may read: {listed}")
         return f"{len(self._private())} private files and folders"
 
-    def _close_doors(self) -> None:
+    def _make_private(self) -> None:
         for path in self._private():
             path.chmod(path.stat().st_mode & 0o700)
 

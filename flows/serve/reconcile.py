@@ -167,13 +167,13 @@ def _settle(session: Session, disagreement: Disagreement) -> str:
     elif disagreement.kind == "served":
         swaps.serve_champion(session)
     elif disagreement.kind in ("review", "moved"):
-        return _heed(session, disagreement)
+        return _answer_review(session, disagreement)
     elif promote.act(session, disagreement.digest):  # approved, or left
         promote.carry_out(session, disagreement.digest, disagreement.text)
     return disagreement.text
 
 
-def _heed(session: Session, disagreement: Disagreement) -> str:
+def _answer_review(session: Session, disagreement: Disagreement) -> str:
     """Do what a user who signed in to MLflow asked for, or put it back with a note.
 
     After a move the alias stands at the champion. While MLflow cannot be written the move stays

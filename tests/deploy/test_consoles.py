@@ -16,13 +16,13 @@ import pytest
 
 from agent.home import Home, secret
 from agent.registry import REVIEW
-from deploy.consoles import USER, Door, reviewed, reviews, sign, signer
+from deploy.consoles import USER, HostGuard, reviewed, reviews, sign, signer
 from deploy.stack import choose_ports, client_environment
 from deploy.supervise import Probe, answers
 
 
 def asked(*headers: tuple[bytes, bytes], kind: str = "http") -> list[Any]:
-    """What a door with an application behind it sends for a request with these headers."""
+    """What a guard with an application behind it sends for a request with these headers."""
     sent: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -34,7 +34,7 @@ def asked(*headers: tuple[bytes, bytes], kind: str = "http") -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Door(app)({"type": kind, "headers": list(headers)}, receive, send))
+    asyncio.run(HostGuard(app)({"type": kind, "headers": list(headers)}, receive, send))
     return sent
 
 
