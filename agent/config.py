@@ -52,6 +52,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         # At 45 % right, one row in five flips whatever is learnt: 400 rows carry 8 points.
         "gate": {"margins": {"countdown": 0.08}},
         "gateway": {"principal_cap": 0.0},
+        "engines": {"prefix_caching": False},  # its prompts share too little to gain by it
     },
     # What a hand-made round on two cores learnt with; priors that are at their floor for a model
     # of this size (Countdown, MMLU-Pro) tell nothing and cost as much as the others.

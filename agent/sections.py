@@ -320,6 +320,11 @@ class EngineSettings(Section):
         None, ge=1, description="GPUs of each population engine; not set: as many as serving has."
     )
     max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch, in paired runs alike.")
+    prefix_caching: bool = Field(
+        True,
+        description="Whether a population engine computes what prompts of one member's evaluation "
+        "have in common at their start (a system message, examples) once.",
+    )
     master_device: Literal["cpu", "cuda"] = Field(
         "cpu", description="Where delta lies: host memory, or 4 bytes a parameter of GPU memory."
     )

@@ -199,6 +199,7 @@ def engine_options(service: Service) -> list[EngineOptions]:
         dtype=model.dtype,
         max_model_len=model.max_model_len,
         max_num_seqs=chosen.max_num_seqs,
+        prefix_caching=chosen.prefix_caching,
         tensor_parallel=chosen.population_ranks,
         master_device=chosen.master_device,
         importance=service.home.importance,

@@ -153,6 +153,7 @@ class EngineOptions:
     kv_cache_mib: int = 512  # on the CPU, all sequences together
     gpu_memory_utilization: float = 0.9  # share of the memory of each of its GPUs
     tensor_parallel: int = 1
+    prefix_caching: bool = True  # within one call of ``generate``
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
     max_logprobs: int = 20
     master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda

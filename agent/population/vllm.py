@@ -25,6 +25,10 @@ from agent.population.decoding import PENALTIES, Chat, generation_config
 from agent.population.placement import EngineOptions, on_cpu
 from agent.population.schedule import Completion, Logprobs, Messages
 
+# Of a request whose log-probabilities are compared with another engine's: computed in full, since a
+# prompt read in two parts rounds differently.
+UNCACHED: dict[str, Any] = {"skip_reading_prefix_cache": True}
+
 # --- what serving (deploy/serving/process.py) and population both know of vLLM ------------------
 
 EXTENSION = "agent.population.worker.WeightsExtension"
@@ -172,7 +176,7 @@ class VllmEngine:
         """See ``Engine``."""
         self._hold(None, "normal")
         rows = [
-            {"max_tokens": max_tokens, "temperature": 1.0, "seed": seed + index}
+            UNCACHED | {"max_tokens": max_tokens, "temperature": 1.0, "seed": seed + index}
             for index in range(len(prompts))
         ]
         room = [self._limit_tokens - 1 - len(self._chat.tokens(messages)) for messages in prompts]
@@ -193,7 +197,8 @@ class VllmEngine:
         if not 1 <= k <= self._options.max_logprobs:
             raise UserError(f"k: {k}, allowed: 1 to {self._options.max_logprobs}")
         self._hold(member, "normal")
-        row = {"max_tokens": positions, "logprobs": k, "ignore_eos": True, "detokenize": False}
+        row = UNCACHED | {"max_tokens": positions, "logprobs": k, "ignore_eos": True}
+        row["detokenize"] = False
         return [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
             for answer in (
@@ -209,7 +214,7 @@ class VllmEngine:
         wholes = [
             self._chat.tokens(p) + list(c) for p, c in zip(prompts, continuations, strict=True)
         ]
-        row = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        row = UNCACHED | {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         outputs = self._run(wholes, [row] * len(wholes))
         return [
             [
@@ -283,6 +288,9 @@ class VllmEngine:
         inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         if not inputs:
             return []
+        # Cached keys and values are those of the weights that computed them: nothing may be left
+        # over from another member, and a caller need not know which call changed the weights.
+        self._llm.reset_prefix_cache()
         with self._timed("generate"):
             return list(self._llm.generate(inputs, settings, use_tqdm=False))
 
@@ -314,7 +322,7 @@ def _reader(options: EngineOptions, tokenizer: Any) -> tuple[Callable[[], Any] |
 
 
 def _start(options: EngineOptions) -> Any:
-    """``vllm.LLM`` for a population: no prefix cache, one process unless ranks need their own."""
+    """``vllm.LLM`` for a population: one process unless ranks need their own."""
     from vllm import LLM
 
     cpu = on_cpu()
@@ -332,7 +340,7 @@ def _start(options: EngineOptions) -> Any:
         gpu_memory_utilization=options.gpu_memory_utilization,
         kv_cache_memory_bytes=options.kv_cache_mib << 20 if cpu else None,
         enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
-        enable_prefix_caching=False,
+        enable_prefix_caching=options.prefix_caching,
         max_logprobs=options.max_logprobs,
         **generation_config(options.generation_config),
         seed=options.seed,

@@ -149,6 +149,7 @@ def engine_settings(service: Service) -> dict[str, Any]:
         "dtype": service.settings.model.dtype,
         "max_model_len": service.settings.model.max_model_len,
         "max_num_seqs": service.settings.engines.max_num_seqs,
+        "prefix_caching": service.settings.engines.prefix_caching,
         "tensor_parallel_size": service.settings.engines.population_ranks,
         "decoding": decoding(service.settings, service.origin.directory),
         "reads": "after </think>",  # of an answer, in judge

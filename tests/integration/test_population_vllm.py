@@ -251,6 +251,26 @@ def test_seeded_answers_to_more_than_a_batch_of_prompts(
         engine.close()
 
 
+def test_a_shared_start_of_prompts_is_computed_once_and_changes_no_answer(
+    launcher: EngineLauncher, engine: EngineProcess, pair: tuple[Path, Path]
+) -> None:
+    shared = "You answer in few words. " * 4
+    prompts = [
+        [{"role": "system", "content": shared}, {"role": "user", "content": f"What is {n}?"}]
+        for n in range(24)
+    ]
+    plain = launcher.engine(replace(options(pair[0]), prefix_caching=False))
+    try:
+        for each in (plain, engine):
+            each.open(pair[0])
+        for number in range(3):  # the cache must not outlive the weights it was computed with
+            member = (Address(9, 0, number), 0.05)
+            assert engine.generate(prompts, 8, member) == plain.generate(prompts, 8, member)
+        assert engine.generate(prompts, 8) == plain.generate(prompts, 8)
+    finally:
+        plain.close()
+
+
 def test_bad_calls_leave_a_sound_engine(engine: EngineProcess, pair: tuple[Path, Path]) -> None:
     engine.load(pair[0])
     before = probes(engine)
