@@ -141,7 +141,7 @@ class TaskSettings(Section):
 
     target: str = Field("gsm8k", description="The task a round trains on.")
     priors: tuple[str, ...] | None = Field(
-        None, description="Prior tasks; not set: every known task that is not the target."
+        None, description="Prior tasks, [] for none; not set: every known task but the target."
     )
     files: tuple[str, ...] = Field((), description="Own tasks, each 'path/to/file.py:TASK'.")
     data_dir: Path | None = Field(None, description="Local rows: <data_dir>/<task>/<split>.jsonl.")

@@ -237,9 +237,10 @@ class Service:
         return task
 
     def priors(self, target: str) -> list[str]:
-        """The prior tasks of a round on ``target``."""
+        """The prior tasks of a round on ``target``: those set, else every other known task."""
         chosen = self.settings.tasks.priors
-        return [name for name in (chosen or self.tasks) if name != self.task(target).name]
+        names = self.tasks if chosen is None else chosen
+        return [name for name in names if name != self.task(target).name]
 
     def rows(self, task: str, split: Split, count: int) -> list[Row]:
         """Up to ``count`` rows of a split ("train", "eval"), the same rows at every call."""

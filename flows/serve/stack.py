@@ -32,14 +32,18 @@ def start(
     ``model``, ``port`` and ``changes`` (sections) come on top.
     """
     from agent.store.anchor import require_finite
-    from flows.serve.swaps import probe_served  # here: `status` and `down` do not import torch
+
+    # Here: `status` and `down` do not import torch.
+    from flows.serve.swaps import probe_prompts, probe_served
     from flows.service import Service
 
     place = Home.at(home)
     settings = _settings(place, config, model, port, changes)
     service = Service(place, settings)
     require_finite(service.origin)
-    decoding(settings, service.origin.directory)  # refused before an engine starts
+    # What can be refused is refused before an engine starts.
+    decoding(settings, service.origin.directory)
+    probe_prompts(service)
     champion = service.champion()
     served = Served(champion, str(service.directory(champion)))
     status = stack.up(

@@ -240,10 +240,14 @@ def probe_served(service: Service) -> None:
 
 
 def probe_prompts(service: Service) -> list[list[dict[str, str]]]:
-    """The fixed prompts: the first evaluation rows of every task."""
+    """The fixed prompts: the first evaluation rows of the target and its prior tasks.
+
+    Rows of no other task are read: they may lie on a hub that cannot be reached.
+    """
+    target = service.settings.tasks.target
     return [
-        task.messages(row, service.shots(name)(row))
-        for name, task in service.tasks.items()
+        service.task(name).messages(row, service.shots(name)(row))
+        for name in (target, *service.priors(target))
         for row in service.rows(name, "eval", PROMPTS_A_TASK)
     ]
 

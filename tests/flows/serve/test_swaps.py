@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 from anchors import candidate_of, made_by_a_round, tiny_anchor
 
-from agent.config import Settings
+from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home
 from agent.store.ledger import StaleEpoch
 from deploy.serving.control import ControlError
 from deploy.serving.lease import LeaseLostError
 from deploy.serving.served import Served, read_served, write_served
+from evaluators.examples import json_answer
 from flows.serve import swaps
 from flows.serve.promote import promote
+from flows.serve.swaps import probe_prompts
 from flows.service import Service
 from flows.session import Session
 from flows.show.progress import Silent
@@ -93,3 +95,27 @@ def test_a_cold_start_that_fails_as_well_is_told_and_changes_nothing(promoted: S
     with pytest.raises(UserError, match="the second"):
         swaps.rollback(promoted, service.origin.digest, "a test")
     assert read_served(service.home).digest == service.champion() == champion
+
+
+EXAMPLE = Path(json_answer.__file__)
+
+
+def own_target(tmp_path: Path, **tasks: Any) -> Service:
+    """A service on a directory, where every built-in data set but refusal's lies on a hub."""
+    directory = tiny_anchor(tmp_path / "model").directory
+    chosen = {"target": "json_answer", "files": [f"{EXAMPLE}:TASK"]} | tasks
+    return Service(Home.at(tmp_path / "home"), load(model={"path": str(directory)}, tasks=chosen))
+
+
+def test_probes_come_from_the_target_and_its_priors_alone(tmp_path: Path) -> None:
+    service = own_target(tmp_path, priors=["refusal"])
+    rows = [*service.rows("json_answer", "eval", 1), *service.rows("refusal", "eval", 1)]
+    names = ("json_answer", "refusal")
+    wanted = [service.task(name).messages(row) for name, row in zip(names, rows, strict=True)]
+    assert probe_prompts(service) == wanted
+
+
+def test_an_empty_list_of_priors_is_none_of_them(tmp_path: Path) -> None:
+    assert own_target(tmp_path, priors=[]).priors("json_answer") == []
+    assert len(probe_prompts(own_target(tmp_path / "again", priors=[]))) == 1
+    assert "piqa" in own_target(tmp_path / "all").priors("json_answer")
