@@ -158,12 +158,16 @@ Opened = Callable[..., Session]
 
 @pytest.fixture(scope="session")
 def planted_in() -> Opened:
-    """A session of a home whose engines are planted; it shows nothing unless ``shown``."""
+    """A session of a home whose engines are planted.
+
+    MLflow is down, unless the home is ``shown``, or its service of a ``kind`` that says otherwise.
+    """
 
     def opened(
         root: Path,
         progress: Reporter | None = None,
         shown: bool = False,
+        kind: type[Service] = Unshown,
         **changes: dict[str, object],
     ) -> Session:
         place = Home.at(root)
@@ -173,7 +177,7 @@ def planted_in() -> Opened:
                 sections.setdefault(name, {}).update(section)
             place.settings_json.write_text(load(None, **sections).model_dump_json())
             (place.root / "salt").write_text("a salt of tests")
-        service = (Service if shown else Unshown).at(place.root)
+        service = (Service if shown else kind).at(place.root)
         population = Population([lambda: PlantedEngine(service)])  # type: ignore[list-item]
 
         def start(options: EngineOptions) -> PlantedEngine:

@@ -59,10 +59,10 @@ def watched(planted: Any, hung: str) -> Callable[..., Session]:
     """A session with planted engines whose MLflow hangs."""
 
     def make(**changes: Any) -> Session:
-        opened = planted(**changes)
-        service = Watched.at(opened.service.home.root)
+        session: Session = planted(kind=Watched, **changes)
+        service: Any = session.service
         service.uri, service.callers = hung, set()
-        return Session(service, Lines(), opened.population)
+        return session
 
     return make
 
