@@ -22,6 +22,8 @@ from agent.learner.es import Applied, Step, member_rewards
 
 ALARM_WINDOW: Final = 20  # generations looked back on
 ALARM_GROWTH: Final = 0.02  # relative growth of the norm in the window that counts as growing
+SAME: Final = 1e-9  # largest spread between members' rewards that is the rounding of sums
+IDLE: Final = 3  # generations in a row without a step, after which a round ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +130,31 @@ def alarm(
         f"norm grows, reward flat: in {window} generations norm {first:.4g} -> {last:.4g}, "
         f"reward {early.mean():.4g} -> {late.mean():.4g} (standard error {error:.2g})"
     )
+
+
+def idle(history: Sequence[Drift], population: int, sigma: float, window: int = IDLE) -> str | None:
+    """Why nothing is learnt and what to change, or None: the last `window` readings have no step.
+
+    All members earned the same reward in each of them. A generation with a reward that is not
+    finite is none of these: its step names the member.
+    """
+    recent = history[-window:]
+    means = [each.reward_mean for each in recent if each.reward_mean is not None]
+    moved = any(each.step_norm or (each.reward_std or 0) > SAME for each in recent)
+    if not recent or len(means) < window or moved:
+        return None
+    if population == 1:
+        why = "one member has no other to be compared with; set learner.population to 2 or more"
+    elif max(means) <= 0:
+        why = (
+            "no answer of any member earned a reward; take easier rows or a prompt that shows the "
+            f"form of the answer (tasks.prompts), or raise learner.sigma (now {sigma:g})"
+        )
+    elif min(means) >= 1:
+        why = "every answer of every member was right; take harder rows or another target"
+    else:
+        why = (
+            f"the members do not differ, all earned {means[-1]:.4g}; raise learner.sigma (now "
+            f"{sigma:g}) or learner.prompts"
+        )
+    return f"no learning in {len(recent)} generations: {why}"

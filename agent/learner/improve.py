@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.learner.drift import Drift, Prediction, alarm, measure
+from agent.learner.drift import Drift, Prediction, alarm, idle, measure
 from agent.learner.es import Applied, Member, Shaping, Step, members, step
 from agent.learner.noise import NoiseKind
 from agent.learner.penalty import Penalty, check
@@ -76,7 +76,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """How a round ended: generations done in all, and "completed" or the alarm."""
+    """How a round ended: generations done in all, and "completed" or why it ended early."""
 
     generations: int
     reason: str
@@ -93,8 +93,10 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
     history, predicted = list(past), _prediction(plan, past)
     round_members = members(plan.population, plan.mirrored)
     for generation in range(plan.start_generation, plan.generations):
-        # The alarm is checked before a generation, not after it: a resumed round then ends at the
-        # same generation as one that was never interrupted.
+        # Both are checked before a generation, not after it: a resumed round then ends at the same
+        # generation as one that was never interrupted.
+        if reason := idle(history, plan.population, plan.sigma):
+            return RoundOutcome(generation, reason)
         if plan.early_stop and (reason := alarm(history)):
             return RoundOutcome(generation, reason)
         rewards = yield Evaluate(generation, round_members)

@@ -11,6 +11,9 @@ The class ``Ledger`` stores them.
     PROMOTE | APPROVED -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
     ANCHOR: the model everything started from, or a champion that a person made the new anchor
 
+UNCHANGED is a remark on a digest that has a state, and gives it none: a round that began from it
+ended with the same weights.
+
 HOLD goes back to EVALUATED with more rows. A former champion, and a digest that was rolled back,
 may be swapped in again by a person. REJECT is the end.
 """
@@ -40,6 +43,7 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "ROLLED_BACK": frozenset({"SWAP_INTENT", "REJECT"}),
     "REJECT": frozenset(),
 }
+UNCHANGED = "UNCHANGED"
 SETTLED = ("CHAMPION", "ANCHOR")
 UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
 
@@ -70,8 +74,9 @@ def champion_of(entries: Entries) -> str | None:
 
 
 def latest_of(entries: Entries, digest: str) -> Entry | None:
-    """The newest row of a digest."""
-    return next((entry for entry in reversed(entries) if entry.digest == digest), None)
+    """The newest row of a digest that gave it a state."""
+    of_digest = (each for each in reversed(entries) if each.digest == digest)
+    return next((each for each in of_digest if each.state != UNCHANGED), None)
 
 
 def state_of(entries: Entries, digest: str) -> str | None:
@@ -84,7 +89,7 @@ def state_of(entries: Entries, digest: str) -> str | None:
 
 def unsettled(entries: Entries) -> Entry | None:
     """The newest row of a swap that is neither CHAMPION nor ROLLED_BACK; at most one is open."""
-    newest = {entry.digest: entry for entry in entries}
+    newest = {entry.digest: entry for entry in entries if entry.state != UNCHANGED}
     return next((entry for entry in newest.values() if entry.state in UNSETTLED), None)
 
 
@@ -107,6 +112,8 @@ def refusal(entries: Entries, digest: str, step: str) -> str | None:
     if not entries:
         return None if step == "ANCHOR" else f"{step}: the ledger is empty, allowed: ANCHOR"
     name, now, served = digest[:12], state_of(entries, digest), champion_of(entries)
+    if step == UNCHANGED and now is not None:
+        return None
     if step not in ALLOWED[now]:
         allowed = ", ".join(sorted(ALLOWED[now])) or "nothing"
         return f"{name}: is {now or 'unknown'}, not to become {step}; allowed: {allowed}"

@@ -102,7 +102,8 @@ def study(opened: Session, plan: StudyPlan, picture: Path | None = None) -> dict
     rounds = [_row(opened, run) for run in finished]
     final = against_anchor(opened, plan.targets)
     path = picture or service.home.picture("study")
-    plots.rounds(rounds, "Accuracy of what is served, round by round").savefig(path)
+    judged = [row for row in rounds if row["verdict"] != "unchanged"]
+    plots.rounds(judged, "Accuracy of what is served, round by round").savefig(path)
     return {
         "anchor": service.anchor.digest,
         "champion": service.champion(),

@@ -202,17 +202,24 @@ class Driver:
         outcome = self._drive()
         service, run_id = self._service, self._run.run_id
         keep_snapshots(service, self._population, self._run, 1)
-        parameters = replay(
-            service.journal,
-            self._anchor,
-            run_id,
-            service.home.snapshots,
-            importance=service.home.importance,
-        )
-        digest = export(parameters, service.home.weights).name
+        digest = self._candidate()
         service.journal.finish(run_id, digest, outcome.reason, time.time())
         service.experience.name_candidate(run_id, digest)
         return _proposed(service, run_id, digest, outcome)
+
+    def _candidate(self) -> str:
+        """Render the candidate; its digest. Without any step it is the version it began from."""
+        service, run = self._service, self._run
+        if all(each.step.no_op for each in service.journal.generations(run.run_id)):
+            return run.parent_digest
+        parameters = replay(
+            service.journal,
+            self._anchor,
+            run.run_id,
+            service.home.snapshots,
+            importance=service.home.importance,
+        )
+        return export(parameters, service.home.weights).name
 
     def _drive(self) -> RoundOutcome:
         """Answer the learner's decisions until it ends the round.

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agent.learner.drift import Drift, idle
 from agent.population.pool import Population
 from agent.store.journal import Run
+from agent.store.ledger import UNCHANGED
 from evaluators.gate import Decision, GateRules, Sample, Tables, decide, withheld
 from evaluators.runner import read_samples
 from evaluators.summary import summaries
@@ -68,6 +70,8 @@ def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
             carries it out if the caller ends first.
     """
     service, run = session.service, session.service.journal.run(run_id)
+    if run.digest == run.parent_digest:
+        return _unchanged(session, run)
     digests: dict[Who, str] = {
         "candidate": str(run.digest),
         "champion": run.parent_digest,
@@ -93,6 +97,45 @@ def weigh(session: Session, run_id: str, *, serve: bool = False) -> Judged:
     )
     _record(service, report, looks, serve)
     return Judged(report, looks.by_model())
+
+
+def _unchanged(session: Session, run: Run) -> Judged:
+    """A round whose candidate is the version it began from: no evaluation, and why it is so."""
+    service = session.service
+    why = why_unchanged(service, run)
+    session.progress.say(f"round {run.run_id}: {why}")
+    row = dict.fromkeys(("anchor", "champion", "candidate", "difference", "low", "high", "p"))
+    report = RoundReport(
+        round_id=run.run_id,
+        target=run.target,
+        generations=service.journal.next_generation(run.run_id),
+        stopped=str(run.reason),
+        digest=str(run.digest),
+        verdict="unchanged",
+        reasons=[{"task": run.target, "outcome": "unchanged", "text": why}],
+        tasks={run.target: {"role": "target", "n": 0, "outcome": None} | row},
+        curve=RoundFiles(service.home, run.run_id).curve(),
+        learner_share=learner_share(service, run.run_id),
+        rows=run.plan.get("rows", {}),
+    )
+    RoundFiles(service.home, run.run_id).write_judged(asdict(report), {})
+    remarks = [e for e in service.ledger.of(report.digest) if e.state == UNCHANGED]
+    if run.run_id not in {each.statistics["round"] for each in remarks}:
+        statistics = {"round": run.run_id, "target": run.target}
+        service.record(report.digest, UNCHANGED, why, statistics=statistics)
+    return Judged(report, {})
+
+
+def why_unchanged(service: Service, run: Run) -> str:
+    """Why a round ended with the weights it began from, and what to change."""
+    generations = service.journal.generations(run.run_id)
+    no_ops = [each.step.no_op for each in generations if each.step.no_op]
+    if len(no_ops) < len(generations):
+        alpha = run.plan["alpha"]
+        return f"its steps were lost in rounding; raise learner.alpha (now {alpha:g})"
+    drift = [Drift.from_json(each.drift) for each in generations]
+    reason = idle(drift, run.plan["population"], run.plan["sigma"], len(drift))
+    return reason or f"no learning: {no_ops[-1] if no_ops else run.reason}"
 
 
 def gate_rules(service: Service, run: Run) -> GateRules:

@@ -24,7 +24,7 @@ def may_serve(service: Service, digest: str) -> bool:
     if digest == service.champion():
         return False
     states = [entry.state for entry in service.ledger.of(digest)]
-    now = states[-1] if states else None
+    now = service.ledger.state(digest)
     if now == "PROMOTE":
         return service.settings.review.mode == "auto"
     if now == "ROLLED_BACK":

@@ -117,22 +117,26 @@ def show_round(
     for who, paths in tables.items():
         for table in paths:
             registry.log_file(mlflow_run, table, f"samples/{who}")
-    before = [row for path in tables["champion"] for row in samples(path, report.target)]
-    after = [row for path in tables["candidate"] for row in samples(path, report.target)]
+    before, after = (
+        [row for path in tables.get(who, ()) for row in samples(path, report.target)]
+        for who in ("champion", "candidate")
+    )
     text = markdown(report, drift, examples(before, after))
     registry.log_text(mlflow_run, text, "report.md")
     verdict: dict[str, Any] = {"verdict": report.verdict, "reasons": list(report.reasons)}
     verdict |= {"tasks": dict(report.tasks), "shift": dict(report.shift)}
     registry.log_text(mlflow_run, json.dumps(verdict, indent=1), "verdict.json")
-    # Last: a version is what makes the run visible to reviewers and may take an alias.
-    registry.register(
-        mlflow_run,
-        service.directory(report.digest),
-        digest=report.digest,
-        parent=service.journal.run(report.round_id).parent_digest,
-        verdict=report.verdict,
-        description=text,
-    )
+    parent = service.journal.run(report.round_id).parent_digest
+    if parent != report.digest:  # else its version is the champion's, whose tags stay
+        # Last: a version is what makes the run visible to reviewers and may take an alias.
+        registry.register(
+            mlflow_run,
+            service.directory(report.digest),
+            digest=report.digest,
+            parent=parent,
+            verdict=report.verdict,
+            description=text,
+        )
     registry.end_round(mlflow_run)
 
 
@@ -140,10 +144,9 @@ def _plots(report: "RoundReport", drift: Sequence[Mapping[str, Any]]) -> dict[st
     """matplotlib figures by their path among the run's artifacts."""
     from flows.show import plots
 
-    figures = {
-        "plots/drift.png": plots.drift(drift),
-        "plots/accuracy.png": plots.accuracies(report.tasks, "Accuracy by task"),
-    }
+    figures = {"plots/drift.png": plots.drift(drift)}
+    if any(row["n"] for row in report.tasks.values()):
+        figures["plots/accuracy.png"] = plots.accuracies(report.tasks, "Accuracy by task")
     if report.curve:
         title = f"Round {report.round_id}: {report.target}"
         figures["plots/curve.png"] = plots.curve(report.curve, report.target, title)

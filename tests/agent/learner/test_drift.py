@@ -1,13 +1,14 @@
 """The drift meter: predictions against real updates, agreement, and when the alarm sounds."""
 
 import json
+import re
 from dataclasses import replace
 from math import sqrt
 
 import numpy as np
 import pytest
 
-from agent.learner.drift import Drift, Prediction, agreement, alarm, measure
+from agent.learner.drift import Drift, Prediction, agreement, alarm, idle, measure
 from agent.learner.es import Applied, members, step
 from agent.learner.kernels_cpu import update_inplace
 from agent.learner.penalty import Penalty, PenaltyKind, expected_norm
@@ -121,3 +122,37 @@ def test_the_alarm_waits_for_a_full_window_of_rewards() -> None:
     assert alarm(readings[1:]) is None
     assert alarm([replace(readings[0], reward_mean=None), *readings[1:]]) is None
     assert alarm(history(np.r_[STILL, GROWING], np.r_[RISING, FLAT])) is not None  # the last 20
+
+
+def still(reward: float | None, step_norm: float = 0.0, spread: float = 0.0) -> Drift:
+    return Drift(0, 1.0, step_norm, {}, 1.0, None, reward, spread, None)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "population", "message"),
+    [
+        ([0.5] * 3, 1, "in 3 generations: one member has no other .* learner.population to 2"),
+        ([0.0] * 3, 8, r"no answer of any member .* raise learner.sigma \(now 1e-06\)"),
+        ([1.1] * 3, 8, "every answer of every member was right; take harder rows"),
+        ([0.25] * 3, 8, r"do not differ, all earned 0.25; raise learner.sigma \(now 1e-06\)"),
+    ],
+)
+def test_why_nothing_is_learnt_says_what_to_change(
+    rewards: list[float], population: int, message: str
+) -> None:
+    found = idle([still(0.7, 0.1), *map(still, rewards)], population, 1e-6)
+    assert found is not None
+    assert re.search(message, found)
+
+
+def test_a_step_a_bad_reward_or_too_few_generations_are_no_standstill() -> None:
+    for history in (
+        [still(0.5)] * 2,
+        [still(0.5), still(0.5, 0.1), still(0.5)],
+        [still(0.5), still(None), still(0.5)],
+        [still(0.5, spread=0.1)] * 3,  # steps too small to move anything
+        [],
+    ):
+        assert idle(history, 8, 0.01) is None
+    assert idle([still(0.5)], 8, 0.01, window=1) is not None
+    assert idle([], 8, 0.01, window=0) is None

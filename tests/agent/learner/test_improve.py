@@ -41,7 +41,8 @@ def drive(
             assert decision.generation == plan.start_generation + len(records)
             answer = rewarder(decision.generation)
         elif isinstance(decision, Apply):
-            answer = Applied("h", norm(decision.step.generation), 0.1, {})
+            moved = 0.0 if decision.step.no_op else 0.1
+            answer = Applied("h", norm(decision.step.generation), moved, {})
         else:
             records.append(decision)
             answer = None
@@ -124,6 +125,18 @@ def test_a_generation_without_information_is_recorded_as_a_no_op() -> None:
     ] * 3
     assert records[2].drift.predicted_norm == records[1].drift.predicted_norm
     assert outcome.reason == "completed"
+
+
+def test_three_generations_without_spread_end_a_round_wherever_it_is_resumed() -> None:
+    def stuck_later(generation: int) -> np.ndarray:
+        return np.ones((4, 5)) if generation >= 2 else rewards_of(generation)
+
+    whole, outcome = drive(PLAN, stuck_later)
+    assert outcome.generations == len(whole) == 5
+    assert outcome.reason.startswith("no learning in 3 generations: every answer")
+    for done in (4, 5):
+        past = tuple(record.drift for record in whole[:done])
+        assert drive(replace(PLAN, start_generation=done), stuck_later, past)[1] == outcome
 
 
 @pytest.mark.parametrize(

@@ -350,3 +350,17 @@ def test_two_controllers_racing_lose_and_double_nothing(
     epochs = [entry.epoch for entry in desk.ledger.history(10**6)]
     assert epochs == sorted(epochs, reverse=True)
     desk.ledger.close()
+
+
+def test_a_remark_changes_no_state_of_a_digest(desk: Desk) -> None:
+    desk(B, *PROMOTION)
+    before = (desk.ledger.states(), desk.ledger.champion(), desk.ledger.previous())
+    desk(B, "UNCHANGED")
+    desk(B, "UNCHANGED")
+    assert [entry.state for entry in desk.ledger.of(B)][-2:] == ["UNCHANGED", "UNCHANGED"]
+    assert (desk.ledger.states(), desk.ledger.champion(), desk.ledger.previous()) == before
+    assert desk.ledger.unsettled() is None
+    assert desk(B, "ROLLED_BACK").after == A
+    assert desk.ledger.verify() == len(desk.ledger.history())
+    with pytest.raises(UserError, match="is unknown, not to become UNCHANGED"):
+        desk("c" * 64, "UNCHANGED")

@@ -229,10 +229,10 @@ def test_the_learners_share_is_told_every_generation_and_over_the_round(bench: B
     assert learner_share(bench.service, made.run_id) == shares[2]
 
 
-def test_a_round_of_one_member_is_five_recorded_no_ops(bench: Bench) -> None:
+def test_a_round_of_one_member_ends_after_three_recorded_no_ops(bench: Bench) -> None:
     made = bench.learn(population=1)
     rows = bench.service.journal.generations(made.run_id)
-    assert [row.step.no_op is not None for row in rows] == [True] * 5
+    assert [row.step.no_op is not None for row in rows] == [True] * 3
     assert made.digest == bench.service.anchor.digest
 
 

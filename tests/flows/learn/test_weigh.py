@@ -14,8 +14,10 @@ from evaluators.runner import read_samples
 from flows.learn import loop
 from flows.learn.collect import evaluation_pool
 from flows.learn.weigh import weigh
+from flows.serve.promote import act
 from flows.session import Session
 from flows.show.progress import Silent
+from flows.show.report import markdown
 
 FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 
@@ -136,3 +138,33 @@ def samples(path):
 def test_a_fixed_test_is_never_looked_at_again():
     with pytest.raises(UserError, match="needs sequential"):
         load(None, gate={"extend": 2})
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        ({"population": 1}, "set learner.population to 2 or more"),
+        ({"sigma": 1e-12}, r"raise learner.sigma \(now 1e-12\)"),
+        ({"sigma": 1e-12, "generations": 2}, "no learning in 2 generations: the members"),
+        ({"alpha": 1e-45}, r"lost in rounding; raise learner.alpha \(now 1e-45\)"),
+    ],
+)
+def test_a_round_that_learns_nothing_says_why_and_asks_no_model(planted, learner, message):
+    opened = planted("home", tasks={"rows": 20})
+    service = opened.service
+    champion, states = service.champion(), service.ledger.states()
+    learnt = loop.learn(opened, "gsm8k", {"generations": 5} | learner)
+    judged = weigh(opened, learnt.run_id)
+    assert (learnt.digest, judged.report.verdict, judged.tables) == (champion, "unchanged", {})
+    [reason] = judged.report.to_json()["reasons"]
+    assert re.search(message, reason)
+    assert reason in markdown(judged.report, [], "")
+    assert not service.home.evaluations.exists()
+    weigh(opened, learnt.run_id)
+    [row] = [each for each in service.ledger.history() if each.state == "UNCHANGED"]
+    assert (row.why, row.statistics["round"]) == (reason, learnt.run_id)
+    assert (service.champion(), service.ledger.states()) == (champion, states)
+    assert not act(opened, champion)
+    second = loop.learn(opened, "gsm8k", {"generations": 3})
+    assert weigh(opened, second.run_id).report.verdict in ("promote", "hold")
+    opened.close()

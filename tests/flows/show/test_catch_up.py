@@ -1,5 +1,6 @@
 """What MLflow missed: learnt and judged without it, shown once it is back, and only once."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,4 +56,22 @@ def test_rounds_after_a_move_are_tied_to_the_new_anchor_and_all_replay(planted: 
     swaps.rollback(opened, service.find("origin"), "a test")
     third = loop.learn(opened, "gsm8k", {"generations": 1})
     assert service.journal.run(third.run_id).anchor_digest == service.origin.digest
+    opened.close()
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")  # logging a model warns about its own signature
+def test_a_round_that_learnt_nothing_leaves_the_champions_version_as_it_was(planted: Any) -> None:
+    opened = planted(shown=True)
+    service, registry = opened.service, opened.service.registry
+    catch_up(service)
+    before, aliases = registry.versions(), registry.aliases()
+    learnt = loop.learn(opened, "gsm8k", {"population": 1})
+    weigh(opened, learnt.run_id)
+    assert f"round {learnt.run_id}" in catch_up(service)
+    assert (registry.versions(), registry.aliases()) == (before, aliases)
+    run = registry.start_round(learnt.run_id, {})
+    path = registry._client.download_artifacts(run, "report.md")
+    assert "set learner.population to 2 or more" in Path(path).read_text()
+    assert catch_up(service) == []
     opened.close()
