@@ -21,8 +21,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
-from evaluators.comparison import Comparison, Reason, Stage, Step, pooled_margin, task_margin
-from evaluators.evidence import Evidence, accuracy, evidence
+from evaluators.comparison import (
+    Comparison,
+    Evidence,
+    Reason,
+    Stage,
+    Step,
+    accuracy,
+    evidence,
+    pooled_margin,
+    task_margin,
+)
 from evaluators.samples import Defect, Sample, Tables, defects, moved_digests, overlap
 from evaluators.stats import level
 

@@ -8,7 +8,7 @@ The old version's window is cut, in random order, into as many blocks as a watch
 every pair is independent. A slice is SLICE_S seconds: answers of one moment share one machine, and
 a burst of trouble counts once. Slow is longer than ``factor`` times the old window's median.
 
-Each watch bets against its H0 (evaluators.eprocess): P(E >= 3/alpha at any time | H0) <= alpha/3,
+Each watch bets against its H0 (evaluators.stats): P(E >= 3/alpha at any time | H0) <= alpha/3,
 so that a version which is not worse is rolled back with probability <= alpha, however often one
 looks. A watch without a window to compare with is undefined and says nothing; only failures need
 none: a service that never failed before is held to the margin.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evaluators.eprocess import log_e, units
+from evaluators.stats import log_e, units
 
 SLICE_S = 10.0  # three slices of nothing but failures refute; a restart is shorter
 FEW = 20  # a median of fewer old answers is no yardstick

@@ -1,10 +1,11 @@
 """The loop as Prefect flows: schedules and visibility. The only importer of Prefect here.
 
 Prefect remembers nothing that matters: a killed flow run is taken up from the journal and the
-ledger by whichever run comes next. Nothing that its server returns is executed: it says which runs
-are due; what runs is one of the functions here, in a process with a command line of our own, after
-deployment and run were compared with what was registered (`flows.due`). Prefect's own runner would
-import an entrypoint, perform pull steps and unpickle results that whoever reaches the server sets.
+ledger by whichever run comes next. Nothing that its server returns is executed: it says which
+runs are due; what runs is one of the functions here, in a process with a command line of our own,
+after deployment and run were compared with what was registered (`flows.learn.loop`). Prefect's
+own runner would import an entrypoint, perform pull steps and unpickle results that whoever
+reaches the server sets.
 """
 
 import inspect
@@ -31,9 +32,9 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 
 from agent.home import Home, is_locked
-from flows.due import Due, decide, refusal, registered
 from flows.learn import loop
 from flows.learn.collect import collect_rows
+from flows.learn.loop import Due, decide, refusal, registered
 from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
@@ -41,7 +42,7 @@ from flows.serve.reconcile import poll, repair
 from flows.service import Service
 from flows.session import Session, session
 from flows.show.catch_up import Display
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 LOG = logging.getLogger("anchorage.flows")
 PREFECT_S = 60.0  # between two lines that say it does not answer, and two registrations

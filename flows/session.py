@@ -35,7 +35,7 @@ from agent.sections import EngineSettings
 from deploy.model import EMBEDDED_CERTIFICATES
 from deploy.serving.engines import is_up
 from flows.service import Service
-from flows.show.progress import Reporter, Silent
+from flows.show.terminal import Reporter, Silent
 
 _OPEN: dict[Path, "Session"] = {}
 Start = Callable[[EngineOptions], Engine]

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("evaluators.sandbox_worker", 2),
     ("evaluators.confine", 2),
     ("evaluators.plugins", 2),
-    ("evaluators.export", 2),
+    ("evaluators.runner", 2),
     ("evaluators.openai_client", 2),
     ("evaluators.examples", 2),
     ("evaluators", 0),

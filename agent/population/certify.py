@@ -30,7 +30,7 @@ import torch
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.logprobs import largest_difference
+from agent.population.decoding import largest_difference
 from agent.population.schedule import Completion, Engine, Logprobs, Messages, Way
 from agent.store.anchor import read_json, require_finite
 from agent.store.weights import Anchor, Parameters, Theta, export

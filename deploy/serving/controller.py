@@ -18,8 +18,8 @@ from agent.store.weights import Anchor, digest_of, preflight
 from deploy.serving import swap
 from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.engines import Engines, engines_of, is_up
+from deploy.serving.intact import Probes, difference, read_probes, require_equal
 from deploy.serving.lease import Lease, LeaseLostError, Leases
-from deploy.serving.probes import Probes, difference, read_probes, require_equal
 from deploy.serving.served import (
     BLUE,
     GREEN,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.errors import UserError
-from flows.cli import bench, offline, records, rounds, stack
+from flows.cli import offline, records, rounds, stack
 from flows.show.terminal import quiet_libraries
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 for commands in (stack.app, rounds.app, records.app, offline.app):
     app.add_typer(commands)
-app.add_typer(bench.app, name="bench")
+app.add_typer(offline.bench_app, name="bench")
 app.add_typer(rounds.review_app, name="review")
 app.add_typer(rounds.anchor_app, name="anchor")
 app.add_typer(offline.task_app, name="task")

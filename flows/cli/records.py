@@ -57,7 +57,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Rebuild weights from anchor and journal; checks the hash after every generation."""
-    from flows.commands.replays import replay_now
+    from flows.commands.runs import replay_now
 
     document = replay_now(home, candidate, snapshots)
     show(document, as_json, pairs("replayed", document))
@@ -71,7 +71,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a candidate as a Hugging Face directory, for transformers or vLLM."""
-    from flows.commands.replays import export_now
+    from flows.commands.runs import export_now
 
     document = export_now(home, candidate, into)
     show(document, as_json, pairs("exported", document))

@@ -74,7 +74,7 @@ def status(
         return
     from rich.live import Live
 
-    from flows.show.progress import console
+    from flows.show.terminal import console
     from flows.show.watch import views
 
     looks = views(home)

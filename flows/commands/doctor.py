@@ -24,9 +24,8 @@ from agent.store.weights import require, short
 from deploy import stack
 from deploy.serving.control import ControlError, listener_of, observe
 from deploy.serving.controller import settle_offline
-from deploy.serving.intact import mend
+from deploy.serving.intact import mend, read_probes
 from deploy.serving.lease import Leases
-from deploy.serving.probes import read_probes
 from deploy.serving.served import SLOTS, Served, read_served, read_slot, write_served
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
 from flows.commands.sound import (

@@ -17,10 +17,10 @@ from agent.store.forget import forget, known, principals, rounds_of
 from agent.store.journal import Run
 from agent.store.replay import replay, steps_without
 from agent.store.weights import export
+from flows.learn.collect import delete_rows, sweep
 from flows.learn.loop import alone
-from flows.learn.snapshots import delete_rows, sweep
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 SHOWN = 20  # principals named in a message
 Places = Mapping[str, tuple[int, ...]]  # round -> columns of the principal's rows

@@ -12,15 +12,22 @@ from typing import Any
 from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.store.weights import digest_of
-from evaluators.export import export
 from evaluators.openai_client import openai_generate
-from evaluators.runner import Generate, ModelAnswer, evaluate, read_samples, rescore, write_samples
+from evaluators.runner import (
+    Generate,
+    ModelAnswer,
+    evaluate,
+    export,
+    read_samples,
+    rescore,
+    write_samples,
+)
 from evaluators.summary import SampleRow, discordance, summaries
 from evaluators.task import Message
 from flows.learn.evaluate import Questions, shots_of, unsealed
 from flows.service import Service
 from flows.session import Session, session
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 NO_KEY = "local"  # an endpoint without keys takes any
 

@@ -26,7 +26,7 @@ from flows.service import Service
 from flows.session import Session, session
 from flows.show import plots
 from flows.show.catch_up import shown_within
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 AT_ONCE = 16
 

@@ -25,7 +25,7 @@ from agent.population.vllm import vllm_version
 from agent.store.tensorfile import dtype_name
 from flows.service import Service
 from flows.session import Session, certificate_key
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 END = "<|end|>"
 TEMPLATE = (

@@ -19,8 +19,7 @@ from agent.sections import EMBEDDED, LearnerSettings
 from agent.store.journal import Run
 from deploy import stack
 from deploy.serving.served import Served, write_served
-from evaluators.comparison import Comparison, task_margin
-from evaluators.evidence import accuracy, evidence
+from evaluators.comparison import Comparison, accuracy, evidence, task_margin
 from evaluators.samples import Sample
 from flows.commands.gate_files import read_samples
 from flows.learn import loop
@@ -33,8 +32,8 @@ from flows.service import Service
 from flows.session import Session, session
 from flows.show import plots
 from flows.show.catch_up import showing
-from flows.show.progress import Reporter
 from flows.show.report import RoundReport
+from flows.show.terminal import Reporter
 
 # Twenty rounds of the embedded model in half an hour on two cores. ProofWriter is asked in words
 # it was not taught, which leaves something to learn; Countdown it does no better in so few steps.

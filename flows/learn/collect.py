@@ -2,14 +2,15 @@
 
 A client's request is asked again as it was sent: its own system message and turns. The task's
 template asks the rows of the data set only. Nothing that is stored ends a round: a row that cannot
-be used is set aside, with its principal and the reason.
+be used is set aside, with its principal and the reason. Rows are kept as long as the settings allow
+(``sweep``), in the store and in the files of rounds.
 """
 
 import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, cast
@@ -17,13 +18,16 @@ from typing import Any, cast
 from agent.errors import UserError
 from agent.gateway.keys import LOCAL
 from agent.store.experience import ExperienceRow
+from agent.store.forget import expire, gone
 from agent.store.intake import Caps, Intake, SetAside, Why, collect
 from evaluators.held_out import HeldOut, leaks, row_text
 from evaluators.task import Row, Task, form_problem, row_problem
 from flows.learn.prompts import Asked, chat, over, too_long
+from flows.round_files import RoundFiles
 from flows.service import Service
 
 LOG = logging.getLogger("anchorage.flows")
+DAY_S = 86_400.0
 SHOWN_PROMPTS = 2  # of each kind, in `collect`
 SHOWN_REASONS = 20  # lines about what was set aside; the rest is counted in one more
 
@@ -293,3 +297,22 @@ def _as_sent(request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
         known[request.example_id or ""] if request.example is None else json.loads(request.example)
     )
     return Asked(row, chat(request.prompt), sent=True)
+
+
+def sweep(service: Service) -> int:
+    """Delete captured text older than ``gateway.retention_days``, also from rounds' files.
+
+    Returns:
+        How many interactions were deleted.
+    """
+    before = time.time() - service.settings.gateway.retention_days * DAY_S
+    removed = expire(service.experience, before)
+    for run_id, positions in gone(service.experience).items():
+        delete_rows(service, run_id, positions)
+    return removed
+
+
+def delete_rows(service: Service, run_id: str, positions: Collection[int]) -> None:
+    """Delete rows from a round's file; a round that is not finished is given up by it."""
+    finished = service.journal.run(run_id).digest is not None
+    RoundFiles(service.home, run_id).blank_rows(positions, finished=finished)

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.home import write_atomically
-from agent.population.logprobs import kl_sums
+from agent.population.decoding import kl_sums
 from agent.population.pool import Population
 from agent.store.weights import short
 from evaluators.runner import Question, questions_of, short_hash
 from evaluators.stats import weighted_mean_interval
 from flows.learn.evaluate import engine_settings, pools, shots_of
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 TOKENS = 64  # of one continuation, at most
 SEED = 0  # of the draw and of the bootstrap

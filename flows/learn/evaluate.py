@@ -23,7 +23,7 @@ from evaluators.gate import draw
 from evaluators.runner import Question, Shots, evaluate, harness_of, questions_of, read_samples
 from evaluators.task import Row, Task
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 LOG = logging.getLogger("anchorage.evaluate")
 Rows = Sequence[tuple[Task, Sequence[Row]]]

@@ -28,7 +28,7 @@ from evaluators.stats import mcnemar_exact, wilson
 from evaluators.task import Message, Row, Task, judge
 from flows.learn.evaluate import pools
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 TRIED_MEMBERS = 2
 TRIED_PROMPTS = 48  # of the target: a batch of this size runs at nearly the rate of larger ones

@@ -22,20 +22,20 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
-from agent.store.replay import replay, route
+from agent.store.replay import prune, replay, route, snapshot_path
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
-from flows.learn.collect import collect_rows, mark_used
+from flows.learn.collect import collect_rows, mark_used, sweep
 from flows.learn.curve import Curve, Pace
 from flows.learn.forecast import within_budget
 from flows.learn.plan import chosen, plan_of, settled
 from flows.learn.prompts import Asked, judging, opened_prompts
-from flows.learn.snapshots import NEWEST, keep_snapshots, sweep
 from flows.round_files import RoundFiles
 from flows.service import Service
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 Rewards = NDArray[np.float64]
+NEWEST = 2  # snapshots of a round in progress: the newest may be cut short by a crash
 UNJUDGED = (None, "PROPOSED", "EVALUATED")  # ledger states of a candidate without a verdict
 
 
@@ -174,6 +174,21 @@ def _prompts(
     if not places:
         raise UserError(f"round {run.run_id}: none of its {len(prompts)} rows can be asked")
     return prompts, places
+
+
+def keep_snapshots(service: Service, population: Population, run: Run, newest: int) -> None:
+    """Save delta as it is now, and keep only this round's ``newest`` snapshots.
+
+    Of other rounds one snapshot stays: the end of the round that this one began from. Later rounds
+    may begin there too; every other ended round is kept as its weights.
+    """
+    journal, folder = service.journal, service.home.snapshots
+    own = [each.delta_hash for each in journal.generations(run.run_id)]
+    parent = journal.generations(run.parent_run)[-1:] if run.parent_run else []
+    if own and not snapshot_path(folder, own[-1]).exists():
+        population.save(snapshot_path(folder, own[-1]))
+    saved = [each for each in dict.fromkeys(own) if snapshot_path(folder, each).exists()]
+    prune(folder, [*saved[-newest:], *(each.delta_hash for each in parent)])
 
 
 class Driver:

@@ -1,8 +1,15 @@
-"""A turn of the loop: learn a candidate, weigh it, act on the verdict; one round at a time."""
+"""A turn of the loop: learn a candidate, weigh it, act on the verdict; one round at a time.
 
-from collections.abc import Callable, Iterator, Mapping
+``decide`` and ``refusal`` say which of Prefect's scheduled runs are started, skipped or refused;
+its server is asked what is due and never believed what to run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from agent.home import locked
 from flows.learn.improve import Round, run_round, unweighed
@@ -10,6 +17,93 @@ from flows.learn.plan import chosen
 from flows.serve import promote
 from flows.service import Service
 from flows.session import Session
+
+LEARNING = ("loop", "improve")  # of these one runs at a time in a home
+
+
+@dataclass(frozen=True)
+class Due:
+    """A run whose time has come; ``planned``: by the schedule, not asked for by a person."""
+
+    run_id: UUID
+    name: str
+    planned: bool
+    at: datetime
+
+    @classmethod
+    def of(cls, name: str, run: Any) -> "Due":
+        """From a run as Prefect's server returned it."""
+        return cls(run.id, name, run.auto_scheduled, run.next_scheduled_start_time)
+
+
+def decide(due: Sequence[Due], running: Sequence[str], learning: bool) -> dict[UUID, str]:
+    """Run -> "" to start it now, or why it is skipped; a run that is left out waits.
+
+    Of planned runs that are late (the service was down) the newest one is started for all. One
+    that is due while its flow, or a round, is running is skipped; what a person asked for waits.
+
+    Args:
+        due: Runs that are due, of all flows.
+        running: Names of the flows that run now.
+        learning: Whether a round runs in this home, in whatever process.
+    """
+    decided: dict[UUID, str] = {}
+    busy = set(running) | (set(LEARNING) if learning else set())
+    for each in sorted(due, key=lambda one: one.at):
+        if each.planned and any(o.planned and _later(o, each) for o in due):
+            decided[each.run_id] = "skipped: a later run that is due as well catches up for it"
+        elif each.name not in busy:
+            decided[each.run_id] = ""
+            busy |= set(LEARNING) if each.name in LEARNING else {each.name}
+        elif each.planned:
+            what = "a round" if each.name in LEARNING else each.name
+            decided[each.run_id] = f"skipped: {what} is running"
+    return decided
+
+
+def _later(other: Due, each: Due) -> bool:
+    return other.name == each.name and (other.at, str(other.run_id)) > (each.at, str(each.run_id))
+
+
+def registered(name: str, home: str) -> dict[str, Any]:
+    """What this installation registers of a deployment, as far as it says what runs and where."""
+    return {
+        "entrypoint": f"flows/deployments.py:{name}_flow",
+        "parameters": {"home": home},
+        "path": None,
+        "pull_steps": None,
+        "job_variables": {},
+        "work_pool_name": None,
+        "work_queue_name": None,
+        "storage_document_id": None,
+        "infrastructure_document_id": None,
+    }
+
+
+def refusal(name: str, home: str, deployment: Any, run: Any = None) -> str | None:
+    """How a deployment, or a run of it, differs from what was registered; None when it does not.
+
+    Args:
+        name: The flow's name.
+        home: The folder of this installation.
+        deployment: As Prefect's server returned it.
+        run: A run of it, as the server returned it.
+    """
+    for field, wanted in registered(name, home).items():
+        value = getattr(deployment, field)
+        if (value or None) != (wanted or None):
+            return f"the deployment's {field} is {value!r}, registered: {wanted!r}"
+    if run is None:
+        return None
+    for field in ("job_variables", "infrastructure_document_id", "work_pool_name"):
+        if value := getattr(run, field, None):
+            return f"the run's {field} is {value!r}, registered: none"
+    if run.flow_id != deployment.flow_id:
+        return f"the run's flow is {run.flow_id}, registered: {deployment.flow_id}"
+    if run.parameters.get("home") != home:
+        return f"the run's home is {run.parameters.get('home')!r}, registered: {home!r}"
+    return None
+
 
 Step = Callable[[], dict[str, Any]]
 

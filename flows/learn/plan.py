@@ -14,7 +14,7 @@ from agent.learner.es import members
 from agent.learner.improve import Plan
 from agent.learner.penalty import Penalty, check, lambda_for_norm_ratio, next_lambda
 from agent.sections import LearnerSettings
-from agent.store.importance import keep_importance
+from agent.store.anchor import keep_importance
 from agent.store.journal import Run
 from agent.store.replay import lineage
 from flows.service import Service

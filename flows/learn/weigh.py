@@ -29,8 +29,8 @@ from flows.round_files import RoundFiles
 from flows.serve.swaps import cold_engine
 from flows.service import Service
 from flows.session import Session
-from flows.show.progress import Reporter
 from flows.show.report import RoundReport
+from flows.show.terminal import Reporter
 
 STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}  # verdict -> ledger state
 

@@ -13,7 +13,7 @@ from agent.home import Home, write_atomically
 from agent.population.decoding import decoding
 from deploy import stack
 from deploy.serving.served import Served, read_served
-from flows.show.progress import Reporter
+from flows.show.terminal import Reporter
 
 ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
 

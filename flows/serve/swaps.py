@@ -20,8 +20,8 @@ from agent.store.weights import short
 from deploy.serving.control import ControlError
 from deploy.serving.controller import Event, Way, change, connect
 from deploy.serving.engines import is_up
+from deploy.serving.intact import Probes, read_probes, write_probes
 from deploy.serving.lease import LeaseLostError, Leases
-from deploy.serving.probes import Probes, read_probes, write_probes
 from deploy.serving.served import Served, read_served
 from flows.service import Service
 from flows.session import Session, engine_options, kept_certificate

@@ -19,8 +19,8 @@ from agent.registry import REVIEW, STATE
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show import mlflow
-from flows.show.progress import Reporter
 from flows.show.report import RoundReport
+from flows.show.terminal import Reporter
 
 LOG = logging.getLogger("anchorage.display")
 LOCK_S = 60.0  # longest wait for another process that shows the same home

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators.eprocess import STAKES, Units, bounds, log_e, log_e_counts, p_value, units
-from evaluators.stats import tango_p
+from evaluators.stats import STAKES, Units, bounds, log_e, log_e_counts, p_value, tango_p, units
 
 differences = st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.0, 1.0, 0.25]), min_size=1, max_size=60)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.export import export
 from evaluators.loading import rows
-from evaluators.runner import question
+from evaluators.runner import export, question
 from evaluators.summary import SampleRow, scored, summaries
 from evaluators.tasks import TASKS
 

@@ -18,7 +18,7 @@ from agent.registry import Registry
 from agent.store.weights import Anchor, Parameters
 from flows.service import Service
 from flows.session import Session
-from flows.show.progress import Reporter, Silent
+from flows.show.terminal import Reporter, Silent
 
 TASKS = {"gsm8k": 0, "countdown": 1, "piqa": 2}  # task -> the tensor its answers hang on
 SETTINGS = {

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from flows.due import Due, decide, refusal, registered
+from flows.learn.loop import Due, decide, refusal, registered
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOME = "/homes/a"

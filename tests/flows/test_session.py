@@ -9,7 +9,7 @@ from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.placement import available_cores, on_cpu, serving_cores
-from agent.store.device import DeviceParameters
+from agent.store.theta import DeviceParameters
 from flows.service import Service
 from flows.session import engine_options
 

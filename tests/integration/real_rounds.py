@@ -26,7 +26,7 @@ from flows.learn.improve import run_round
 from flows.learn.loop import alone
 from flows.service import Service
 from flows.session import engine_options
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 SETTINGS: dict[str, Any] = {
     "learner": {"generations": 3, "population": 4, "prompts": 8, "snapshot_every": 1},

@@ -19,7 +19,7 @@ from agent.population.certify import ANSWER, PROMPTS, FreshEngine, Reply
 from agent.population.process import EngineLauncher
 from agent.population.vllm import EngineOptions
 from deploy.model import EMBEDDED_CERTIFICATES
-from deploy.serving.probes import read_probes
+from deploy.serving.intact import read_probes
 from evaluators import examples
 from flows.commands.runs import review_now
 from flows.lab.families import DTYPES, FAMILIES, certify_model, certify_tiny, make_tiny
@@ -27,7 +27,7 @@ from flows.learn.evaluate import against_cold, first_stage, tables
 from flows.serve.swaps import cold_engine
 from flows.service import Service
 from flows.session import session
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 Scale = Callable[[int, int], int]

@@ -24,7 +24,7 @@ from flows.serve.stack import start, stop
 from flows.service import Service
 from flows.session import Session
 from flows.show.catch_up import Display, shown_within
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 LOG = logging.getLogger("proof")
 pytestmark = pytest.mark.integration

@@ -20,12 +20,12 @@ from reference import letter_tokenizer, random_checkpoint
 from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
-from agent.population.logprobs import largest_difference
+from agent.population.decoding import largest_difference
 from agent.population.process import EngineLauncher
 from agent.store.weights import Anchor
 from deploy.model import prepare
 from deploy.serving.control import EngineControl
-from deploy.serving.probes import TOLERANCE
+from deploy.serving.intact import TOLERANCE
 from flows.learn.evaluate import engine_settings
 from flows.service import Service
 from flows.session import engine_options

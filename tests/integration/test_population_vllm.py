@@ -21,7 +21,7 @@ from agent.errors import UserError
 from agent.learner.es import Step, members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.population.logprobs import kl_per_token, largest_difference
+from agent.population.decoding import kl_per_token, largest_difference
 from agent.population.placement import EngineOptions, available_cores
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineLostError, EngineProcess

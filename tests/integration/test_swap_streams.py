@@ -35,8 +35,8 @@ from deploy.serving import swap
 from deploy.serving.control import EngineControl, GatewayControl, UnixTransport, pinned
 from deploy.serving.controller import Controller, Strategy, change
 from deploy.serving.engines import SupervisedEngines, engines_of
+from deploy.serving.intact import Probes, write_probes
 from deploy.serving.lease import Leases
-from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import BLUE, GREEN, Served, read_served
 from deploy.stack import Ports, services
 from deploy.supervise import Program, survivors

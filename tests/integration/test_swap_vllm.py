@@ -32,8 +32,8 @@ from deploy.serving import swap
 from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.controller import Controller, connect
 from deploy.serving.engines import SupervisedEngines
+from deploy.serving.intact import TOLERANCE, Probes, difference, read_probes, write_probes
 from deploy.serving.lease import LeaseLostError, Leases
-from deploy.serving.probes import TOLERANCE, Probes, difference, read_probes, write_probes
 from deploy.serving.served import BLUE, Served, read_served
 from deploy.serving.watchdog import Watchdog
 from deploy.stack import Ports, services

@@ -40,7 +40,7 @@ from flows.lab.bench.load import Burst, Client, Target, clients, percentile
 from flows.lab.bench.swapping import Shuttle, rollbacks, rollbacks_within, swapped
 from flows.serve.swaps import probe_served
 from flows.service import Service
-from flows.show.progress import Reporter, Silent
+from flows.show.terminal import Reporter, Silent
 
 ADDED_MS, THROUGHPUT, PAUSE_MS = 2.0, 0.95, 250.0  # what the endpoint promises
 OTHER_SIGMA: Final = 0.001  # the second version is the anchor and this much noise

@@ -22,10 +22,9 @@ from scipy.stats import norm
 
 from agent.sections import GateSettings
 from evaluators.comparison import pooled_margin, task_margin
-from evaluators.eprocess import log_e_counts
 from evaluators.gate import spent_alpha
-from evaluators.stats import mcnemar_exact, tango_p, tango_z
-from flows.show.progress import Reporter, Silent
+from evaluators.stats import log_e_counts, mcnemar_exact, tango_p, tango_z
+from flows.show.terminal import Reporter, Silent
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]

@@ -27,7 +27,7 @@ from agent.learner.kernels_cpu import CORES, Render, Update, noise_into, render_
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty, expected_norm, prox
 from flows.lab import recipe
-from flows.show.progress import Advance, Reporter, Silent
+from flows.show.terminal import Advance, Reporter, Silent
 
 Phases: TypeAlias = dict[str, float]  # seconds per (parameter, member)
 

@@ -28,7 +28,7 @@ from flows.lab.bench.load import Client, Target, percentile
 from flows.serve import promote, swaps
 from flows.service import Service
 from flows.session import Session
-from flows.show.progress import Reporter, Silent
+from flows.show.terminal import Reporter, Silent
 
 PAUSE = "anchorage_swap_pause_seconds_sum"
 ROLLBACK_S = 2.0  # longest rollback by call

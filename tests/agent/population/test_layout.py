@@ -14,7 +14,7 @@ from agent.learner.es import members, step
 from agent.learner.kernels_cpu import render_into
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.population.layout import Layout, ModuleSlice, places
+from agent.population.worker import Layout, ModuleSlice, places
 from agent.store.tensorfile import Spec
 from agent.store.weights import Anchor, Parameters
 

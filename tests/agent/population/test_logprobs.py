@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from agent.population.logprobs import kl_per_token, largest_difference
+from agent.population.decoding import kl_per_token, largest_difference
 
 
 def test_largest_difference_is_over_common_tokens() -> None:

@@ -8,7 +8,7 @@ from reference import ReferenceEngine, random_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.learner.noise import Address
-from agent.population.logprobs import largest_difference
+from agent.population.decoding import largest_difference
 from agent.store.weights import Anchor, Parameters, export
 
 pytestmark = pytest.mark.proof

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from agent.learner import es
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.store.device import DeviceParameters
-from agent.store.importance import keep_importance
+from agent.store.anchor import keep_importance
 from agent.store.tensorfile import raw
-from agent.store.theta import Theta
+from agent.store.theta import DeviceParameters, Theta
 from agent.store.weights import Anchor, Parameters, export, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from agent.errors import UserError
 from agent.learner import es
 from agent.learner.penalty import Penalty
-from agent.store.anchor import Anchor
-from agent.store.importance import importance_path, keep_importance
+from agent.store.anchor import Anchor, importance_path, keep_importance
 from agent.store.journal import Journal
 from agent.store.replay import replay
 from agent.store.theta import Parameters

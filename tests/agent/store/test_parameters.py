@@ -13,8 +13,7 @@ from agent.learner import es
 from agent.learner.noise import Address, NoiseKind, normal, rademacher
 from agent.learner.penalty import Penalty, prox
 from agent.store import theta as module
-from agent.store.anchor import Anchor
-from agent.store.importance import keep_importance
+from agent.store.anchor import Anchor, keep_importance
 from agent.store.tensorfile import raw
 from agent.store.theta import Parameters, layer_of
 

@@ -19,16 +19,9 @@ from agent.learner.noise import Address
 from agent.store.weights import Anchor, Parameters, export
 from deploy.serving.control import EngineControl, GatewayControl
 from deploy.serving.controller import Controller
+from deploy.serving.intact import Probes, write_probes
 from deploy.serving.lease import Leases
-from deploy.serving.probes import Probes, write_probes
-from deploy.serving.served import (
-    BLUE,
-    SLOTS,
-    Served,
-    read_served,
-    read_slot,
-    write_served,
-)
+from deploy.serving.served import BLUE, SLOTS, Served, read_served, read_slot, write_served
 from deploy.serving.watchdog import Watchdog
 
 LEASE_S = 10.0

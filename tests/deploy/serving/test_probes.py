@@ -8,7 +8,7 @@ import pytest
 from agent.errors import UserError
 from agent.home import Home
 from deploy.serving.control import ControlError, EngineControl
-from deploy.serving.probes import (
+from deploy.serving.intact import (
     TOLERANCE,
     Probes,
     difference,

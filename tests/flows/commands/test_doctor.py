@@ -25,8 +25,8 @@ from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.replay import snapshot_path
 from agent.store.weights import Parameters, export
+from deploy.serving.intact import Probes, write_probes
 from deploy.serving.lease import Leases
-from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import Served, write_served
 from flows.cli import app
 from flows.commands import doctor

@@ -23,10 +23,10 @@ from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.replay import replay
 from agent.store.weights import Parameters, export
 from flows.commands.forget import forget_now
-from flows.learn.snapshots import sweep
+from flows.learn.collect import sweep
 from flows.round_files import RoundFiles
 from flows.service import Service
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 SECRET = "a sentence that only ann has written"
 PLAN = {"mirrored": False, "shaping": "zscore"}

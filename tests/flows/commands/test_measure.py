@@ -16,7 +16,7 @@ from evaluators.runner import read_samples, write_samples
 from flows.commands.measure import RemoteModel, evaluate_model, rescore_table
 from flows.learn.evaluate import pools, unsealed
 from flows.service import Service
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.proof
 

@@ -18,7 +18,7 @@ from flows.lab.families import (
     row,
     update_table,
 )
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 WHATS = ("member", "theta", "load", "reload")
 SOUND = tuple(Check(what, 0.0, 12, 12) for what in WHATS)

@@ -24,7 +24,7 @@ from flows.lab.study import StudyPlan, study, study_now
 from flows.learn.weigh import gate_rules
 from flows.service import Service
 from flows.show.catch_up import catch_up
-from flows.show.progress import Advance, Silent
+from flows.show.terminal import Advance, Silent
 
 pytestmark = pytest.mark.proof
 

@@ -16,7 +16,7 @@ from agent.population.schedule import Messages
 from agent.store.weights import Parameters, digest_of, export
 from flows.learn.divergence import Shift, estimates, shift
 from flows.service import Service
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 TASKS = ["piqa", "hellaswag"]
 ANCHOR, NEAR, FAR = 0.8, 0.7, 0.4  # how likely each version finds the first of two tokens

@@ -26,7 +26,7 @@ from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import tuned_lambda
 from flows.service import Service
 from flows.show.catch_up import show_run
-from flows.show.progress import Reporter, Silent
+from flows.show.terminal import Reporter, Silent
 
 pytestmark = pytest.mark.proof
 

@@ -16,8 +16,8 @@ from flows.learn.collect import evaluation_pool
 from flows.learn.weigh import weigh
 from flows.serve.promote import act
 from flows.session import Session
-from flows.show.progress import Silent
 from flows.show.report import markdown
+from flows.show.terminal import Silent
 
 FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 

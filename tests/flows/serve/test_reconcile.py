@@ -11,7 +11,7 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.registry import DIGEST, NOTE, REVIEW
 from deploy.consoles import sign
-from deploy.serving.probes import Probes, write_probes
+from deploy.serving.intact import Probes, write_probes
 from deploy.serving.served import Served, read_served, write_served
 from flows.serve import promote, swaps
 from flows.serve.reconcile import disagreements, poll, repair, wishes
@@ -19,7 +19,7 @@ from flows.service import Service
 from flows.session import Session
 from flows.show import mlflow
 from flows.show.catch_up import catch_up
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.integration
 

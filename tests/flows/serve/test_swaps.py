@@ -19,7 +19,7 @@ from flows.serve.promote import promote
 from flows.serve.swaps import probe_prompts
 from flows.service import Service
 from flows.session import Session
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 
 class Failing(Service):

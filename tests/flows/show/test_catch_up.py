@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.commands.replays import replay_now
+from flows.commands.runs import replay_now
 from flows.learn import loop
 from flows.learn.weigh import weigh
 from flows.serve import swaps

@@ -18,7 +18,7 @@ from flows.service import Service
 from flows.session import Session
 from flows.show.catch_up import Display, behind, catch_up, showing, shown_within
 from flows.show.mlflow import within
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.proof, pytest.mark.filterwarnings("ignore")]
 

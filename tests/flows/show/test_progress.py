@@ -2,15 +2,15 @@
 
 import pytest
 
-from flows.show import progress
+from flows.show import terminal
 
 
 @pytest.mark.parametrize(("every", "told"), [(0.0, 3), (3600.0, 0)])
 def test_work_in_a_log_is_told_in_lines(
     every: float, told: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", every)
-    with progress.Bars() as bars:
+    monkeypatch.setattr(terminal, "LINE_EVERY", every)
+    with terminal.Bars() as bars:
         advance = bars.track("reading", 3)
         for done in (1, 2, 3):
             advance(done)

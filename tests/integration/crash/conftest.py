@@ -22,8 +22,8 @@ from anchors import candidate_of, tiny_anchor
 from agent.config import Settings
 from agent.home import Home
 from deploy.serving.control import ControlError, EngineControl, GatewayControl
+from deploy.serving.intact import Probes, write_probes
 from deploy.serving.lease import Leases
-from deploy.serving.probes import Probes, write_probes
 from deploy.serving.served import BLUE, Served, read_served, write_served
 from flows.service import Service
 

@@ -28,7 +28,7 @@ from flows.serve.bake import bake
 from flows.service import Service
 from flows.session import Session
 from flows.show.catch_up import catch_up
-from flows.show.progress import Silent
+from flows.show.terminal import Silent
 
 HOME = Path(sys.argv[1])
 
