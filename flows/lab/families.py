@@ -361,7 +361,7 @@ def row(name: str, trials: Sequence[Trial]) -> str:
     cells = [
         name,
         "experts" if family.moe else "dense",
-        ", ".join("yes" if tied else "no" for tied in family.ties),
+        ", ".join("yes" if tied else "no" for tied in sorted({trial.tied for trial in trials})),
         "yes" if exact == len(trials) else f"{exact} of {len(trials)}",
         share("member"),
         share("load"),

@@ -31,6 +31,9 @@ from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 Scale = Callable[[int, int], int]
+REFUSED = {  # by vLLM's build for the CPU
+    (name, "float32"): "attention requires BF16" for name in ("qwen3_5_text", "qwen3_5")
+}
 FEW = ["gemma2", "gpt2", "qwen3_moe"]  # a head that is the embedding, other names, experts
 
 
@@ -38,6 +41,9 @@ def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
     names, dtypes = (FEW, DTYPES[1:]) if scale(0, 1) == 0 else (list(FAMILIES), DTYPES)
     for name, trials in certify_tiny(names, Silent(), dtypes).items():
         for trial in trials:
+            if (name, trial.dtype) in REFUSED:
+                assert REFUSED[name, trial.dtype] in trial.error
+                continue
             assert trial.certificate is not None, (name, trial.error)
             assert trial.certificate.way != "fresh", (name, trial)
             assert {check.difference for check in trial.certificate.checks} == {0.0}, (name, trial)
