@@ -196,7 +196,7 @@ def served(folder: Path) -> Iterator[str]:
 
 def look(*arguments: str) -> str:
     """The words of a page, by the tool that a reader can run."""
-    tool = Path(__file__).parents[1] / "tools" / "look.py"
+    tool = Path(__file__).parents[2] / "tools" / "look.py"
     command = [sys.executable, str(tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
