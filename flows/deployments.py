@@ -235,7 +235,7 @@ class Runner:
             if wrong is None and same:
                 return found.id
             LOG.warning("deployment %s is made anew: %s", name, wrong or "it has another schedule")
-            self._client.delete_deployment(found.id)
+            self._client.delete_deployment(found.id)  # its planned runs go with it
         plan = [DeploymentScheduleCreate(schedule=_from_now(every), active=True)] if every else []
         return self._client.create_deployment(
             self._client.create_flow(FLOWS[name]),

@@ -72,6 +72,7 @@ def create_app(
         keys=keys,
         versions=versions or Versions(),
     )
+    # After the parts: a lease that runs out asks for the engine of the moment through them.
     parts.admission.recover = recover
     _watch(parts)
     return GatewayApp(parts)

@@ -89,6 +89,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGoneError from None
         raise
     finally:
+        # First, or ending the watch would cancel the caller.
         watch.remove_done_callback(stop)
         watch.cancel()
 

@@ -147,6 +147,7 @@ class Admission:
         except asyncio.CancelledError:
             self._end(lease)
             raise
+        # Its timer may have opened admission again while this waited.
         if self.lease is not lease:
             raise HoldConflictError("the lease ran out while waiting")
         return lease.id

@@ -149,6 +149,7 @@ def _call(
     settings: GatewaySettings,
     model: ServedModel,
 ) -> Call:
+    # Cheapest first: a schema is walked only once the counts are known to be small.
     _cap("n", (checked.n or 1) * prompts, settings.max_n)
     _cap("max_tokens", checked.max_tokens, model.max_tokens)
     _cap("stop", len(checked.stop) if isinstance(checked.stop, list) else 1, MAX_STOP)
@@ -181,6 +182,7 @@ def _payload(raw: dict[str, Any], stream: bool) -> dict[str, Any]:
 
 
 def _task(metadata: Mapping[str, str], tasks: frozenset[str]) -> TaskAsked | None:
+    # The example has a cap of its own; a session id is stored in an index.
     for name, value in metadata.items():
         if name != "example":
             _cap(

@@ -67,6 +67,7 @@ class StreamedAnswer(Response):
         assert sender is not None
         unread = WaitTimer(sender.cancel, asyncio.get_running_loop())
         limit_s = self._exchange.parts.settings.silence_timeout_s
+        # Only now: before the first event the engine's refusal could still be a status of its own.
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while piece := await self._next():

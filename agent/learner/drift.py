@@ -138,6 +138,7 @@ def idle(history: Sequence[Drift], population: int, sigma: float, window: int = 
     All members earned the same reward in each of them. A generation with a reward that is not
     finite is none of these: its step names the member.
     """
+    # Steps count too: with a penalty delta may still shrink although no reward differs.
     recent = history[-window:]
     means = [each.reward_mean for each in recent if each.reward_mean is not None]
     moved = any(each.step_norm or (each.reward_std or 0) > SAME for each in recent)

@@ -181,6 +181,8 @@ def certify(
         engine.close()
     refused: list[str] = []
     way: Way = "short"
+    # The fast way first, with an engine of its own for each: what one way left in an engine must
+    # not be seen by the next. An engine that does not know the fast way takes the long one itself.
     while True:
         engine = start(directory, way)
         try:

@@ -42,6 +42,7 @@ def forget(store: ExperienceStore, principal: str, now: float) -> Forgotten:
     Its keys stay, revoked and without its name: a database that had a key once is never open to
     everybody again.
     """
+    # One transaction: a crash must not leave rows of somebody whose tombstone says they are gone.
     with store.writing() as connection:
         ended = connection.execute(
             update(keys)
@@ -60,7 +61,7 @@ def forget(store: ExperienceStore, principal: str, now: float) -> Forgotten:
         ).rowcount
         connection.execute(delete(rounds_used).where(rounds_used.c.principal == principal))
         connection.execute(insert(forgotten), _tombstone(principal, now, removed, used))
-    _scrub(store)
+    _scrub(store)  # after the commit: deleted text stays in free pages and the log until then
     return Forgotten(removed, opinions, ended, used)
 
 

@@ -183,9 +183,9 @@ class Parameters(Theta):
         for names in groups(self.anchor.specs, order or self.anchor.names):
             tensors = {name: torch.empty_like(self.anchor.tensor(name)) for name in names}
             parts: list[Render] = []
-            fixed: list[Render] = []
+            fixed: list[Render] = []  # tensors that no member perturbs
             for name, tensor in tensors.items():
-                if tensor.dtype == torch.float16:
+                if tensor.dtype == torch.float16:  # no compiled kernel: rounding by torch
                     at = self.noise_of(name, address, scale)
                     self._render_float16(name, tensor, *at, noise)
                 else:

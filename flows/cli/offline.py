@@ -132,6 +132,7 @@ def check_task(
     from evaluators.tasks import TASKS
     from flows.service import Service
 
+    # An own file needs no home; a built-in task is asked with the settings of this one.
     if ":" in spec:
         task = load(spec)
         task_rows = rows(task, "eval", limit=limit)

@@ -28,7 +28,7 @@ from deploy.serving.intact import mend, read_probes
 from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, Served, read_served, read_slot, write_served
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
-from flows.commands.sound import (
+from flows.commands.checks import (
     Limits,
     all_sound,
     database,

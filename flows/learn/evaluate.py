@@ -113,6 +113,7 @@ def table(
     folder = service.home.evaluations / digest
     out = folder / f"{questions.name}-{questions.harness[:12]}.parquet"
     total = sum(len(rows) for _, rows in questions.rows)
+    # A damaged table would be judged as if a model had answered so.
     if out.exists() and not is_as_signed(out):
         LOG.warning("%s: is not what was written; evaluated again", out)
         out.unlink()
@@ -206,7 +207,7 @@ def against_cold(
     digests'. The population is asked first of all: on a GPU it makes room for cold engines.
     """
     rows = questions_of(questions.rows, shots_of(service, questions.rows))
-    sample = rows[:: -(-len(rows) // COLD_ROWS)]
+    sample = rows[:: -(-len(rows) // COLD_ROWS)]  # evenly over all tasks, which lie in order
     models: dict[str, Who] = {digest: who for who, digest in digests.items() if who in paths}
     warm: dict[str, Reply] = {}
     for digest in models:

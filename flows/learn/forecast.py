@@ -192,11 +192,13 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     population, generations = learner.population, learner.generations
     asked = population * learner.prompts * generations
     rate = rates.of(target)
+    # Members are shared among engines; every engine moves its own delta.
     learning_s = generations * (
         (population * rates.render_s + population * learner.prompts * rate.seconds) / rates.engines
         + rates.update_s * population / TRIED_MEMBERS
     )
     judged = {name: len(pools(service, name)[0]) for name in [target, *service.priors(target)]}
+    # The candidate, the anchor, and the champion where it is another model than the anchor.
     models = 2 if service.champion() == service.anchor.digest else 3
     first = {name: count * models for name, count in judged.items()}
     sealed = {
@@ -239,6 +241,7 @@ def within_budget(
     """
     if not learner.budget_minutes:
         return
+    # Measured even where a glance would do: a guess here costs somebody hours or a refused round.
     planned = forecast(
         service, target, learner, measure_rates(service, population, target, learner, progress)
     )

@@ -295,6 +295,7 @@ def norm_by_density(
     if generations < 1:
         return 0.0
     g = alpha / sqrt(population)
+    # Wide enough that what leaves the grid is below the accuracy that is promised.
     half = int(np.ceil(4 * 7 * sqrt(generations)))
     grid = np.arange(-half, half + 1, dtype=np.float64) * (g / 4)
     moved = prox(grid, penalty, alpha)

@@ -30,7 +30,7 @@ from deploy.serving.lease import Leases
 from deploy.serving.served import Served, write_served
 from flows.cli import app
 from flows.commands import doctor
-from flows.commands.sound import Limits
+from flows.commands.checks import Limits
 from flows.service import Service
 
 

@@ -1,4 +1,4 @@
-"""Is one thing sound? The machine's parts, a database, a file: what is there, or an exception."""
+"""Single checks of the machine, a database, a file: what was found, or its fault, raised."""
 
 import json
 import resource
