@@ -21,14 +21,19 @@ from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.decoding import largest_difference
-from agent.population.process import EngineLauncher
+from agent.population.pool import Population
+from agent.population.process import EngineLauncher, EngineProcess
 from agent.store.weights import Anchor
 from deploy.model import prepare
 from deploy.serving.control import EngineControl
 from deploy.serving.intact import TOLERANCE
 from flows.learn.evaluate import engine_settings
+from flows.learn.improve import run_round
+from flows.learn.weigh import weigh
 from flows.service import Service
-from flows.session import engine_options
+from flows.session import Session, engine_options
+from flows.show.report import RoundReport
+from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -78,10 +83,42 @@ def resized(directory: Path, tokens: int) -> None:
     made.save_pretrained(directory)
 
 
-def service(root: Path, **settings: dict[str, Any]) -> Service:
-    own = {"path": str(root / "model"), "dtype": "float32", "max_model_len": 128}
-    settings["model"] = own | settings.get("model", {})
-    return Service(Home.at(root / "home"), load(engines={"max_num_seqs": 8}, **settings))
+DIGITS = """
+from evaluators.task import Source, Task, Verdict
+
+TASK = Task(
+    name="digits",
+    source=Source("", eval_split="train", file="digits.jsonl"),
+    key=lambda row: row["id"],
+    fields=lambda row: {"question": row["question"]},
+    template="{question}",
+    verify=lambda text, row: Verdict(sum(map(str.isdigit, text)) / max(1, len(text)), 0.0, text),
+    gold=lambda row: "1",
+    wrong=lambda row: "a",
+    target=True,
+)
+"""
+LEARNER = {"generations": 2, "population": 4, "prompts": 12, "sigma": 0.05, "alpha": 0.05}
+
+
+def service(root: Path, name: str = "home", **model: Any) -> Service:
+    """A home of its own on the model, whose target is the share of digits in an answer."""
+    rows = ({"id": str(n), "question": f"Say {n}."} for n in range(60))
+    (root / "digits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "digits.py").write_text(DIGITS)
+    model = {"path": str(root / "model"), "dtype": "float32", "max_model_len": 256} | model
+    tasks = {"target": "digits", "files": [f"{root / 'digits.py'}:TASK"], "priors": ["refusal"]}
+    tasks |= {"rows": 8, "kl_rows": 0, "max_tokens": TOKENS}
+    parts: dict[str, Any] = {"model": model, "tasks": tasks, "learner": LEARNER}
+    parts |= {"engines": {"max_num_seqs": 8}, "gate": {"confirm": False}}
+    return Service(Home.at(root / name), load(**parts))
+
+
+def judged(opened: Service, engine: EngineProcess) -> RoundReport:
+    """A round on the engine, learnt and weighed."""
+    population = Population([lambda: engine])
+    learnt = run_round(opened, population, "digits", Silent())
+    return weigh(Session(opened, Silent(), population), learnt.run_id).report
 
 
 @contextmanager
@@ -118,10 +155,10 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
         engine_options(service(tmp_path))
     (tmp_path / "thinking.jinja").write_text(THINKING)
     thinking = {"chat_template": str(tmp_path / "thinking.jinja"), "reasoning_parser": "qwen3"}
-    off = service(tmp_path, model=thinking | {"chat_template_kwargs": {"enable_thinking": False}})
-    on = service(tmp_path, model=thinking)
+    off = service(tmp_path, "off", chat_template_kwargs={"enable_thinking": False}, **thinking)
+    on = service(tmp_path, "on", **thinking)
     assert engine_settings(off)["decoding"] != engine_settings(on)["decoding"]
-    answers, probes = {}, []
+    answers, probes, reports = {}, [], {}
     launcher = EngineLauncher(tmp_path / "launcher.log")
     try:
         for name, opened in (("off", off), ("on", on)):
@@ -129,6 +166,7 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
             answers[name] = [each.text for each in engine.generate(PROMPTS, TOKENS)]
             if name == "off":
                 probes = engine.top_logprobs(PROMPTS[:4], 5, 3)
+            reports[name] = judged(opened, engine)
             engine.close()
     finally:
         launcher.close()
@@ -142,4 +180,8 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
         assert largest_difference(probes, told) <= TOLERANCE
     assert len(set(answers["off"])) > 30
     assert any(answers["on"]) != all(answers["on"])  # some thinking never ends, some does
+    for report in reports.values():
+        assert report.generations >= 2
+        assert report.verdict != "unchanged"
+        assert report.tasks["digits"]["anchor"] is not None
     assert off.anchor.digest == Anchor.open(tmp_path / "model").digest
