@@ -19,6 +19,7 @@ from pathlib import Path
 from agent.config import Settings, keep, load
 from agent.errors import UserError
 from agent.home import Home
+from agent.population.decoding import decoding
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.anchor import require_finite
 from agent.store.ledger import Ledger
@@ -37,6 +38,7 @@ def prepare(home: Home, settings: Settings) -> Served:
     """settings.json and serving.json: the ledger's champion, the anchor where it has none."""
     anchor = Anchor.open(resolve(settings.model, home.models))
     require_finite(anchor)
+    decoding(settings, anchor.directory)  # refused before an engine starts
     ledger = Ledger(home.state_db)
     try:
         champion = ledger.champion() or anchor.digest
