@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,12 +126,17 @@ def judged(opened: Service, engine: EngineProcess) -> RoundReport:
 def serving(opened: Service) -> Iterator[EngineControl]:
     """The serving engine as the stack starts it."""
     prepare(opened.home, opened.settings)
-    log = (opened.home.root / "engine.log").open("wb")
-    argv = [sys.executable, "-m", "deploy.serving.process", str(opened.home.root), "blue"]
+    path = opened.home.root / "engine.log"
+    log = path.open("wb")
+    argv = [sys.executable, "-m", "deploy.serving.process", str(opened.home.root), BLUE]
     process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env={**os.environ})
     try:
-        with EngineControl.at(opened.home.engine_socket("blue")) as engine:
-            engine.wait(240)
+        with EngineControl.at(opened.home.engine_socket(BLUE)) as engine:
+            until = time.monotonic() + 240
+            while not engine.healthy():
+                assert process.poll() is None, path.read_text()
+                assert time.monotonic() < until, path.read_text()
+                time.sleep(0.5)
             yield engine
     finally:
         process.terminate()
