@@ -24,10 +24,12 @@ from agent.home import Home
 from agent.population.decoding import largest_difference
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineProcess
+from agent.population.schedule import Logprobs
 from agent.store.weights import Anchor
 from deploy.model import prepare
 from deploy.serving.control import EngineControl
 from deploy.serving.intact import TOLERANCE
+from deploy.serving.served import BLUE
 from flows.learn.evaluate import engine_settings
 from flows.learn.improve import run_round
 from flows.learn.weigh import weigh
@@ -164,7 +166,9 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
     off = service(tmp_path, "off", chat_template_kwargs={"enable_thinking": False}, **thinking)
     on = service(tmp_path, "on", **thinking)
     assert engine_settings(off)["decoding"] != engine_settings(on)["decoding"]
-    answers, probes, reports = {}, [], {}
+    answers: dict[str, list[str]] = {}
+    reports: dict[str, RoundReport] = {}
+    probes: list[list[Logprobs]] = []
     launcher = EngineLauncher(tmp_path / "launcher.log")
     try:
         for name, opened in (("off", off), ("on", on)):
@@ -176,13 +180,13 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
             engine.close()
     finally:
         launcher.close()
-    with serving(off) as engine:
-        assert asked(engine) == answers["off"]
-        assert asked(engine, chat_template_kwargs={"enable_thinking": True}) == answers["on"]
-        plain = asked(engine, repetition_penalty=1.0, presence_penalty=0.0)
+    with serving(off) as server:
+        assert asked(server) == answers["off"]
+        assert asked(server, chat_template_kwargs={"enable_thinking": True}) == answers["on"]
+        plain = asked(server, repetition_penalty=1.0, presence_penalty=0.0)
         assert sum(map(str.__eq__, plain, answers["off"])) < 50  # a client's own values hold
-        ids = [engine.tokens(prompt) for prompt in PROMPTS[:4]]
-        told = engine.top_logprobs("anchorage", ids, 5, 3)
+        ids = [server.tokens(prompt) for prompt in PROMPTS[:4]]
+        told = server.top_logprobs("anchorage", ids, 5, 3)
         assert largest_difference(probes, told) <= TOLERANCE
     assert len(set(answers["off"])) > 30
     assert any(answers["on"]) != all(answers["on"])  # some thinking never ends, some does
