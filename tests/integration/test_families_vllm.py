@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,9 @@ from agent.population.certify import ANSWER, PROMPTS, FreshEngine, Reply
 from agent.population.process import EngineLauncher
 from agent.population.vllm import EngineOptions
 from deploy.model import EMBEDDED_CERTIFICATES
-from deploy.serving.intact import read_probes
-from evaluators import examples
+from deploy.serving.controller import connect
+from deploy.serving.intact import TOLERANCE, difference, read_probes
+from deploy.serving.served import read_served
 from flows.commands.runs import review_now
 from flows.lab.families import DTYPES, FAMILIES, certify_model, certify_tiny, make_tiny
 from flows.learn.evaluate import against_cold, first_stage, tables
@@ -89,6 +89,22 @@ def test_every_member_of_a_model_whose_head_is_its_embedding_is_its_own(
     assert ANSWER >= 8  # a text tells members apart
 
 
+PARITY = """
+from evaluators.task import Source, Task, Verdict
+
+TASK = Task(
+    name="parity",
+    source=Source("", eval_split="train", file="parity.jsonl"),
+    key=lambda row: str(row["id"]),
+    fields=lambda row: {"word": row["word"]},
+    template="{word}",
+    verify=lambda text, row: Verdict(float(sum(map(ord, text)) % 2 == row["bit"]), 1.0, text),
+    gold=lambda row: "ba"[row["bit"]],
+    wrong=lambda row: "ab"[row["bit"]],
+    target=True,
+    max_tokens=16,
+)
+"""
 SETTINGS = """
 [model]
 path = "{model}"
@@ -106,8 +122,8 @@ sigma = 0.02
 alpha = 0.05
 
 [tasks]
-target = "json_answer"
-files = ["{own}/json_answer.py:TASK"]
+target = "parity"
+files = ["{own}/parity.py:TASK"]
 rows = 24
 curve_every = 0
 kl_rows = 0
@@ -133,12 +149,16 @@ def anchorage(*arguments: str, home: Path) -> None:
 def test_a_round_of_experts_ends_in_what_cold_engines_say(
     swap: str, tmp_path: Path, scale: Scale
 ) -> None:
-    """Tables, gate and endpoint of a mixture of experts, by both ways of swapping."""
+    """Tables, gate and endpoint of a mixture of experts, by both ways of swapping.
+
+    A random model is rewarded for the parity of its answer: members differ, so weights move.
+    """
     if swap == "blue_green" and scale(0, 1) == 0:
         pytest.skip("two stacks: in the soak")
     model = make_tiny(tmp_path / "model", "qwen3_moe", tied=False, dtype=torch.bfloat16)
-    for name in ("json_answer.py", "json_answer.jsonl"):
-        shutil.copy(Path(examples.__file__).parent / name, tmp_path)
+    rows = [{"id": n, "word": f"word {n * n} of {n}", "bit": n % 3 % 2} for n in range(160)]
+    (tmp_path / "parity.py").write_text(PARITY, encoding="utf-8")
+    (tmp_path / "parity.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     config, home = tmp_path / "anchorage.toml", tmp_path / "home"
     config.write_text(SETTINGS.format(model=model, own=tmp_path, swap=swap), encoding="utf-8")
     anchorage("up", "--config", str(config), home=home)
@@ -154,10 +174,13 @@ def test_a_round_of_experts_ends_in_what_cold_engines_say(
             paths = tables(service, opened.population, digests, questions, Silent())
             cold = partial(cold_engine, opened)
             assert against_cold(service, opened.population, cold, digests, questions, paths) == []
-        if service.ledger.state(candidate) == "AWAIT_REVIEW":
-            told = review_now(home, candidate, "approve", "a test", Silent())
-            assert told["served"] == candidate, told
-            assert read_probes(Home.at(home), candidate).positions > 0
-        assert service.ledger.state(candidate) in ("CHAMPION", "BAKING", "REJECT")
+        assert candidate != run.anchor_digest
+        assert service.ledger.state(candidate) == "AWAIT_REVIEW"
+        told = review_now(home, candidate, "approve", "a test", Silent())
+        assert (told["served"], told["state"]) == (candidate, "SWAPPED"), told
+        with connect(Home.at(home), read_served(Home.at(home)).slot) as engine:
+            probes = read_probes(Home.at(home), candidate)  # a cold engine's
+            ids = [engine.tokens(prompt) for prompt in probes.prompts]
+            assert difference(engine, engine.model(), ids, probes) <= TOLERANCE
     finally:
         anchorage("down", home=home)
