@@ -350,6 +350,9 @@ def _start(options: EngineOptions) -> Engine:
 
 def main(descriptor: str) -> None:
     """Import what engines need, then serve the inherited socket."""
+    # Engines have temporary folders of their own, but what torch compiled serves the next one, too.
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     gc.disable()  # imports make no garbage, and what they leave is shared with every engine
     preload()
     gc.freeze()
