@@ -254,7 +254,7 @@ def test_seeded_answers_to_more_than_a_batch_of_prompts(
 def test_a_shared_start_of_prompts_is_computed_once_and_changes_no_answer(
     launcher: EngineLauncher, engine: EngineProcess, pair: tuple[Path, Path]
 ) -> None:
-    shared = "You answer in few words. " * 4
+    shared = "You answer in few words. " * 3
     prompts = [
         [{"role": "system", "content": shared}, {"role": "user", "content": f"What is {n}?"}]
         for n in range(24)
