@@ -171,6 +171,30 @@ def test_an_import_that_goes_up_is_found(module: str, line: str) -> None:
     assert violations(modules) != []
 
 
+def repeated_classes(modules: Mapping[str, str]) -> dict[str, list[str]]:
+    """Public classes that more than one module defines: name -> the modules."""
+    found: dict[str, list[str]] = {}
+    for name, source in modules.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
+def test_a_public_class_name_has_one_meaning() -> None:
+    assert repeated_classes(sources()) == {}
+
+
+def test_a_repeated_class_name_is_found() -> None:
+    modules = {"agent.a": "class Thing: ...", "flows.b": "class Thing: ...\nclass _Own: ..."}
+    assert repeated_classes(modules) == {"Thing": ["agent.a", "flows.b"]}
+
+
+def test_flows_has_at_most_twelve_rooms() -> None:
+    rooms = [path.name for path in (ROOT / "flows").iterdir() if path.name != "__pycache__"]
+    assert len([name for name in rooms if name != "py.typed"]) <= 12, sorted(rooms)
+
+
 def test_a_cycle_is_found() -> None:
     modules = sources() | {"agent.a": "import agent.b", "agent.b": "import agent.a"}
     assert sorted(cycles(modules)) == ["agent.a", "agent.b"]

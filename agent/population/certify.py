@@ -62,7 +62,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ProbeReply:
     """What one engine answered to some prompts: greedy texts and top log-probabilities."""
 
     texts: tuple[str, ...]
@@ -76,14 +76,14 @@ class Reply:
         prompts: Sequence[Messages] = PROMPTS,
         max_tokens: int | Sequence[int] = ANSWER,
         positions: int = POSITIONS,
-    ) -> "Reply":
+    ) -> "ProbeReply":
         """Ask theta, the loaded directory, or a member."""
         texts = [answer.text for answer in engine.generate(prompts, max_tokens, member)]
         rows = engine.top_logprobs(prompts, TOKENS, positions, member)
         return cls(tuple(texts), tuple(map(tuple, rows)))
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Reply":
+    def from_json(cls, data: Mapping[str, Any]) -> "ProbeReply":
         """Read what ``dataclasses.asdict`` and JSON made of one: token ids became texts."""
         rows = (
             tuple({int(token): value for token, value in place.items()} for place in row)
@@ -91,21 +91,21 @@ class Reply:
         )
         return cls(tuple(data["texts"]), tuple(rows))
 
-    def reversed(self) -> "Reply":
+    def reversed(self) -> "ProbeReply":
         """The same with its prompts in the other order."""
-        return Reply(self.texts[::-1], self.logprobs[::-1])
+        return ProbeReply(self.texts[::-1], self.logprobs[::-1])
 
-    def difference(self, other: "Reply") -> float:
+    def difference(self, other: "ProbeReply") -> float:
         """max |log p - log q| in nats; infinite where the likeliest tokens differ."""
         return largest_difference(other.logprobs, self.logprobs)
 
-    def equal(self, other: "Reply") -> int:
+    def equal(self, other: "ProbeReply") -> int:
         """How many greedy texts are the same."""
         return sum(a == b for a, b in zip(self.texts, other.texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class WayCheck:
     """One way of putting weights against a cold start of the same weights."""
 
     what: str  # member, theta, load, reload
@@ -135,7 +135,7 @@ class Certificate:
     family: str  # the architecture's name
     way: Way
     spread: float  # max |log p - log q| of two askings of one cold engine, nats
-    checks: tuple[Check, ...]  # of the way; of the last one tried where all failed
+    checks: tuple[WayCheck, ...]  # of the way; of the last one tried where all failed
     refused: tuple[str, ...] = ()  # what failed on the way there
 
     @property
@@ -150,7 +150,7 @@ class Certificate:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Certificate":
         """Read what ``to_json`` wrote."""
-        checks = tuple(Check(**check) for check in data["checks"])
+        checks = tuple(WayCheck(**check) for check in data["checks"])
         return cls(**{**data, "checks": checks, "refused": tuple(data["refused"])})
 
 
@@ -203,10 +203,10 @@ def certify(
     return Certificate(family_of(directory), way, spread, checks, tuple(refused))
 
 
-def _cold(engine: Engine, directory: Path, prompts: Sequence[Messages]) -> Reply:
+def _cold(engine: Engine, directory: Path, prompts: Sequence[Messages]) -> ProbeReply:
     """The reply of an engine that was given nothing; one that cannot answer refuses the model."""
     try:
-        return Reply.of(engine, prompts=prompts)
+        return ProbeReply.of(engine, prompts=prompts)
     except UserError:
         raise
     except Exception as error:  # the boundary of an engine
@@ -216,16 +216,16 @@ def _cold(engine: Engine, directory: Path, prompts: Sequence[Messages]) -> Reply
 
 def _checks(
     engine: Engine,
-    anchor: tuple[Path, Reply],
-    other: tuple[Path, Reply],
+    anchor: tuple[Path, ProbeReply],
+    other: tuple[Path, ProbeReply],
     member: Member,
     prompts: Sequence[Messages],
-) -> Iterator[Check]:
+) -> Iterator[WayCheck]:
     """Each check of the module's table, in its order; an engine that breaks fails what is left.
 
     anchor, other: a directory and what a cold engine on it answered.
     """
-    steps: list[tuple[str, Callable[[], object], Member | None, Reply]] = [
+    steps: list[tuple[str, Callable[[], object], Member | None, ProbeReply]] = [
         ("member", lambda: engine.open(anchor[0]), member, other[1]),
         ("theta", lambda: None, None, anchor[1]),
         ("load", lambda: engine.load(other[0]), None, other[1]),
@@ -234,14 +234,14 @@ def _checks(
     for what, put, asked, cold in steps:
         try:
             put()
-            reply = Reply.of(engine, asked, prompts)
+            reply = ProbeReply.of(engine, asked, prompts)
         except UserError:
             raise
         except Exception as error:  # the boundary of an engine: recorded against the way
             why = " ".join(str(error).split())[:200]
-            yield Check(what, math.inf, 0, len(prompts), why)
+            yield WayCheck(what, math.inf, 0, len(prompts), why)
         else:
-            yield Check(what, reply.difference(cold), reply.equal(cold), len(prompts))
+            yield WayCheck(what, reply.difference(cold), reply.equal(cold), len(prompts))
 
 
 def _taken(engine: Engine) -> Way:

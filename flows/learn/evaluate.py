@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.home import is_as_signed, sign_file, write_atomically
-from agent.population.certify import Reply, allowed
+from agent.population.certify import ProbeReply, allowed
 from agent.population.decoding import decoding
 from agent.population.pool import Population
 from agent.population.schedule import Engine
@@ -209,7 +209,7 @@ def against_cold(
     rows = questions_of(questions.rows, shots_of(service, questions.rows))
     sample = rows[:: -(-len(rows) // COLD_ROWS)]  # evenly over all tasks, which lie in order
     models: dict[str, Who] = {digest: who for who, digest in digests.items() if who in paths}
-    warm: dict[str, Reply] = {}
+    warm: dict[str, ProbeReply] = {}
     for digest in models:
         population.load(service.directory(digest), digest)
         warm[digest] = population.ask(partial(_asked, sample))
@@ -228,7 +228,7 @@ def against_cold(
 class ColdReply:
     """A cold engine's reply, and how far its own reply to the rows in reverse order is from it."""
 
-    reply: Reply
+    reply: ProbeReply
     spread: float  # max |log p - log q|, nats
     unlike: int  # texts
 
@@ -238,9 +238,9 @@ def _beside(path: Path, questions: Questions) -> Path:
     return path.with_name(f"cold-{questions.harness[:12]}.json")
 
 
-def _asked(sample: Sequence[Question], engine: Engine) -> Reply:
+def _asked(sample: Sequence[Question], engine: Engine) -> ProbeReply:
     prompts, limits = [q.messages for q in sample], [q.task.max_tokens for q in sample]
-    return Reply.of(engine, None, prompts, limits, positions=1)
+    return ProbeReply.of(engine, None, prompts, limits, positions=1)
 
 
 def _cold_reply(cold: Cold, digest: str, sample: Sequence[Question], kept: Path) -> ColdReply:
@@ -251,7 +251,7 @@ def _cold_reply(cold: Cold, digest: str, sample: Sequence[Question], kept: Path)
         spread, unlike = again.difference(reply), len(sample) - again.equal(reply)
         write_atomically(kept, json.dumps(asdict(ColdReply(reply, spread, unlike))))
     document = json.loads(kept.read_text(encoding="utf-8"))
-    return ColdReply(**(document | {"reply": Reply.from_json(document["reply"])}))
+    return ColdReply(**(document | {"reply": ProbeReply.from_json(document["reply"])}))
 
 
 def _answers(path: Path, sample: Sequence[Question]) -> list[str | None]:
@@ -260,7 +260,7 @@ def _answers(path: Path, sample: Sequence[Question]) -> list[str | None]:
     return [table.get((q.task.name, q.example_id)) for q in sample]
 
 
-def _unconfirmed(cold: ColdReply, warm: Reply, answers: Sequence[str | None]) -> Iterator[str]:
+def _unconfirmed(cold: ColdReply, warm: ProbeReply, answers: Sequence[str | None]) -> Iterator[str]:
     """The findings on one model: its weights in the population, and its table."""
     bound, off = allowed(cold.spread), warm.difference(cold.reply)
     if not off <= bound:

@@ -14,7 +14,7 @@ import torch
 
 from agent.home import Home
 from agent.learner.noise import Address
-from agent.population.certify import ANSWER, PROMPTS, FreshEngine, Reply
+from agent.population.certify import ANSWER, PROMPTS, FreshEngine, ProbeReply
 from agent.population.process import EngineLauncher
 from agent.population.vllm import EngineOptions
 from deploy.model import EMBEDDED_CERTIFICATES
@@ -80,7 +80,7 @@ def test_every_member_of_a_model_whose_head_is_its_embedding_is_its_own(
     members = [(Address(3, 0, pair), 0.05) for pair in range(scale(2, 12))]
     fresh.open(model)
     put.open(model)
-    told = [(Reply.of(fresh, member), Reply.of(put, member)) for member in members]
+    told = [(ProbeReply.of(fresh, member), ProbeReply.of(put, member)) for member in members]
     fresh.close()
     put.close()
     assert sum(one.equal(other) for one, other in told) == len(PROMPTS) * len(members)

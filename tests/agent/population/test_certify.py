@@ -18,7 +18,7 @@ from agent.population.certify import (
     PROMPTS,
     Certificate,
     FreshEngine,
-    Reply,
+    ProbeReply,
     certify,
     key_of,
     typical,
@@ -178,12 +178,12 @@ def test_engines_started_afresh_answer_as_the_literal_definition(
         alpha=0.5,
         penalty=Penalty("l2", 0.1),
     )
-    assert Reply.of(fresh, member, ASKED) == Reply.of(plain, member, ASKED)
+    assert ProbeReply.of(fresh, member, ASKED) == ProbeReply.of(plain, member, ASKED)
     assert fresh.apply(moved) == plain.apply(moved)
-    assert Reply.of(fresh, None, ASKED) == Reply.of(plain, None, ASKED)
+    assert ProbeReply.of(fresh, None, ASKED) == ProbeReply.of(plain, None, ASKED)
     assert fresh.state()["delta_hash"] == plain.state()["delta_hash"]
     assert fresh.load(models["llama"]) == plain.load(models["llama"])
-    assert Reply.of(fresh, None, ASKED) == Reply.of(plain, None, ASKED)
+    assert ProbeReply.of(fresh, None, ASKED) == ProbeReply.of(plain, None, ASKED)
     assert fresh.restore(None, [moved]) == plain.restore(None, [moved])
     assert fresh.generate(ASKED, 4) == plain.generate(ASKED, 4)
     assert len(started) == 4  # one engine for each model, asked as often as it is wanted

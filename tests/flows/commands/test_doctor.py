@@ -30,7 +30,7 @@ from deploy.serving.lease import Leases
 from deploy.serving.served import Served, write_served
 from flows.cli import app
 from flows.commands import doctor
-from flows.commands.checks import Limits
+from flows.commands.checks import MachineNeeds
 from flows.service import Service
 
 
@@ -284,9 +284,9 @@ def test_a_changed_anchor_is_a_fault(patient: Patient) -> None:
 def test_what_the_machine_lacks_is_said(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Limits that no machine meets."""
+    """MachineNeeds that no machine meets."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
-    limits = Limits(1 << 62, 1 << 62, 1 << 62, ("no-such-package",))
+    limits = MachineNeeds(1 << 62, 1 << 62, 1 << 62, ("no-such-package",))
     told = {each["check"]: each for each in doctor.examine(patient.home.root, limits)}[name]
     assert not told["ok"]
     assert told["repair"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from agent.errors import UserError
-from agent.population.certify import Certificate, Check
+from agent.population.certify import Certificate, WayCheck
 from agent.store.anchor import Anchor
 from flows.lab.families import (
     END_MARK,
@@ -21,15 +21,15 @@ from flows.lab.families import (
 from flows.show.terminal import Silent
 
 WHATS = ("member", "theta", "load", "reload")
-SOUND = tuple(Check(what, 0.0, 12, 12) for what in WHATS)
+SOUND = tuple(WayCheck(what, 0.0, 12, 12) for what in WHATS)
 
 
-def trial(checks: tuple[Check, ...] = SOUND, way: str = "short") -> Trial:
+def trial(checks: tuple[WayCheck, ...] = SOUND, way: str = "short") -> Trial:
     return Trial(True, "float32", Certificate("X", way, 0.0, checks))  # type: ignore[arg-type]
 
 
 def test_a_row_counts_what_equals_a_cold_start() -> None:
-    stale = (Check("member", 0.2, 12, 12), Check("theta", 0.0, 11, 12), *SOUND[2:])
+    stale = (WayCheck("member", 0.2, 12, 12), WayCheck("theta", 0.0, 11, 12), *SOUND[2:])
     refused = Trial(True, "bfloat16", None, "engine: a|b")
     assert row("gemma2", [trial(), trial()]).split(" | ")[2:8] == [
         "yes", "yes", "2 of 2", "2 of 2", "2 of 2", "short",
