@@ -268,7 +268,7 @@ def unknown_model(name: str, parts: GatewayParts, digest: str | None = None) -> 
     )
 
 
-def engine_error(status: int, content: bytes, *, constrained: bool = False) -> ApiError:
+def engine_error(status: object, content: bytes, *, constrained: bool = False) -> ApiError:
     """The engine's own refusal in OpenAI's shape; its inner failures are not passed on.
 
     constrained: the request had a schema. vLLM ends a request whose grammar it cannot build, or
@@ -276,7 +276,7 @@ def engine_error(status: int, content: bytes, *, constrained: bool = False) -> A
     """
     if constrained and status == 500 and b'"Internal server error"' in content:
         return ApiError(400, UNFOLLOWABLE, param="response_format")
-    if status < 400 or status >= 500:
+    if not isinstance(status, int) or not 400 <= status < 500:
         return bad_gateway("the engine failed", "engine_failed")
     try:
         error = orjson.loads(content)["error"]

@@ -23,7 +23,7 @@ from agent.gateway.errors import (
     cancelled,
     gone,
 )
-from agent.gateway.exchange import UNFOLLOWABLE, Exchange
+from agent.gateway.exchange import Exchange, engine_error
 from agent.gateway.wire import WaitTimer
 from agent.store.experience import Status
 
@@ -36,7 +36,8 @@ class StreamedAnswer(Response):
     """The engine's events as they come, stamped; the end is sent only when the whole was sound.
 
     The engine is read ahead of the client: its place is given back when generation ends, however
-    slowly the client reads.
+    slowly the client reads. Nothing is sent before the first event: a failure that comes before it
+    is an error of its own (vLLM sends its refusal of a request as the only event of a 200).
     """
 
     media_type = "text/event-stream"
@@ -51,6 +52,7 @@ class StreamedAnswer(Response):
         self._reply = exchange.reply
         self._form = exchange.answer_form()
         self._began = False
+        self._refusal: ApiError | None = None  # a failure before the first event
         self._ready: asyncio.Queue[bytes] = asyncio.Queue(BUFFER_EVENTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,13 +69,16 @@ class StreamedAnswer(Response):
         assert sender is not None
         unread = WaitTimer(sender.cancel, asyncio.get_running_loop())
         limit_s = self._exchange.parts.settings.silence_timeout_s
-        # Only now: before the first event the engine's refusal could still be a status of its own.
         try:
+            piece = await self._next()
+            if self._refusal is not None:
+                raise self._refusal
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while piece := await self._next():
+            while piece:
                 unread.begin(limit_s)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
                 unread.end()
+                piece = await self._next()
             await send({"type": "http.response.body", "body": b""})
         except asyncio.CancelledError:
             if unread.expired and not sender.uncancel():
@@ -102,7 +107,13 @@ class StreamedAnswer(Response):
         """
         try:
             status, last = await self._all()
-            self._exchange.finish(status)
+            if (
+                self._refusal is not None
+                and self._refusal.status < httpx.codes.INTERNAL_SERVER_ERROR
+            ):
+                self._exchange.close()  # the client's mistake: not counted against the engine
+            else:
+                self._exchange.finish(status)
             await self._ready.put(last)
             await self._ready.put(END)
         except asyncio.CancelledError:
@@ -119,7 +130,10 @@ class StreamedAnswer(Response):
                 await self._events()
             return "ok", self._form.end()
         except Exception as error:
-            return "error", self._form.failure(self._error_body(error))
+            failure = self._api_error(error)
+            if not self._began:
+                self._refusal = failure
+            return "error", self._form.failure(failure.body)
         finally:
             await self._reply.close()
 
@@ -140,9 +154,11 @@ class StreamedAnswer(Response):
         if aborted(event):
             raise BrokenStreamError("aborted")
         if event.startswith(b'data: {"error"'):
-            # Before the first piece of an answer with a schema: its grammar could not be built.
-            unfollowable = self._exchange.call.constrained and not self._began
-            raise ApiError(400, UNFOLLOWABLE) if unfollowable else BrokenStreamError("engine error")
+            if self._began:
+                raise BrokenStreamError("engine error")
+            status = orjson.loads(event[6:])["error"].get("code")
+            constrained = self._exchange.call.constrained
+            raise engine_error(status, event[6:], constrained=constrained)
         if not self._began:
             self._began = True
             self._exchange.first_event()
@@ -157,8 +173,8 @@ class StreamedAnswer(Response):
         if (not usage or call.wants_usage) and (piece := self._form.event(event)):
             await self._ready.put(piece)
 
-    def _error_body(self, error: Exception) -> bytes:
-        """What the client reads of a failure."""
+    def _api_error(self, error: Exception) -> ApiError:
+        """A failure as the client's error."""
         if isinstance(error, httpx.HTTPError):
             error = self._exchange.route.upstream.failure(error)
         elif isinstance(error, TimeoutError):
@@ -168,4 +184,4 @@ class StreamedAnswer(Response):
                 LOG.error("stream failed", extra={"fields": {"error": type(error).__name__}})
             error = bad_gateway("the engine broke off", "engine_failed")
         assert isinstance(error, ApiError)
-        return error.body
+        return error

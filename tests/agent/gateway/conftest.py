@@ -133,7 +133,10 @@ class FakeEngine(httpx.AsyncBaseTransport):
 
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         head = self._head(body, "chat.completion.chunk")
-        for i in range(self.tokens):
+        if self.fault.startswith("event "):  # the only event of the stream
+            _, code, message = self.fault.split(" ", 2)
+            yield self._event({"error": {"message": message, "param": None, "code": int(code)}})
+        for i in range(0 if self.fault.startswith("event ") else self.tokens):
             await asyncio.sleep(self.delay_s)
             last = i == self.tokens - 1
             finish = ("abort" if self.fault == "abort" else self.finish) if last else None

@@ -224,6 +224,32 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_no_done(running: Any, f
     assert "inner detail" not in response.text
 
 
+@pytest.mark.parametrize(
+    ("fault", "status", "says"),
+    [
+        ("event 400 the schema has no such feature", 400, "the schema has no such feature"),
+        ("event 500 Internal server error", 400, "cannot follow this schema"),
+        ("event 500 out of memory at 0x7f", 502, "the engine failed"),
+    ],
+)
+def test_a_stream_refused_before_its_first_event_is_an_error_of_its_own(
+    running: Any, fault: str, status: int, says: str
+) -> None:
+    """Only the engine's own failure is recorded as one."""
+    running.engine.fault = fault
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "string"}}}
+    body = {"model": "tiny", "messages": HELLO, "stream": True, "response_format": form}
+    with running.http() as client:
+        response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == status
+    assert says in response.json()["error"]["message"]
+    running.settled()
+    with running.store.engine.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT status FROM interactions").all()
+    assert [row[0] for row in rows] == (["error"] if status == 502 else [])
+    assert running.app.state.parts.admission.in_flight == 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_engine(running: Any, stream: bool) -> None:
     running.engine.fault = "stuck"
