@@ -153,8 +153,8 @@ def test_a_round_of_experts_ends_in_what_cold_engines_say(
 
     A random model is rewarded for the parity of its answer: members differ, so weights move.
     """
-    if swap == "blue_green" and scale(0, 1) == 0:
-        pytest.skip("two stacks: in the soak")
+    if scale(0, 1) == 0:
+        pytest.skip("a stack of its own for each way: in the soak")
     model = make_tiny(tmp_path / "model", "qwen3_moe", tied=False, dtype=torch.bfloat16)
     rows = [{"id": n, "word": f"word {n * n} of {n}", "bit": n % 3 % 2} for n in range(160)]
     (tmp_path / "parity.py").write_text(PARITY, encoding="utf-8")
