@@ -77,6 +77,7 @@ class Desk:
         self._start([*server, str(self.port)], "prefect")
         wait(lambda: answers(Probe(f"{self.api}/health")))
         self._start([sys.executable, "-c", RUNNER, str(self.home.root), str(MINUTES)], "flows")
+        wait(lambda: all(map(self.is_registered, ("collect", "improve", "loop"))))
 
     def _start(self, command: list[str], name: str) -> None:
         self.home.logs.mkdir(exist_ok=True)
@@ -101,6 +102,13 @@ class Desk:
 
     def deployment(self, name: str) -> str:
         return str(self.ask("GET", f"/deployments/name/{name}/{name}")["id"])
+
+    def is_registered(self, name: str) -> bool:
+        """Whether the runner, which starts after the server, has made this deployment."""
+        try:
+            return bool(self.deployment(name))
+        except httpx.HTTPStatusError:
+            return False
 
     def runs(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.ask("POST", "/flow_runs/filter", {})
