@@ -34,7 +34,7 @@ Scale = Callable[[int, int], int]
 REFUSED = {  # by vLLM's build for the CPU
     (name, "float32"): "attention requires BF16" for name in ("qwen3_5_text", "qwen3_5")
 }
-FEW = ["gemma2", "gpt2", "qwen3_moe"]  # a head that is the embedding, other names, experts
+FEW = ["gpt2", "qwen3_moe"]  # other names, experts; Gemma 2 has a test of its own
 
 
 def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
@@ -49,7 +49,9 @@ def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
             assert {check.difference for check in trial.certificate.checks} == {0.0}, (name, trial)
 
 
-def test_the_embedded_models_certificate_is_what_is_measured() -> None:
+def test_the_embedded_models_certificate_is_what_is_measured(scale: Scale) -> None:
+    if scale(0, 1) == 0:
+        pytest.skip("changes with vLLM alone: in the soak")
     key, measured = certify_model("embedded", Silent())
     shipped = json.loads(EMBEDDED_CERTIFICATES.read_text(encoding="utf-8"))
     assert shipped == {key: json.loads(json.dumps(measured.to_json()))}  # lists for tuples
