@@ -22,6 +22,16 @@ LOCK_POLL_S = 0.01  # filelock polls; its default of 0.05 s would show in a swap
 FOREVER_S = -1.0
 
 
+class _In:
+    """A path below the folder of a home."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, home: "Home", _kind: type) -> Path:
+        return home.root / self._path
+
+
 @dataclass(frozen=True)
 class Home:
     """The one folder a service owns, and the name of everything in it."""
@@ -45,97 +55,75 @@ class Home:
 
     # -- databases and settings ---------------------------------------------------------------
 
-    @property
-    def state_db(self) -> Path:
-        """SQLite: journal and ledger."""
-        return self.root / "state.db"
-
-    @property
-    def experience_db(self) -> Path:
-        """SQLite: interactions, rewards, feedback, keys (unless the settings give a URL)."""
-        return self.root / "experience.db"
-
-    @property
-    def settings_json(self) -> Path:
-        """The settings the running service was started with."""
-        return self.root / "settings.json"
-
-    @property
-    def salt(self) -> Path:
-        """This installation's secret, which decides the sealed draws; mode 0600."""
-        return self.root / "salt"
-
-    @property
-    def password(self) -> Path:
-        """The password of MLflow's and Prefect's servers; mode 0600."""
-        return self.root / "password"
+    state_db = _In("state.db")  # SQLite: journal and ledger
+    # SQLite: interactions, rewards, feedback, keys (unless the settings give a URL)
+    experience_db = _In("experience.db")
+    settings_json = _In("settings.json")  # the settings the running service was started with
+    started_json = _In("started.json")  # the settings file and options that `up` was given
+    salt = _In("salt")  # this installation's secret, which decides the sealed draws; mode 0600
+    password = _In("password")  # the password of MLflow's and Prefect's servers; mode 0600
 
     # -- learning and evaluation --------------------------------------------------------------
 
-    @property
-    def models(self) -> Path:
-        """Models read from GGUF files, one Hugging Face directory each."""
-        return self.root / "models"
+    models = _In("models")  # models read from GGUF files, one Hugging Face directory each
+    weights = _In("weights")  # one Hugging Face directory per kept digest
+    snapshots = _In("snapshots")  # caches of delta; deleting them changes nothing
+    # weights of penalties, by sha256: what a replay of the rounds that used them needs
+    importance = _In("importance")
+    evaluations = _In("evaluations")  # per-sample tables, one folder per digest
+    runs = _In("runs")  # one folder per round
+    round_lock = _In("round.lock")  # held by the process that runs a round: one at a time
+    # held by a loop from before its verdict until the promotion that follows has ended
+    verdict_lock = _In("verdict.lock")
 
-    @property
-    def weights(self) -> Path:
-        """One Hugging Face directory per kept digest."""
-        return self.root / "weights"
+    # -- serving ------------------------------------------------------------------------------
 
-    @property
-    def snapshots(self) -> Path:
-        """Caches of delta; deleting them changes nothing."""
-        return self.root / "snapshots"
+    serving_json = _In("serving.json")  # the champion: what every engine that starts has to load
+    chat_template = _In("chat_template.jinja")  # the one that is set, for engines that want a file
+    probes = _In("probes")  # what a cold engine answered to fixed prompts, one file per digest
+    # weights of single members while an engine is started on each; and of certification
+    members = _In("members")
+    swap_json = _In("swap.json")  # the lease of the swap under way; absent when there is none
+    swap_lock = _In("swap.lock")  # held while swap.json is read and replaced
+    sockets = _In("sockets")  # Unix sockets, mode 0700
+    admin_socket = _In("sockets/gateway-admin.sock")  # where the gateway takes hold, release, flip
+    supervisor_socket = _In("sockets/super.sock")  # where supervisord takes its XML-RPC
 
-    @property
-    def importance(self) -> Path:
-        """Weights of penalties, by sha256: what a replay of the rounds that used them needs."""
-        return self.root / "importance"
+    # -- the stack of processes ---------------------------------------------------------------
 
-    @property
-    def evaluations(self) -> Path:
-        """Per-sample tables, one folder per digest."""
-        return self.root / "evaluations"
+    # supervisord's configuration; its command line names it, which is how it is known
+    supervisor_config = _In("supervisord.conf")
+    supervisor_pid = _In("supervisord.pid")  # where supervisord writes its process id
+    stack_json = _In("stack.json")  # addresses of the running stack, its clients' environment
+    stack_lock = _In("stack.lock")  # held by `up` and `down`
+    logs = _In("logs")  # one log per process
+    vllm_cache = _In("cache/vllm")  # vLLM's compiled kernels and the like
+    prefect = _In("prefect")  # Prefect's home
 
-    @property
-    def runs(self) -> Path:
-        """One folder per round."""
-        return self.root / "runs"
+    # -- MLflow -------------------------------------------------------------------------------
+
+    mlflow = _In("mlflow")  # MLflow's database and artifacts
+    mlflow_db = _In("mlflow/mlflow.db")  # SQLite: MLflow's runs and registered versions
+    mlflow_artifacts = _In("mlflow/artifacts")  # plots, tables and models of MLflow
+    mlflow_users = _In("mlflow/users.db")  # SQLite: who may sign in to MLflow
+    reviews_json = _In("reviews.json")  # which user of MLflow set which review tag or alias
+    # which digests the champion alias in MLflow was last set to by this service
+    aliases_json = _In("aliases.json")
+    aliases_lock = _In("aliases.lock")  # held while aliases are set, or compared with aliases.json
+    shown_json = _In("shown.json")  # how much of the ledger MLflow has been given
+    shown_lock = _In("shown.lock")  # held by the process that writes to MLflow
+
+    demo = _In("demo")  # the demo's own home, inside this one
+
+    # -- names made of another name -----------------------------------------------------------
 
     def run(self, run_id: str) -> Path:
         """The folder of one round: its rows, curve and report."""
         return self.runs / run_id
 
-    @property
-    def round_lock(self) -> Path:
-        """Held by the process that runs a round: one at a time."""
-        return self.root / "round.lock"
-
-    @property
-    def verdict_lock(self) -> Path:
-        """Held by a loop from before its verdict until the promotion that follows has ended."""
-        return self.root / "verdict.lock"
-
-    # -- serving ------------------------------------------------------------------------------
-
-    @property
-    def serving_json(self) -> Path:
-        """The champion: what every engine that starts has to load."""
-        return self.root / "serving.json"
-
     def slot_json(self, slot: str) -> Path:
         """What the engine of a slot beside the active one has to load."""
         return self.root / f"{slot}.json"
-
-    @property
-    def chat_template(self) -> Path:
-        """The chat template that is set, for engines that want a file."""
-        return self.root / "chat_template.jinja"
-
-    @property
-    def probes(self) -> Path:
-        """What a cold engine answered to fixed prompts, one file per digest."""
-        return self.root / "probes"
 
     def probes_json(self, digest: str) -> Path:
         """What a cold engine with this digest answered."""
@@ -145,134 +133,13 @@ class Home:
         """How weights may be put into engines of one model configuration and vLLM version."""
         return self.root / "certificates" / f"{key[:32]}.json"
 
-    @property
-    def members(self) -> Path:
-        """Weights of single members while an engine is started on each; and of certification."""
-        return self.root / "members"
-
-    @property
-    def swap_json(self) -> Path:
-        """The lease of the swap under way; absent when there is none."""
-        return self.root / "swap.json"
-
-    @property
-    def swap_lock(self) -> Path:
-        """Held while swap.json is read and replaced."""
-        return self.root / "swap.lock"
-
-    @property
-    def sockets(self) -> Path:
-        """Unix sockets, mode 0700."""
-        return self.root / "sockets"
-
     def engine_socket(self, slot: str) -> Path:
         """Where the engine of a slot listens."""
         return self.sockets / f"{slot}.sock"
 
-    @property
-    def admin_socket(self) -> Path:
-        """Where the gateway takes hold, release and flip."""
-        return self.sockets / "gateway-admin.sock"
-
-    @property
-    def supervisor_socket(self) -> Path:
-        """Where supervisord takes its XML-RPC."""
-        return self.sockets / "super.sock"
-
-    # -- the stack of processes ---------------------------------------------------------------
-
-    @property
-    def supervisor_config(self) -> Path:
-        """supervisord's configuration; its command line names it, which is how it is known."""
-        return self.root / "supervisord.conf"
-
-    @property
-    def supervisor_pid(self) -> Path:
-        """Where supervisord writes its process id."""
-        return self.root / "supervisord.pid"
-
-    @property
-    def stack_json(self) -> Path:
-        """Addresses of the running stack and the environment its clients need."""
-        return self.root / "stack.json"
-
-    @property
-    def stack_lock(self) -> Path:
-        """Held by `up` and `down`."""
-        return self.root / "stack.lock"
-
-    @property
-    def logs(self) -> Path:
-        """One log per process."""
-        return self.root / "logs"
-
     def log(self, name: str) -> Path:
         """The log of one process."""
         return self.logs / f"{name}.log"
-
-    @property
-    def vllm_cache(self) -> Path:
-        """vLLM's compiled kernels and the like."""
-        return self.root / "cache" / "vllm"
-
-    @property
-    def prefect(self) -> Path:
-        """Prefect's home."""
-        return self.root / "prefect"
-
-    # -- MLflow -------------------------------------------------------------------------------
-
-    @property
-    def mlflow(self) -> Path:
-        """MLflow's database and artifacts."""
-        return self.root / "mlflow"
-
-    @property
-    def mlflow_db(self) -> Path:
-        """SQLite: MLflow's runs and registered versions."""
-        return self.mlflow / "mlflow.db"
-
-    @property
-    def mlflow_artifacts(self) -> Path:
-        """Plots, tables and models of MLflow."""
-        return self.mlflow / "artifacts"
-
-    @property
-    def mlflow_users(self) -> Path:
-        """SQLite: who may sign in to MLflow."""
-        return self.mlflow / "users.db"
-
-    @property
-    def reviews_json(self) -> Path:
-        """Which user of MLflow set which review tag or champion alias."""
-        return self.root / "reviews.json"
-
-    @property
-    def aliases_json(self) -> Path:
-        """Which digests the champion alias in MLflow was last set to by this service."""
-        return self.root / "aliases.json"
-
-    @property
-    def aliases_lock(self) -> Path:
-        """Held while aliases are set, or compared with aliases.json."""
-        return self.root / "aliases.lock"
-
-    @property
-    def shown_json(self) -> Path:
-        """How much of the ledger MLflow has been given."""
-        return self.root / "shown.json"
-
-    @property
-    def shown_lock(self) -> Path:
-        """Held by the process that writes to MLflow."""
-        return self.root / "shown.lock"
-
-    # -- the demo and the study ---------------------------------------------------------------
-
-    @property
-    def demo(self) -> Path:
-        """The demo's own home, inside this one."""
-        return self.root / "demo"
 
     def picture(self, name: str) -> Path:
         """A plot made for a person."""

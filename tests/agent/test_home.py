@@ -31,8 +31,8 @@ def test_home_is_private_and_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_no_two_names_are_one_place_and_all_lie_inside(tmp_path: Path) -> None:
     home = Home(tmp_path)
-    names = [name for name, value in vars(Home).items() if isinstance(value, property)]
-    places = [getattr(home, name) for name in names]
+    named = [getattr(home, name) for name in vars(Home) if not name.startswith("_")]
+    places = [each for each in named if isinstance(each, Path)]
     places += [home.slot_json("engine"), home.engine_socket("engine"), home.log("x")]
     assert len(places) > 30
     assert [place for place, count in Counter(places).items() if count > 1] == []
