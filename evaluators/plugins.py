@@ -1,8 +1,9 @@
 """Own tasks, from entry points or files: loading, settings, and the check of their contract.
 
 The contract of a task, which ``check`` tests on rows of its own: the gold answer scores 1; the
-wrong answer and an empty one score 0; the same input has the same verdict and leaves the row as it
-was; no completion, however odd, makes it fail or takes longer than 100 ms; no key occurs twice.
+wrong answer and an empty one score 0 (of a graded task: less than the gold answer); the same input
+has the same verdict and leaves the row as it was; no completion, however odd, makes it fail or
+takes longer than 100 ms; no key occurs twice.
 """
 
 import copy
@@ -169,13 +170,18 @@ def _row_problems(task: Task, key: str, row: Row) -> Iterator[Problem]:
     """Gold 1, wrong 0, nothing 0, pure, and a prompt that can be sent."""
     before = copy.deepcopy(row)
     gold, wrong = task.gold(row), task.wrong(row)
+    best = judge(task, gold, row).reward
     for name, text, wanted in (("gold", gold, 1.0), ("wrong", wrong, 0.0), ("empty", "", 0.0)):
         verdict = judge(task, text, row)
+        kept = verdict.reward == wanted
         scores = f"scores {verdict.reward:g}; {wanted:g} is wanted"
+        if task.graded:
+            kept = name == "gold" or verdict.reward < best
+            scores = f"scores {verdict.reward:g}; less than the gold answer's {best:g} is wanted"
         if verdict.error and name != "empty":
             kind = f"{name} {verdict.error.partition(':')[0]}"
             yield Problem(kind, key, f"the {name} answer fails: {verdict.error}")
-        elif verdict.reward != wanted:
+        elif not kept:
             yield Problem(f"{name} scores", key, f"the {name} answer {text[:80]!r} {scores}")
         if judge(task, text, row) != verdict:
             said = f"the {name} answer has two verdicts on two looks; verify must be pure"
@@ -195,7 +201,7 @@ def _odd_problems(task: Task, row: Row) -> Iterator[Problem]:
         verdict, taken_s = looks[0][0], min(taken for _, taken in looks)
         if verdict.error:
             yield Problem("odd fails", key, f"{shown} fails: {verdict.error}")
-        elif verdict.reward:
+        elif verdict.reward and not task.graded:
             yield Problem("odd scores", key, f"{shown} scores {verdict.reward:g}; 0 is wanted")
         if taken_s > BOUND_S:
             took = f"{1000 * taken_s:.0f} ms; at most {1000 * BOUND_S:.0f} are allowed"

@@ -27,7 +27,7 @@ GRACE_S = 0.5  # for a process that closed its pipe without a reply to end, so t
 LOOK_S = 0.5  # between the keeper's looks at whether its own parent is there
 FIXED = (  # a task's data; all else are functions of a row
     *("name", "template", "target", "format_weight", "max_tokens", "zero_tolerance", "shots"),
-    *("system", "prefill", "version"),
+    *("system", "prefill", "version", "graded"),
 )
 FUNCTIONS = ("key", "fields", "gold", "wrong", "shot_group", "demonstrate")
 VERDICT = {"reward", "format", "extracted", "error"}

@@ -9,7 +9,15 @@ Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908, equations 24-26 (sc
 interval); Q. McNemar (1947), exact form; E. B. Wilson (1927).
 
 Graded rewards, rows of one template, and tests that are looked at again are judged by betting
-(``Units``), which is valid however often it is evaluated.
+(``Units``), which is valid however often it is evaluated. For graded rewards r in [0, 1] the two
+questions of the gate are about the mean difference D = E[r(candidate) - r(baseline)]:
+
+    non-inferiority with margin m    H0: D <= -m      the same test at null = -m
+    superiority                      H0: D <= 0       the same test at null = 0
+
+It assumes that units are independent and rewards lie in [0, 1], and nothing about their
+distribution: no normality, no symmetry of differences (as a sign-flip test would), no minimal n.
+For 0/1 rewards it refutes fewer false nulls than the exact tests, never more than alpha true ones.
 
 Unit g (a row, or all rows of one template) has m_g paired differences d_i = candidate - baseline
 in [-1, 1]; M is the largest m_g. Against H0: E[d] <= D, a gambler stakes the share f of the
@@ -244,12 +252,17 @@ def log_e(data: Units, null: float) -> float:
     return float(np.logaddexp.reduce(log_wealth) - np.log(STAKES.size))
 
 
+def log_e_levels(values: ArrayLike, counts: ArrayLike, null: float) -> Floats:
+    """:func:`log_e` of single rows of which ``counts`` (..., V) have the difference ``values``."""
+    s = (np.asarray(values, float) - null) / (1 + null)
+    log_wealth = np.asarray(counts, float) @ np.log1p(np.outer(s, STAKES))
+    return np.asarray(np.logaddexp.reduce(log_wealth, axis=-1) - np.log(STAKES.size), float)
+
+
 def log_e_counts(n: ArrayLike, b: ArrayLike, c: ArrayLike, null: float) -> Floats:
     """:func:`log_e` of single rows straight from paired counts; arrays broadcast."""
-    n, b, c = (np.asarray(x, float)[..., None] for x in (n, b, c))
-    lost, tied, won = (np.log1p(STAKES * (d - null) / (1 + null)) for d in (-1.0, 0.0, 1.0))
-    log_wealth = b * lost + (n - b - c) * tied + c * won
-    return np.asarray(np.logaddexp.reduce(log_wealth, axis=-1) - np.log(STAKES.size), float)
+    n, b, c = np.broadcast_arrays(*(np.asarray(x, float) for x in (n, b, c)))
+    return log_e_levels((-1.0, 0.0, 1.0), np.stack([b, n - b - c, c], axis=-1), null)
 
 
 def p_value(data: Units, null: float) -> float:
@@ -261,6 +274,15 @@ def bounds(data: Units, alpha: float) -> tuple[float, float]:
     """(low, high): the means D that neither gambler has refuted at level ``alpha`` each."""
     mirrored = Units(-data.total, data.size)
     return _lower(data, alpha), -_lower(mirrored, alpha)
+
+
+def mean_interval(rewards: ArrayLike, alpha: float = 0.025) -> tuple[float, float]:
+    """Interval of the mean of rewards in [0, 1], level 1 - 2 alpha, for any number of rows.
+
+    d_i = 2 r_i - 1 in [-1, 1],    (low, high) = (1 + bounds(d)) / 2
+    """
+    low, high = bounds(units(2 * np.asarray(rewards, float) - 1), alpha)
+    return (1 + low) / 2, (1 + high) / 2
 
 
 def _lower(data: Units, alpha: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.errors import UserError
-from evaluators.stats import wilson
+from evaluators.stats import mean_interval, wilson
 from evaluators.task import Row, Task, judge
 
 SampleRow = dict[str, Any]  # the columns of runner.SCHEMA
@@ -18,7 +18,11 @@ SampleRow = dict[str, Any]  # the columns of runner.SCHEMA
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One task's result; shares are in [0, 1], the interval is Wilson's at 95 %."""
+    """One task's result; shares are in [0, 1].
+
+    ``accuracy`` is the mean reward. Its 95 % interval is Wilson's where all rewards are 0 or 1, and
+    that of stats.mean_interval where one is not.
+    """
 
     task: str
     n: int
@@ -91,13 +95,14 @@ def summaries(samples: Iterable[SampleRow]) -> dict[str, Summary]:
 
 def _summary(name: str, samples: Sequence[SampleRow]) -> Summary:
     n = len(samples)
-    right = sum(sample["reward"] == 1.0 for sample in samples)
-    low, high = wilson(right, n)
+    rewards = [float(sample["reward"]) for sample in samples]
+    exact = all(reward in (0.0, 1.0) for reward in rewards)
+    low, high = wilson(int(sum(rewards)), n) if exact else mean_interval(rewards)
     tokens = [sample["tokens"] for sample in samples if sample["tokens"] is not None]
     return Summary(
         task=name,
         n=n,
-        accuracy=right / n,
+        accuracy=sum(rewards) / n,
         low=low,
         high=high,
         format_rate=sum(sample["format"] for sample in samples) / n,

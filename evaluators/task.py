@@ -55,7 +55,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task; ``verify`` must be pure and bounded, and ``gold`` must score 1, ``wrong`` 0."""
+    """One task; ``verify`` must be pure and bounded, and ``gold`` must score 1, ``wrong`` 0.
+
+    Of a graded task ``gold`` must score more than ``wrong`` and than an empty answer.
+    """
 
     name: str
     source: Source
@@ -69,6 +72,7 @@ class Task:
     format_weight: float = 0.0
     max_tokens: int = 1024
     zero_tolerance: bool = False  # a prior task that may not lose a single row significantly
+    graded: bool = False  # rewards between 0 and 1 count; otherwise they are 0 or 1
     shots: int = 0  # worked examples before the question
     shot_group: Callable[[Row], str] | None = None  # a row's examples come from its own group
     demonstrate: Callable[[Row], str] | None = None  # an example's answer; gold when None

@@ -59,6 +59,9 @@ def gate(
             "--sequential", help="Judge by betting tests, which allow rows to be added later."
         ),
     ] = False,
+    graded: Annotated[
+        list[str] | None, typer.Option(help="A task with rewards between 0 and 1; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Apply the gate to tables of samples; needs no model and no service."""
@@ -72,7 +75,7 @@ def gate(
         champion,
         candidate,
         target,
-        settings=GateRules.of(GateSettings(sequential=sequential)),
+        settings=GateRules.of(GateSettings(sequential=sequential), graded=frozenset(graded or ())),
         confirm_anchor=confirm_anchor,
         confirm_champion=confirm_champion,
         confirm_candidate=confirm_candidate,

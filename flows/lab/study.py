@@ -142,7 +142,8 @@ def _kept(
     service: Service, name: str, old: Sequence[Sample], new: Sequence[Sample]
 ) -> dict[str, Any]:
     """One task judged as the gate judges a prior task."""
-    gate, result = service.settings.gate, evidence(old, new)
+    gate = service.settings.gate
+    result = evidence(old, new, betting=service.task(name).graded)
     low, high = result.interval(gate.alpha)
     comparison = Comparison("prior", "first", name, "anchor", result, gate.alpha, low, high, high)
     strict = service.task(name).zero_tolerance

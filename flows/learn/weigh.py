@@ -143,6 +143,7 @@ def gate_rules(service: Service, run: Run) -> GateRules:
     return GateRules.of(
         service.settings.gate,
         zero_tolerance=frozenset(t.name for t in service.tasks.values() if t.zero_tolerance),
+        graded=frozenset(t.name for t in service.tasks.values() if t.graded),
         retained=frozenset(_earlier_targets(service) - {run.target}),
     )
 

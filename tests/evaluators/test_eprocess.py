@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators.stats import STAKES, Units, bounds, log_e, log_e_counts, p_value, tango_p, units
+from evaluators.stats import (
+    STAKES,
+    Units,
+    bounds,
+    log_e,
+    log_e_counts,
+    log_e_levels,
+    mean_interval,
+    p_value,
+    tango_p,
+    units,
+)
 
 differences = st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.0, 1.0, 0.25]), min_size=1, max_size=60)
 
@@ -24,6 +35,54 @@ def test_log_e_is_the_mean_wealth_of_the_stakes(d, null):
 def test_counts_say_the_same_as_rows(b, c, tied):
     d = [-1.0] * b + [1.0] * c + [0.0] * (tied + 1)
     assert float(log_e_counts(len(d), b, c, -0.05)) == pytest.approx(log_e(units(d), -0.05))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=5, max_size=5).filter(any))
+def test_counts_of_graded_differences_say_the_same_as_rows(counts):
+    values = [-1.0, -0.3, 0.0, 0.2, 0.9]
+    d = np.repeat(values, counts)
+    assert float(log_e_levels(values, counts, -0.05)) == pytest.approx(log_e(units(d), -0.05))
+
+
+SKEWED = {  # differences with the mean wanted: extremes, many small losses, few large ones
+    "extremes": lambda mean: ([-1.0, 1.0], [(1 - mean) / 2, (1 + mean) / 2]),
+    "many small losses": lambda mean: ([-0.1, 1.0], [(1 - mean) / 1.1, (mean + 0.1) / 1.1]),
+    "few large losses": lambda mean: ([-1.0, 0.1], [(0.1 - mean) / 1.1, (mean + 1) / 1.1]),
+}
+
+
+@pytest.mark.parametrize("shape", SKEWED)
+@pytest.mark.parametrize(("mean", "alpha"), [(-0.05, 0.025), (0.0, 0.01)])
+def test_graded_error_rates_hold_at_the_margin_and_at_no_gain(shape, mean, alpha, scale):
+    """H0 holds exactly; the distributions are those on which symmetric tests and z-tests err."""
+    draws, rng = scale(4000, 40000), np.random.default_rng(15)
+    values, chances = SKEWED[shape](mean)
+    assert np.dot(values, chances) == pytest.approx(mean)
+    for n in (20, 200):
+        counts = rng.multinomial(n, chances, size=draws)
+        wrong = (log_e_levels(values, counts, mean) > -math.log(alpha)).mean()
+        assert wrong <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / draws)
+
+
+def test_a_sign_flip_test_of_graded_rewards_would_err():
+    """The reason for betting: at mean 0, few large gains beside many small losses and few rows."""
+    rng, flips = np.random.default_rng(16), np.random.default_rng(17)
+    d = rng.choice([-1.0, 0.1], p=[0.1 / 1.1, 1 / 1.1], size=(400, 20))
+    signs = flips.choice([-1.0, 1.0], size=(400, 20))
+    p = [(signs @ row >= row.sum() - 1e-9).mean() for row in d]
+    assert np.mean(np.array(p) < 0.01) > 0.05
+    assert np.mean([p_value(units(row), 0.0) < 0.01 for row in d]) <= 0.01
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+@settings(max_examples=40, deadline=None)
+def test_the_interval_of_a_mean_reward_holds_it(rewards):
+    low, high = mean_interval(rewards)
+    assert 0 <= low <= np.mean(rewards) + 1e-9
+    assert np.mean(rewards) - 1e-9 <= high <= 1
+    turned = mean_interval([1 - r for r in rewards])
+    assert turned == pytest.approx((1 - high, 1 - low), abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

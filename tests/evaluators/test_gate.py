@@ -212,6 +212,40 @@ def test_graded_rewards_are_judged_by_betting_and_refused_unasked():
     assert found(graded, "prior", "piqa").method == "score"
 
 
+def graded_tables(change, row=lambda i: 0.25 + i % 3 / 4):
+    """gsm8k graded, each row of the candidate better or worse by ``change``."""
+    given = tables({"gsm8k": (0, 0)})
+
+    def scored(samples, by=0.0):
+        return tuple(
+            replace(s, reward=min(1.0, max(0.0, row(int(s.example_id[1:])) + by)))
+            if s.task == "gsm8k"
+            else s
+            for s in samples
+        )
+
+    return Tables(scored(given.anchor), scored(given.champion), scored(given.candidate, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"), [(0.15, "promote"), (0.0, "hold"), (-0.1, "reject")]
+)
+def test_a_graded_target_is_promoted_held_and_rejected(change, verdict):
+    decision = decide(graded_tables(change), "gsm8k", rules(graded=frozenset({"gsm8k"})))
+    assert decision.verdict == verdict
+    assert found(decision, "target").method == "betting"
+    before, after = (decision.tasks["gsm8k"][who] for who in ("champion", "candidate"))
+    assert found(decision, "target").difference == pytest.approx(after - before)
+
+
+@pytest.mark.parametrize(("change", "outcome"), [(-0.02, "pass"), (-0.3, "reject")])
+def test_a_graded_prior_keeps_its_margin(change, outcome):
+    settings = rules(graded=frozenset({"gsm8k"}))
+    decision = decide(graded_tables(change), "arc", settings)
+    assert found(decision, "prior", "gsm8k").outcome == outcome
+    assert found(decision, "prior", "gsm8k").method == "betting"
+
+
 def clustered(given, size):
     def grouped(samples):
         return tuple(replace(s, cluster=f"t{int(s.example_id[1:]) // size}") for s in samples)

@@ -104,6 +104,7 @@ def test_the_examples_keep_the_contract_in_process_and_in_the_sandbox(name: str)
     assert len(found) >= 8
     assert check(resolve(spec), found) == []
     assert check(load(spec), found[:3]) == []
+    assert load(spec).graded == resolve(spec).graded
     assert training_reward(resolve(spec), Verdict(1.0, 1.0, "")) == 1.1
 
 
@@ -146,6 +147,21 @@ def test_the_check_finds_every_breach(broken: dict[str, object], told: str) -> N
     every = [dict(row) for row in rows(TASKS["gsm8k"], "eval", data_dir=ROWS)]
     problems = check(task, every)
     assert any(told in problem for problem in problems), problems
+
+
+def test_a_graded_task_orders_its_answers_and_need_not_reach_the_ends() -> None:
+    every = [dict(row) for row in rows(TASKS["gsm8k"], "eval", data_dir=ROWS)]
+
+    def share(completion: str, row: Row) -> Verdict:
+        """0.9 for the right answer, 0.2 for any other."""
+        right = TASKS["gsm8k"].verify(completion, row).reward
+        return Verdict(0.2 + 0.7 * right, 0.0, None)
+
+    graded = replace(TASKS["gsm8k"], verify=share, graded=True)
+    assert check(graded, every) == []
+    assert "scores 0.9; 1 is wanted" in check(replace(graded, graded=False), every)[0]
+    told = check(replace(graded, wrong=graded.gold), every)[0]
+    assert "scores 0.9; less than the gold answer's 0.9 is wanted" in told
 
 
 def test_a_mistake_met_on_every_row_is_one_line() -> None:

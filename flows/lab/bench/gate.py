@@ -5,6 +5,9 @@ k of discordant rows gives   (b, c, rest) ~ Multinomial(n; (k + L)/2, (k - L)/2,
 k >= |L|. The decision is the gate's own steps 2-4 over arrays of such counts; the confirmation is
 a second, independent draw judged at the level of the first use of a sealed pool.
 
+A graded task has the mean loss L; k of its rows differ, each by 1/4, 2/4, 3/4 or 1 with equal
+chances (mean 0.625), so that the share (k + L/0.625)/2 is lost and (k - L/0.625)/2 won.
+
 Drift: rounds whose candidates each lose the same small step on every prior task and whose target
 always gains, the worst a training loop can do. Judged against the anchor the loss adds up until
 the gate refuses; judged against the last champion every step looks harmless.
@@ -23,7 +26,7 @@ from scipy.stats import norm
 from agent.sections import GateSettings
 from evaluators.comparison import pooled_margin, task_margin
 from evaluators.gate import spent_alpha
-from evaluators.stats import log_e_counts, mcnemar_exact, tango_p, tango_z
+from evaluators.stats import log_e_counts, log_e_levels, mcnemar_exact, tango_p, tango_z
 from flows.show.terminal import Reporter, Silent
 
 Ints = NDArray[np.int64]
@@ -35,6 +38,8 @@ SEALED_ALPHA = spent_alpha(SETTINGS.alpha, 1)
 LOSSES = np.linspace(0.0, 0.10, 21)
 LOOKS = 10
 GAINS = np.linspace(0.0, 0.10, 21)
+PARTS = np.array([0.25, 0.5, 0.75, 1.0])  # sizes of a graded difference, equally likely
+LEVELS = np.concatenate([-PARTS[::-1], [0.0], PARTS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,22 @@ def lost_and_won(
     return b, np.asarray(rng.binomial(n - b, won / (1 - lost)))
 
 
+def graded_counts(
+    rng: np.random.Generator, n: int, loss: ArrayLike, discordant: float
+) -> NDArray[np.int64]:
+    """Rows (..., 9) of one draw by the size of their difference, one of LEVELS, for every loss."""
+    toward = np.asarray(loss, float)[..., None] / PARTS.mean()  # chance lost - chance won
+    share = np.maximum(discordant, np.abs(toward))
+    lost, won = ((share + sign * toward) / 2 / PARTS.size for sign in (1, -1))
+    each = np.ones(PARTS.size)
+    return np.asarray(rng.multinomial(n, np.concatenate([lost * each, 1 - share, won * each], -1)))
+
+
+def graded_passes(counts: Ints, null: float, alpha: float) -> Flags:
+    """Whether H0: mean difference <= ``null`` is refuted, for counts (..., 9) of LEVELS."""
+    return np.asarray(log_e_levels(LEVELS, counts, null) > -np.log(alpha))
+
+
 def prior_passes(n: int, b: Ints, c: Ints, alpha: float) -> Flags:
     """Step 2: each prior task alone against its margin."""
     return np.asarray(tango_p(n, b, c, task_margin(n)) < alpha)
@@ -169,7 +190,35 @@ def _rates(bench: GateBench, n: int) -> list[dict[str, Any]]:
         figures.append(_figure(f"target: gain of {100 * gain:g} points found", n, passes, bound))
     name = f"false promotion: one prior at its margin, {LOOKS} looks while rows are added, betting"
     looked = _looked_at(rng, bench, n)
-    return [*figures, _figure(name, n, looked, ONE_STAGE)]
+    return [*figures, _figure(name, n, looked, ONE_STAGE), *_graded_rates(rng, bench, n)]
+
+
+def _graded_rates(rng: np.random.Generator, bench: GateBench, n: int) -> list[dict[str, Any]]:
+    """Error rates and power of steps 2 and 4 for a graded task of n rows."""
+    margin, pooled, figures = task_margin(n), n * bench.priors, []
+
+    def counts(loss: float, rows: int = n, more: float = 0.0) -> Ints:
+        return graded_counts(rng, rows, np.full(bench.draws, loss), bench.discordant + more)
+
+    bounds: tuple[float | None, float | None]
+    for name, loss, bounds in (
+        ("graded, false promotion: a prior at its margin", margin, (ONE_STAGE, CONFIRMED)),
+        ("graded, unchanged candidate: a prior passes", 0.0, (None, None)),
+    ):
+        first = graded_passes(counts(loss), -margin, SETTINGS.alpha)
+        both = first & graded_passes(counts(loss), -margin, SEALED_ALPHA)
+        figures.append(_figure(f"{name}, one stage", n, first, bounds[0]))
+        figures.append(_figure(f"{name}, confirmed", n, both, bounds[1]))
+    unchanged = graded_passes(counts(0.0, pooled), -pooled_margin(pooled), SETTINGS.alpha)
+    name = f"graded, unchanged candidate: {bench.priors} pooled priors pass, one stage"
+    figures.append(_figure(name, n, unchanged))
+    for gain, bound in ((0.0, SETTINGS.target_alpha), (0.03, None), (0.05, None)):
+        drawn = counts(-gain, more=gain)
+        worth = drawn @ LEVELS / n >= SETTINGS.min_gain
+        found = graded_passes(drawn, 0.0, SETTINGS.target_alpha) & worth
+        name = f"graded target: gain of {100 * gain:g} points found"
+        figures.append(_figure(name, n, found, bound))
+    return figures
 
 
 def _looked_at(rng: np.random.Generator, bench: GateBench, n: int) -> Flags:

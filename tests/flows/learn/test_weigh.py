@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from functools import cached_property
 
 import pytest
 
@@ -11,6 +13,7 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.store.anchor import Anchor
 from evaluators.runner import read_samples
+from evaluators.task import Verdict
 from flows.learn import loop
 from flows.learn.collect import evaluation_pool
 from flows.learn.weigh import weigh
@@ -18,6 +21,7 @@ from flows.serve.promote import act
 from flows.session import Session
 from flows.show.report import markdown
 from flows.show.terminal import Silent
+from tests.flows.conftest import Unshown
 
 FEW = {"tasks": {"rows": 20}, "learner": {"generations": 3}}
 
@@ -50,6 +54,37 @@ def test_rows_are_added_until_the_priors_are_decided(planted):
     assert len(asked) == len(set(asked)), "no row is asked twice"
     held_out = {service.task("gsm8k").key(row) for row in evaluation_pool(service, "gsm8k")}
     assert {row["example_id"] for p in folder.glob("*.parquet") for row in samples(p)} <= held_out
+
+
+def graded_kind(kind):
+    """A home in which a right answer of gsm8k earns 0.8 and any other 0.3."""
+
+    class Graded(kind):
+        @cached_property
+        def tasks(self):
+            tasks = super().tasks
+
+            def share(completion, row):
+                right = tasks["gsm8k"].verify(completion, row).reward
+                return Verdict(0.3 + 0.5 * right, 1.0, completion)
+
+            return tasks | {"gsm8k": replace(tasks["gsm8k"], graded=True, verify=share)}
+
+    return Graded
+
+
+def test_a_graded_task_is_trained_judged_and_promoted(planted):
+    opened = planted("home", kind=graded_kind(Unshown), gate={"confirm": False})
+    learnt = loop.learn(opened, "gsm8k")
+    report = weigh(opened, learnt.run_id).report
+    opened.close()
+    assert report.verdict == "promote", report.decisive()
+    row = report.tasks["gsm8k"]
+    assert 0.3 < row["champion"] < row["candidate"] <= 0.8
+    (target,) = [r for r in report.reasons if r["step"] == "target"]
+    assert target["method"] == "betting"
+    low, high = row["interval"]["candidate"]
+    assert low < row["candidate"] < high
 
 
 def planted_kind(opened):
