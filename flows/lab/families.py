@@ -6,7 +6,7 @@ wide enough that two models never answer alike.
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -294,23 +294,35 @@ class Trial:
 
 def certify_tiny(
     names: Sequence[str], progress: Reporter, dtypes: Sequence[torch.dtype] = DTYPES
-) -> dict[str, list[Trial]]:
-    """Certify tiny models of these families (all where none is named): tied or not, each dtype."""
+) -> Iterator[tuple[str, list[Trial]]]:
+    """Certify tiny models of these families, tied or not, each dtype: one family after another.
+
+    Args:
+        names: Of families; none: all.
+        progress: Shown one step a model.
+        dtypes: Of the models.
+
+    Raises:
+        UserError: A family that is not listed.
+    """
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         raise UserError(f"family {unknown[0]!r}: allowed: {', '.join(FAMILIES)}")
-    chosen = names or list(FAMILIES)
-    launcher = EngineLauncher()
-    trials: dict[str, list[Trial]] = {name: [] for name in chosen}
-    kinds = [(n, tied, dtype) for n in chosen for tied in FAMILIES[n].ties for dtype in dtypes]
-    advance = progress.track("families against cold starts", len(kinds))
+    kinds = {
+        name: [(tied, dtype) for tied in FAMILIES[name].ties for dtype in dtypes]
+        for name in names or FAMILIES
+    }
+    advance = progress.track("families against cold starts", sum(map(len, kinds.values())))
+    launcher, done = EngineLauncher(), 0
     try:
-        for done, (name, tied, dtype) in enumerate(kinds, 1):
-            trials[name].append(_tried(launcher, name, tied, dtype))
-            advance(done)
+        for name, each in kinds.items():
+            trials = []
+            for tied, dtype in each:
+                trials.append(_tried(launcher, name, tied, dtype))
+                advance(done := done + 1)
+            yield name, trials
     finally:
         launcher.close()
-    return trials
 
 
 def _tried(launcher: EngineLauncher, name: str, tied: bool, dtype: torch.dtype) -> Trial:

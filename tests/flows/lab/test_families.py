@@ -58,7 +58,7 @@ def test_rows_of_other_families_stay(tmp_path: Path) -> None:
 
 def test_what_is_not_listed_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="family 'lama': allowed: llama"):
-        certify_tiny(["lama"], Silent())
+        list(certify_tiny(["lama"], Silent()))
     with pytest.raises(UserError, match="'gemma2': tied False, allowed: True"):
         make_tiny(tmp_path, "gemma2", tied=False)
 
