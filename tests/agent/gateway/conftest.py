@@ -102,8 +102,8 @@ class FakeEngine(httpx.AsyncBaseTransport):
         if "prompt" in body:
             return [c | {"text": text} for c in base]
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if body.get("tools"):
-            name = body["tools"][0]["function"]["name"]
+        if tools := self._tools(body):
+            name = tools[0]["function"]["name"]
             call = {
                 "id": "call_1",
                 "type": "function",
@@ -143,8 +143,8 @@ class FakeEngine(httpx.AsyncBaseTransport):
             part = (
                 {"text": self.weights} if "prompt" in body else {"delta": {"content": self.weights}}
             )
-            if body.get("tools"):
-                part = {"delta": self._call_piece(body["tools"], i)}
+            if tools := self._tools(body):
+                part = {"delta": self._call_piece(tools, i)}
             yield self._event(head | {"choices": [{"index": 0, "finish_reason": finish} | part]})
             if self.fault == "cut" and i == 1:
                 return
@@ -159,6 +159,12 @@ class FakeEngine(httpx.AsyncBaseTransport):
                 head | {"choices": [], "usage": usage, "system_fingerprint": "vllm-0.32"}
             )
         yield b"data: [DONE]\n\n"
+
+    @staticmethod
+    def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The tools it calls: each at once, none after a result."""
+        last = body["messages"][-1] if "messages" in body else {}
+        return [] if last.get("role") == "tool" else body.get("tools") or []
 
     @staticmethod
     def _call_piece(tools: list[dict[str, Any]], i: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """OpenAI's Responses API at the endpoint: its client, the engine's requests, the rows kept."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -134,6 +135,41 @@ def test_function_calls_and_an_agents_next_turn(running: Any, stream: bool) -> N
     assert [call["function"]["name"] for call in assistant["tool_calls"]] == names
     assert [message["role"] for message in second["messages"][2:]] == ["tool"] * len(names)
     assert second["messages"][2]["tool_call_id"] == assistant["tool_calls"][0]["id"]
+
+
+@pytest.mark.proof  # seconds to import it
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_agents_sdk_calls_a_function_and_gets_an_answer(running: Any, stream: bool) -> None:
+    """An agent as its documents show it: two requests, the function's result between them."""
+    agents = pytest.importorskip("agents")
+    results: list[int] = []
+
+    @agents.function_tool
+    def look(x: int) -> int:
+        results.append(3 + x)
+        return results[-1]
+
+    async def exchange() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+            model = agents.OpenAIResponsesModel("tiny", client)
+            agent = agents.Agent("helper", instructions="Be short.", model=model, tools=[look])
+            untraced = agents.RunConfig(tracing_disabled=True)
+            if not stream:
+                return await agents.Runner.run(agent, "what?", run_config=untraced)
+            result = agents.Runner.run_streamed(agent, "what?", run_config=untraced)
+            assert [event async for event in result.stream_events()]
+            return result
+
+    result = asyncio.run(exchange())
+    assert (result.final_output, results) == ("AAAAA", [4])
+    assert [response.usage.requests for response in result.raw_responses] == [1, 1]
+    messages = sent(running)["messages"]
+    assert [each["role"] for each in messages] == ["system", "user", "assistant", "tool"]
+    assert messages[-1] == {
+        "role": "tool",
+        "tool_call_id": messages[-2]["tool_calls"][0]["id"],
+        "content": "4",
+    }
 
 
 def test_streamed_arguments_have_their_events(running: Any) -> None:
