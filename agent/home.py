@@ -95,6 +95,7 @@ class Home:
     supervisor_config = _In("supervisord.conf")
     supervisor_pid = _In("supervisord.pid")  # where supervisord writes its process id
     stack_json = _In("stack.json")  # addresses of the running stack, its clients' environment
+    ports_json = _In("ports.json")  # the ports of the last `up`, which the next one takes again
     stack_lock = _In("stack.lock")  # held by `up` and `down`
     logs = _In("logs")  # one log per process
     vllm_cache = _In("cache/vllm")  # vLLM's compiled kernels and the like

@@ -61,6 +61,13 @@ class ModelSettings(Section):
     )
     tool_parser: str = Field("hermes", description="vLLM's --tool-call-parser.")
 
+    @field_validator("path")
+    @classmethod
+    def _path_from_anywhere(cls, path: str) -> str:
+        """A home is used from many folders: a model's files are named by their whole path."""
+        place = Path(path).expanduser()
+        return str(place.resolve()) if path not in (EMBEDDED, SMOLLM2) and place.exists() else path
+
     @field_validator("chat_template")
     @classmethod
     def _template_as_text(cls, value: str | None) -> str | None:
@@ -211,7 +218,8 @@ class ReviewSettings(Section):
     """Whether a person approves what is served."""
 
     mode: Literal["auto", "manual"] = Field(
-        "auto", description="'manual': a passed candidate waits for a person."
+        "manual",
+        description="'manual': a passed candidate waits for a person; 'auto': it is served.",
     )
     allow_anchor_move: bool = Field(
         False, description="Whether `anchorage anchor move` may tie later rounds to the champion."
@@ -288,6 +296,18 @@ class GatewaySettings(Section):
         10_000, gt=0, description="Answers waiting to be stored; more are counted and dropped."
     )
 
+    @field_validator("rate", "token_quota")
+    @classmethod
+    def _limits(cls, text: str) -> str:
+        """Read as the gateway will read it."""
+        from limits import parse_many  # here: most processes have no limit to read
+
+        try:
+            parse_many(text) if text else []
+        except ValueError:
+            raise ValueError("allowed: a number and a time, such as '600/minute'") from None
+        return text
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the endpoint."""
@@ -346,7 +366,12 @@ class ProjectionSettings(Section):
     mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     loop_minutes: float = Field(
-        60.0, ge=0, description="Minutes from a round's end to the next scheduled one; 0: off."
+        0.0, ge=0, description="Minutes from a round's end to the next scheduled one; 0: off."
+    )
+    loop_rows: int = Field(
+        0,
+        ge=0,
+        description="New verified rows of the target after which a round starts; 0: off.",
     )
     reconcile_seconds: float = Field(30.0, gt=0, description="Seconds between reconciliations.")
 

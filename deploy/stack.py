@@ -11,8 +11,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ def up(
         _refuse_second(home)
         private_socket(home.admin_socket)  # the longest name there
         shut_down(home)  # what a crash left
-        ports = choose_ports(settings)
+        ports = choose_ports(settings, _ports_before(home))
+        write_atomically(home.ports_json, json.dumps(asdict(ports)))
         chosen = tuple(make(home, settings, ports))
         write_served(home, served)
         keep(home, settings)
@@ -221,8 +222,21 @@ def _service_name(process: psutil.Process) -> str:
     return "".join(name) if name else (words[0].rpartition("/")[2] if words else str(process.pid))
 
 
-def choose_ports(settings: Settings) -> Ports:
-    """The ports the settings name, free ones where they name 0; UserError for one in use."""
+def _ports_before(home: Home) -> Mapping[str, int]:
+    """The ports of the last `up`, by name."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(home.ports_json.read_bytes()))
+    return {}
+
+
+def choose_ports(settings: Settings, before: Mapping[str, int] | None = None) -> Ports:
+    """The ports the settings name; where they name 0, those of ``before`` that are still free.
+
+    Clients keep the addresses they know over `down` and `up`.
+
+    Raises:
+        UserError: A port that the settings name is in use.
+    """
     wanted = {
         "gateway": (settings.gateway.host, settings.gateway.port),
         "mlflow": (LOOPBACK, settings.projection.mlflow_port),
@@ -230,7 +244,15 @@ def choose_ports(settings: Settings) -> Ports:
     }
     held: list[socket.socket] = []
     try:
-        chosen = {name: _bound(name, host, port, held) for name, (host, port) in wanted.items()}
+        chosen = {}
+        for name, (host, port) in wanted.items():
+            last = (before or {}).get(name, 0)
+            try:
+                chosen[name] = _bound(name, host, port or last, held)
+            except UserError:
+                if port:
+                    raise
+                chosen[name] = _bound(name, host, 0, held)
     finally:
         for sock in held:
             sock.close()

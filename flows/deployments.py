@@ -34,10 +34,11 @@ from prefect.utilities.callables import parameter_schema
 from agent.home import Home, is_locked
 from flows.learn import loop
 from flows.learn.collect import collect_rows
-from flows.learn.loop import Due, decide, refusal, registered
+from flows.learn.loop import Due, RowTrigger, decide, refusal, registered
 from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
+from flows.serve.outlook import new_rows
 from flows.serve.reconcile import poll, repair
 from flows.service import Service
 from flows.session import Session, session
@@ -121,16 +122,8 @@ def loop_flow(
         return {"collected": collected, "report": report, "outcome": outcome}
 
 
-FLOWS: dict[str, Any] = {
-    "collect": collect_flow,
-    "improve": improve_flow,
-    "evaluate": evaluate_flow,
-    "promote": promote_flow,
-    "rollback": rollback_flow,
-    "bake": bake_flow,
-    "reconcile": reconcile_flow,
-    "loop": loop_flow,
-}
+PARTS = (collect_flow, improve_flow, evaluate_flow, promote_flow, rollback_flow, bake_flow)
+FLOWS: dict[str, Any] = {each.name: each for each in (*PARTS, reconcile_flow, loop_flow)}
 
 
 def run_flow(name: str, *arguments: Any) -> Any:
@@ -201,6 +194,7 @@ class Runner:
         home: The folder whose flows these are.
         minutes: From a loop's end to the next planned one; 0: none is planned.
         client: Of Prefect's server.
+        rows: Says when new rows start a loop.
         command: home, flow, run -> the command that runs it.
     """
 
@@ -210,8 +204,9 @@ class Runner:
         minutes: float,
         client: SyncPrefectClient,
         command: Callable[[Path, str, UUID], list[str]] = process_of,
+        rows: RowTrigger | None = None,
     ) -> None:
-        self._home, self._client, self._command = home, client, command
+        self._home, self._client, self._command, self._rows = home, client, command, rows
         self._every = timedelta(minutes=minutes) if minutes else None
         self._names: dict[UUID, str] = {}  # deployment -> flow
         self._running: dict[UUID, tuple[str, subprocess.Popen[str]]] = {}
@@ -271,12 +266,15 @@ class Runner:
         """Settle what has ended, then start, skip or refuse what is due."""
         for run_id in list(self._running):
             self._settle(run_id)
+        if self._rows and self._rows.due():
+            loop_id = next(key for key, name in self._names.items() if name == "loop")
+            where = {"home": str(self._home.root)}
+            self._client.create_flow_run_from_deployment(loop_id, parameters=where)
+            self._rows.asked()
         runs = self._client.get_scheduled_flow_runs_for_deployments(
             list(self._names), scheduled_before=datetime.now(UTC)
         )
-        fresh = [
-            run for run in runs if run.id not in self._running
-        ]  # one whose start was not shown
+        fresh = [run for run in runs if run.id not in self._running]  # its start was not shown
         allowed = {run.id: (name, run) for run in fresh if (name := self._allowed(run))}
         due = [Due.of(name, run) for name, run in allowed.values()]
         running = [name for name, _ in self._running.values()]
@@ -368,8 +366,10 @@ def serve_flows(service: Service) -> None:
     while not server_answers(wait_s=PREFECT_S):
         LOG.warning("Prefect does not answer; its schedules wait for it, nothing else does")
         time.sleep(POLL_S if "PREFECT_API_URL" in os.environ else PREFECT_S)
+    plan, target = service.settings.projection, service.settings.tasks.target
+    rows = RowTrigger(plan.loop_rows, lambda: new_rows(service, target))
     with get_client(sync_client=True) as client:
-        runner = Runner(service.home, service.settings.projection.loop_minutes, client)
+        runner = Runner(service.home, plan.loop_minutes, client, rows=rows)
         try:
             for _ in runner.looks():
                 time.sleep(POLL_S)

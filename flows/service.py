@@ -4,13 +4,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.config import Settings, kept, load
+from agent.config import Settings, kept, load, unheeded
 from agent.errors import UserError
 from agent.home import Home, secret
 from agent.registry import Registry
@@ -33,6 +33,13 @@ if TYPE_CHECKING:  # loading these at a rollback would cost it their libraries' 
 LOG = logging.getLogger("anchorage.service")
 
 
+@cache
+def _say_once(lines: tuple[str, ...]) -> None:
+    """Settings that do not count, said once a process: on stderr, or in a service's log."""
+    for line in lines:
+        LOG.warning("settings: %s", line)
+
+
 class Service:
     """One home and its settings; everything else is opened on first use."""
 
@@ -52,7 +59,9 @@ class Service:
         """
         home = Home.at(root)
         if config is None and home.settings_json.is_file():
-            return cls(home, kept(home))
+            settings = kept(home)
+            _say_once(tuple(unheeded(home, settings)))
+            return cls(home, settings)
         return cls(home, load(config))
 
     # -- state --------------------------------------------------------------------------------
@@ -154,6 +163,12 @@ class Service:
                 if epoch is not None:
                     raise
 
+    def close(self) -> None:
+        """Close the databases that were opened; they open again when they are needed."""
+        for name in ("journal", "ledger", "experience"):
+            if (opened := self.__dict__.pop(name, None)) is not None:
+                opened.close()
+
     # -- weights ------------------------------------------------------------------------------
 
     def champion(self) -> str:
@@ -216,6 +231,7 @@ class Service:
             for name, words in chosen.prompts.items()
         }
         known = pinned(all_tasks(chosen.files, hidden=[self.home.root]), chosen.revisions)
+        _refuse_unknown(self.settings, known)
         return tuned(known, prompts=prompts, max_tokens=chosen.max_tokens)
 
     def task(self, name: str) -> Task:
@@ -281,3 +297,15 @@ class Service:
     def salt(self) -> str:
         """This installation's secret, which decides sealed draws; made on first use, mode 0600."""
         return secret(self.home.salt)
+
+
+def _refuse_unknown(settings: Settings, known: Collection[str]) -> None:
+    """Refuse settings that name a task which does not exist; all of them in one line."""
+    chosen = settings.tasks
+    named = [("tasks.target", chosen.target)]
+    named += [("tasks.priors", name) for name in chosen.priors or ()]
+    named += [("gate.margins", name) for name in settings.gate.margins]
+    unknown = [f"{key} names {name!r}" for key, name in named if name not in known]
+    if unknown:
+        allowed = ", ".join(sorted(known))
+        raise UserError(f"settings: {'; '.join(unknown)}; allowed: {allowed}")

@@ -253,6 +253,16 @@ class ExperienceStore:
         )
         return int(self._all(query)[0][0])
 
+    def verified(self, task: str, since: float = 0.0) -> int:
+        """Interactions of a task created after ``since`` that have a reward."""
+        query = (
+            select(func.count(distinct(interactions.c.id)))
+            .select_from(answers.join(interactions))
+            .where(interactions.c.task == task, answers.c.reward.is_not(None))
+            .where(answers.c.error.is_(None), interactions.c.created > since)
+        )
+        return int(self._all(query)[0][0])
+
     def rewards(
         self, principal: str | None, since: float = 0.0, limit: int = 1000
     ) -> list[ExperienceRow]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agent.store.experience import ExperienceStore, Unjudged
@@ -142,6 +142,23 @@ def of(store: ExperienceStore, inference_id: str) -> list[Mapping[str, Any]]:
     query = select(feedback).where(feedback.c.inference_id == inference_id)
     with store.engine.connect() as connection:
         return [dict(row._mapping) for row in connection.execute(query.order_by(feedback.c.id))]
+
+
+def counts(store: ExperienceStore) -> list[dict[str, Any]]:
+    """Metric, number and mean value of the feedback that stands (what was corrected left out)."""
+    newer = feedback.alias()
+    corrected = select(newer.c.id).where(
+        newer.c.principal == feedback.c.principal, newer.c.supersedes == feedback.c.feedback_id
+    )
+    query = (
+        select(feedback.c.metric_name, func.count(), func.avg(feedback.c.value))
+        .where(~corrected.exists())
+        .group_by(feedback.c.metric_name)
+        .order_by(feedback.c.metric_name)
+    )
+    with store.engine.connect() as connection:
+        rows = connection.execute(query).all()
+    return [{"metric": str(row[0]), "n": int(row[1]), "mean": float(row[2])} for row in rows]
 
 
 def _write(store: ExperienceStore, values: dict[str, Any], context: dict[str, Any]) -> bool:

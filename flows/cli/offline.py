@@ -104,7 +104,7 @@ def certify_command(
 
     if (model is None) == (not all_tiny and not family):
         raise UserError("certify: give a model, --all-tiny or --family")
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         if model is not None:
             key, told = certify_model(model, bars)
             lines = [f"{told.family}: {told.way}", *(check.text() for check in told.checks)]
@@ -175,7 +175,7 @@ def build_embedded(
     from flows.lab.embedded_model import make_embedded
 
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         advance = bars.track("training the embedded model", recipe.steps)
         built, scores = make_embedded(into, recipe, lambda step, _steps, _loss: advance(step))
     figures = {name: f"{100 * each.accuracy:.1f} % of {each.n}" for name, each in scores.items()}
@@ -199,7 +199,7 @@ def bench_learner_command(
     """Compare the learner with the published recipe: speed, exactness, drift under pure noise."""
     from flows.lab.bench.learner import SIZES, bench_learner, tables
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = bench_learner(size or tuple(SIZES), progress=bars)
     show(document, as_json, *tables(document))
 
@@ -216,7 +216,7 @@ def bench_gate_command(
     """Simulate the gate: error rates and 300 rounds of drift. Exit code 1 over a bound."""
     from flows.lab.bench.gate import GateBench, bench_gate, plot_gate, table
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = bench_gate(GateBench(draws=draws, seed=seed), bars)
     if plot is not None:
         document["plot"] = str(plot_gate(document, plot))
@@ -241,7 +241,7 @@ def bench_endpoint_command(
     """Measure gateway against bare engine, swaps and rollbacks. Exit code 1 over a bound."""
     from flows.lab.bench.endpoint import EndpointBench, bench_endpoint, table
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         plan = EndpointBench(turns=turns, requests=requests, swaps=swaps, rollbacks=rollbacks)
         document = bench_endpoint(plan, bars)
     show(document, as_json, table(document))

@@ -93,7 +93,7 @@ def forget(
     from flows.commands.forget import forget_now
     from flows.commands.runs import weigh_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = forget_now(home, principal, replay, bars)
         if replay:
             document["verdicts"] = weigh_now(home, [*document["replayed"].values()], bars)

@@ -54,7 +54,7 @@ def improve(
     if dry_run:
         _plan(home, target, settings, None, as_json)
         return
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = improve_now(home, target, settings, bars)
     show(document, as_json, pairs("candidate", document))
 
@@ -90,7 +90,7 @@ def _plan(
 ) -> None:
     from flows.commands.runs import plan_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         planned = plan_now(home, target, changes, bars)
     if price is not None:
         planned["price"] = round(planned["minutes"] / 60 * price, 2)
@@ -127,7 +127,7 @@ def study(
     from flows.show.report import study_tables
 
     plan = StudyPlan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = study_now(home, config, plan, plot, bars)
     show(document, as_json, *study_tables(document))
     raise typer.Exit(0 if document["within"] else 1)
@@ -179,7 +179,7 @@ def evaluate(
 
     names = [name for each in tasks or [] for name in each.split(",") if name]
     endpoint = RemoteModel(model_name, key_env)
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = evaluate_model(
             home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
         )
@@ -209,7 +209,7 @@ def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> 
     """Serve a version: a candidate that passed the gate or was approved, or one served before."""
     from flows.commands.runs import promote_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = promote_now(home, digest, bars)
     show(document, as_json, pairs("promoted", document))
 
@@ -226,7 +226,7 @@ def rollback(
     """Serve an earlier version again."""
     from flows.commands.runs import rollback_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = rollback_now(home, digest, reason, bars)
     show(document, as_json, pairs("rolled back", document))
 
@@ -263,7 +263,7 @@ def move(
     """Make the champion the anchor of later rounds (needs review.allow_anchor_move)."""
     from flows.commands.runs import move_anchor_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = move_anchor_now(home, digest, reason, bars)
     show(document, as_json, pairs("anchor moved", document))
 
@@ -271,6 +271,6 @@ def move(
 def _review(home: Path | None, digest: str, word: str, reason: str, as_json: bool) -> None:
     from flows.commands.runs import review_now
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = review_now(home, digest, word, reason, bars)
     show(document, as_json, pairs("review", document))

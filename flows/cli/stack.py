@@ -10,7 +10,7 @@ import typer
 
 from agent.home import Home as HomeFolder
 from flows.cli.options import AsJson, Config, Home
-from flows.show.terminal import pairs, reporter, show, status_table
+from flows.show.terminal import pairs, reporter, settings_tables, show, status_tables
 
 app = typer.Typer()
 service_app = typer.Typer(help="The service under systemd.", no_args_is_help=True)
@@ -22,7 +22,7 @@ def demo(home: Home = None, as_json: AsJson = False) -> None:
     from flows.lab.demo import run_demo
     from flows.show.report import demo_tables
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = run_demo(home, bars)
     show(document, as_json, *demo_tables(document))
 
@@ -42,9 +42,10 @@ def up(
     """Start the service; returns when the endpoint answers."""
     from flows.serve.stack import start
 
-    with reporter(as_json) as bars:
+    with reporter() as bars:
         document = start(home, config, model, port, bars)
-    show(document, as_json, status_table(document))
+    tables = status_tables(document), settings_tables(document["settings"])
+    show(document, as_json, *tables[0], *tables[1])
 
 
 @app.command()
@@ -70,7 +71,7 @@ def status(
 
     if not watch:
         document = state(home)
-        show(document, as_json, status_table(document))
+        show(document, as_json, *status_tables(document))
         return
     from rich.live import Live
 

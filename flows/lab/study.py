@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.config import Settings, keep, load
+from agent.config import Settings, given, keep, load
 from agent.errors import UserError
 from agent.home import Home
 from agent.sections import EMBEDDED, LearnerSettings
@@ -236,7 +236,9 @@ def _settle_settings(place: Home, config: Path | None) -> None:
         if config is not None:
             raise UserError(f"--config {str(config)!r}: home {str(place.root)!r} has its settings")
         return
-    settings: Settings = load(config)
+    # Who starts a study asks for its promotions, unless the settings say otherwise.
+    auto = {} if "review.mode" in given(config) else {"review": {"mode": "auto"}}
+    settings: Settings = load(config, **auto)
     if config is None and settings.model.path == EMBEDDED:
         settings = load(None, **SMALL)
     keep(place, settings)

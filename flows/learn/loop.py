@@ -65,6 +65,29 @@ def _later(other: Due, each: Due) -> bool:
     return other.name == each.name and (other.at, str(other.run_id)) > (each.at, str(each.run_id))
 
 
+class RowTrigger:
+    """Whether enough new verified rows came for a round (``projection.loop_rows``; 0: never).
+
+    Args:
+        wanted: Rows after which a round starts.
+        count: The verified rows that came since the last round was opened.
+    """
+
+    def __init__(self, wanted: int, count: Callable[[], int]) -> None:
+        self._wanted, self._count, self._asked = wanted, count, 0
+
+    def due(self) -> bool:
+        """Whether to ask for a round now; not again for the same rows, also if it failed."""
+        new = self._count() if self._wanted else 0
+        if new < self._asked:  # a round was opened: its rows are not new any more
+            self._asked = 0
+        return bool(self._wanted) and new - self._asked >= self._wanted
+
+    def asked(self) -> None:
+        """A round was asked for."""
+        self._asked = self._count()
+
+
 def registered(name: str, home: str) -> dict[str, Any]:
     """What this installation registers of a deployment, as far as it says what runs and where."""
     return {

@@ -1,13 +1,26 @@
 """Start, stop and look at the stack of a home; it serves the ledger's champion."""
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agent.config import Settings, kept, load
+from agent.config import (
+    Change,
+    Settings,
+    Started,
+    changes,
+    given,
+    kept,
+    load,
+    remember,
+    settings_file,
+    started,
+)
 from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.population.decoding import decoding
@@ -15,6 +28,10 @@ from deploy import stack
 from deploy.serving.served import Served, read_served
 from flows.show.terminal import Reporter
 
+if TYPE_CHECKING:  # `status` and `down` do without it
+    from flows.service import Service
+
+LOG = logging.getLogger("anchorage.stack")
 ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
 
 
@@ -24,22 +41,32 @@ def start(
     model: str | None,
     port: int | None,
     progress: Reporter,
-    **changes: Any,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Start the stack of a home and return its status once the endpoint answers.
 
-    Settings come from ``config``, else from the home as it was last started, else the defaults;
-    ``model``, ``port`` and ``changes`` (sections) come on top.
+    Settings are read again (``read_settings``), with ``model``, ``port`` and ``sections``
+    on top; the status has them under "settings".
+
+    Raises:
+        UserError: Bad settings, another model than the home began with, or nothing came up.
     """
     from agent.store.anchor import require_finite
 
     # Here: `status` and `down` do not import torch.
+    from flows.serve.outlook import next_round, outlook
     from flows.serve.swaps import probe_prompts, probe_served
     from flows.service import Service
 
     place = Home.at(home)
-    settings = _settings(place, config, model, port, changes)
+    options = {name: dict(section) for name, section in sections.items()}
+    if model is not None:
+        options.setdefault("model", {})["path"] = model
+    if port is not None:
+        options.setdefault("gateway", {})["port"] = port
+    settings, last, changed = read_settings(place, config, options)
     service = Service(place, settings)
+    _refuse_other_model(service)
     require_finite(service.origin)
     # What can be refused is refused before an engine starts.
     decoding(settings, service.origin.directory)
@@ -57,7 +84,21 @@ def start(
     except BaseException:
         stack.down(place)  # a stack whose engine does not answer is not left running
         raise
-    return status
+    remember(place, last)
+    target = settings.tasks.target
+    document = {"file": last.file, "changed": [asdict(change) for change in changed]}
+    document |= outlook(settings, service.priors(target), next_round(service))
+    return status | {"settings": document}
+
+
+def _refuse_other_model(service: "Service") -> None:
+    """A home's ledger and weights belong to the model that it began with."""
+    began = next(iter(service.ledger.states()))
+    if began != service.origin.digest:
+        raise UserError(
+            f"model.path = {service.settings.model.path!r} is {service.origin.digest[:12]}, the "
+            f"home began with {began[:12]}; allowed: that model, or another --home"
+        )
 
 
 def stop(home: Path | None) -> dict[str, Any]:
@@ -66,12 +107,27 @@ def stop(home: Path | None) -> dict[str, Any]:
 
 
 def state(home: Path | None) -> dict[str, Any]:
-    """What runs in a home, and how it decodes (None before it was ever started)."""
+    """What runs in a home, how it decodes, what it learns; None before it was ever started."""
     place = Home.at(home)
     how = None
     with suppress(UserError, FileNotFoundError):  # `doctor` names a file that is damaged
         how = decoding(kept(place), Path(read_served(place).directory))
-    return stack.status(place) | {"decoding": how}
+    return stack.status(place) | {"decoding": how, "learning": learning(place)}
+
+
+def learning(home: Home) -> dict[str, Any] | None:
+    """The running round, the next one, what waits; None where there is no ledger to read."""
+    from flows.serve.outlook import overview
+    from flows.service import Service
+
+    if not (home.settings_json.is_file() and home.state_db.is_file()):
+        return None  # opening them would make them
+    try:
+        with closing(Service.at(home.root)) as service:
+            return overview(service)
+    except Exception as error:  # the processes are shown all the same; `doctor` names the fault
+        LOG.warning("what is learnt cannot be read: %s", " ".join(str(error).split()))
+        return None
 
 
 @contextmanager
@@ -90,21 +146,58 @@ def connected(home: Home) -> Iterator[bool]:
                 os.environ[key] = value
 
 
-def _settings(
-    home: Home, config: Path | None, model: str | None, port: int | None, changes: dict[str, Any]
-) -> Settings:
-    """The home's settings with changes, or those of ``config`` (else the defaults) with them."""
-    sections: dict[str, Any] = {name: dict(section) for name, section in changes.items()}
-    if model is not None:
-        sections.setdefault("model", {})["path"] = model
-    if port is not None:
-        sections.setdefault("gateway", {})["port"] = port
-    if config is None and model is None and home.settings_json.is_file():
-        merged = kept(home).model_dump()
-        for name, section in sections.items():
-            merged[name] |= section
-        return Settings.model_validate(merged)
-    return load(config, **sections)
+def read_settings(
+    home: Home, config: Path | None, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[Settings, Started, list[Change]]:
+    """The settings of this `up`, what it was given, and what differs from the home's.
+
+    Read again each time: options, environment, settings file (``config``, else the one read last,
+    else anchorage.toml here). Options of an earlier `up` hold on where file and environment say
+    nothing else. A home that was made without `up` keeps its values where nothing is said.
+
+    Raises:
+        UserError: Bad settings; a file that is gone, or two of them.
+    """
+    last, before = started(home), None
+    if home.settings_json.is_file():
+        # a damaged file is replaced by what --config names, as `doctor` says
+        with suppress(*([UserError] if config else [])):
+            before = kept(home)
+    file = settings_file(_chosen_file(last, config))
+    said = given(file)
+    sections = before.model_dump(mode="json") if before and last is None else {}
+    earlier: dict[str, dict[str, Any]] = {}
+    for name, values in (last.options if last else {}).items():
+        earlier[name] = {k: v for k, v in values.items() if f"{name}.{k}" not in said}
+    if sections:  # nothing of these was said to an `up`
+        for key, value in said.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+    merged = _over(_over(sections, earlier), options)
+    settings = load(file, **merged)
+    now = Started(str(file) if file else None, _over(earlier, options))
+    return settings, now, changes(before, settings) if before else []
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by section and key, those above in place of those below."""
+    return {name: {**below.get(name, {}), **above.get(name, {})} for name in {**below, **above}}
+
+
+def _chosen_file(last: Started | None, config: Path | None) -> Path | None:
+    """The settings file to read; None: anchorage.toml here, if there."""
+    here = settings_file()
+    if config is not None or last is None or last.file is None:
+        return config
+    read = Path(last.file)
+    if not read.is_file():
+        raise UserError(f"settings file {last.file!r}, read by the last `up`, is gone; --config?")
+    if here is not None and here != read:
+        raise UserError(
+            f"settings files {last.file!r} (of the last `up`) and {str(here)!r}: "
+            "allowed: one of them, by --config"
+        )
+    return read
 
 
 _UNIT = """\

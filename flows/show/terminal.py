@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,10 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+DIGEST = 12  # characters of a digest, which every command takes for the whole
 SHOWN = 6  # finished bars that stay
 LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
 
-Advance = Callable[[int], None]  # takes the number of steps done so far
+
+class Advance(Protocol):
+    """Takes the number of steps done so far, and what else there is to say of them."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """So many steps are done."""
+        ...
 
 
 class Reporter(Protocol):
@@ -39,7 +46,7 @@ class Silent:
 
     def track(self, what: str, total: int) -> Advance:
         """Nothing is drawn."""
-        return lambda done: None
+        return lambda done, note="": None
 
     def say(self, text: str) -> None:
         """Nothing is said."""
@@ -56,10 +63,11 @@ class Bars:
     def __init__(self) -> None:
         self._console = console(stderr=True)
         self._bars = Progress(
-            TextColumn("  {task.description:<38}", markup=False),
-            BarColumn(28),
+            TextColumn("  {task.description:<30}", markup=False),
+            BarColumn(16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
@@ -84,20 +92,28 @@ class Bars:
             return self._lines(what, total)
         for old in [each for each in self._bars.tasks if each.finished][:-SHOWN]:
             self._bars.update(old.id, visible=False)
-        bar = self._bars.add_task(what, total=total)
-        return lambda done: self._bars.update(bar, completed=done)
+        bar, left = self._bars.add_task(what, total=total, note=""), Left(total)
+
+        def advance(done: int, note: str = "") -> None:
+            text = ", ".join(filter(None, (left.after(done, time.monotonic()), note)))
+            self._bars.update(bar, completed=done, note=text)
+
+        return advance
 
     def _lines(self, what: str, total: int) -> Advance:
-        """The bar as lines: one at the beginning, then one every LINE_EVERY seconds."""
+        """The bar as lines: at the beginning and the first step, then every LINE_EVERY seconds."""
         self._console.print(f"  {what} ({total})", highlight=False)
         began = printed = time.monotonic()
+        left, noted = Left(total), False
 
-        def advance(done: int) -> None:
-            nonlocal printed
+        def advance(done: int, note: str = "") -> None:
+            nonlocal printed, noted
             now = time.monotonic()
-            if now - printed >= LINE_EVERY:
-                printed = now
+            remaining = left.after(done, now)
+            if now - printed >= LINE_EVERY or (note and not noted):
+                printed, noted = now, bool(note) or noted
                 line = f"  {what}: {done}/{total} after {now - began:.0f} s"
+                line = ", ".join(filter(None, (line, remaining, note)))
                 self._console.print(line, highlight=False)
 
         return advance
@@ -105,6 +121,22 @@ class Bars:
     def say(self, text: str) -> None:
         """A line above the bars."""
         self._bars.console.print(text, highlight=False)
+
+
+class Left:
+    """The time that work will still take, at its speed since it was first told of."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._first: tuple[int, float] | None = None  # steps done and time of the first call
+
+    def after(self, done: int, now: float) -> str:
+        """'3 min left'; empty while no step is timed, and at the end."""
+        begun, then = self._first = self._first or (done, now)
+        if done <= begun or done >= self._total:
+            return ""
+        seconds = (now - then) / (done - begun) * (self._total - done)
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 def quiet_libraries() -> None:
@@ -124,13 +156,10 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def reporter(quiet: bool) -> Iterator[Reporter]:
-    """Progress bars on stderr, or nothing."""
-    if quiet:
-        yield Silent()
-    else:
-        with Bars() as bars:
-            yield bars
+def reporter() -> Iterator[Reporter]:
+    """Progress on stderr, beside whatever the command prints on stdout."""
+    with Bars() as bars:
+        yield bars
 
 
 def show(document: Any, as_json: bool, *tables: Any) -> None:
@@ -143,8 +172,10 @@ def show(document: Any, as_json: bool, *tables: Any) -> None:
 
 
 def pairs(title: str, values: Mapping[str, Any]) -> Table:
-    """Two columns: name and value."""
+    """Two columns: name and value; a value too long for its line goes on in the next one."""
     drawn = Table(title=title, title_justify="left", show_header=False)
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
     for key, value in values.items():
         drawn.add_row(key, str(value))
     return drawn
@@ -192,14 +223,68 @@ def forecast_tables(planned: Mapping[str, Any]) -> list[Table]:
     return [parts, pairs("needs", needs), *([warnings] if warnings.row_count else [])]
 
 
-def status_table(status: Mapping[str, Any]) -> Table:
-    """Addresses, champion and services."""
+def status_tables(status: Mapping[str, Any]) -> list[Table]:
+    """Addresses, champion and services; then what is learnt, and what waits for a person."""
     title = f"endpoint {status['endpoint'] or 'down'}"
     drawn = Table(title=title, title_justify="left")
-    for column in ("service", "state", "pid"):
-        drawn.add_column(column)
+    drawn.add_column("service")
+    drawn.add_column("state", overflow="fold")
+    drawn.add_column("pid")
     for each in status["services"]:
         drawn.add_row(each["name"], each["state"], str(each["pid"] or "-"))
-    for name in ("mlflow", "prefect", "sign_in", "champion"):
+    for name in ("mlflow", "prefect", "sign_in"):
         drawn.add_row(name.replace("_", " "), str(status[name] or "-"), "")
-    return drawn
+    drawn.add_row("champion", (status["champion"] or "-")[:DIGEST], "")
+    learning = status.get("learning")
+    return [drawn] if learning is None else [drawn, pairs("learning", learning_lines(learning))]
+
+
+def learning_lines(learning: Mapping[str, Any]) -> dict[str, str]:
+    """The running round, the next one, candidates that wait, traffic and feedback, in words."""
+    traffic = learning["traffic"]
+    aside = {why: count for why, count in traffic["set_aside"].items() if count}
+    aside |= {"unverified": traffic["unverified"]} if traffic["unverified"] else {}
+    listed = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in aside.items())
+    lines = {
+        "round": round_line(learning["round"]),
+        "next round": learning["next_round"],
+        "review": learning["review"],
+        "new verified rows": f"{traffic['new_rows']} of {learning['target']}",
+        "set aside": f"{listed}: `anchorage collect` says why" if listed else "none",
+    }
+    if traffic["waiting_for_their_row"]:
+        lines["wait for their row"] = str(traffic["waiting_for_their_row"])
+    for each in learning["waiting"]:
+        gain = "" if each["gain"] is None else f"{100 * each['gain']:+.1f} points, "
+        lines[f"candidate {each['digest'][:DIGEST]}"] = gain + each["next"]
+    for each in learning["feedback"]:
+        lines[f"feedback {each['metric']}"] = f"{each['n']}, mean {each['mean']:.3g}"
+    return lines
+
+
+def round_line(running: Mapping[str, Any] | None) -> str:
+    """'0003-gsm8k: learning, generation 4 of 15, mean reward 0.52, 3 min left'; 'none'."""
+    if running is None:
+        return "none runs"
+    parts = [running["state"], f"generation {running['generation']} of {running['generations']}"]
+    if running["reward"] is not None:
+        parts.append(f"mean reward {running['reward']:.3g}")
+    if running["minutes_left"] is not None:
+        parts.append(f"{running['minutes_left']:.0f} min left, then the evaluation")
+    return f"{running['round']}: {', '.join(parts)}"
+
+
+def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
+    """What `up` will do by itself, where its settings came from, and what they changed."""
+    words = {key: value for key, value in settings.items() if key not in ("file", "changed")}
+    words["settings"] = settings["file"] or "defaults and options; no file"
+    changed = Table("setting", "before", "now", title="changed settings", title_justify="left")
+    for each in settings["changed"]:
+        changed.add_row(each["key"], _cut(each["before"]), _cut(each["after"]))
+    return [pairs("what happens now", words), *([changed] if changed.row_count else [])]
+
+
+def _cut(value: object, most: int = 60) -> str:
+    """A value on one line; a long text, such as a template, by its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -5,6 +5,7 @@ latency                   mean of the requests answered between them
 rewards                   mean and number by task and version, since the gateway started
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,13 +17,15 @@ from rich.console import Group
 from rich.table import Table
 
 from agent.home import Home
+from deploy import stack
 from deploy.serving.control import UnixTransport
-from flows.serve.stack import state
-from flows.show.terminal import pairs, status_table
+from flows.serve.stack import learning
+from flows.show.terminal import pairs, status_tables
 
 Labels = tuple[tuple[str, str], ...]
 Reading = Mapping[str, Mapping[Labels, float]]  # sample name -> labels -> value
 EVERY_S = 1.0
+LEARNING_EVERY = 5  # views between two looks at rounds, candidates and traffic
 ANSWERS = ("chat.completions", "completions")
 
 
@@ -30,12 +33,15 @@ def views(root: Path | None) -> Iterator[Group]:
     """An endless sequence of views of a home, one every ``EVERY_S``."""
     home = Home.at(root)
     before, at = reading(read_metrics(home)), time.monotonic()
-    yield view(state(root), None)
-    while True:
+    learnt = learning(home)
+    yield view(stack.status(home) | {"learning": learnt}, None)
+    for count in itertools.count(1):
         time.sleep(EVERY_S)
         now, then = reading(read_metrics(home)), at
         at = time.monotonic()
-        yield view(state(root), figures(before, now, at - then) if now else None)
+        learnt = learning(home) if count % LEARNING_EVERY == 0 else learnt
+        status = stack.status(home) | {"learning": learnt}
+        yield view(status, figures(before, now, at - then) if now else None)
         before = now
 
 
@@ -85,7 +91,7 @@ def figures(before: Reading, now: Reading, seconds: float) -> dict[str, Any]:
 def view(status: Mapping[str, Any], endpoint: Mapping[str, Any] | None) -> Group:
     """The status and, where the gateway answers, its figures."""
     if endpoint is None:
-        return Group(status_table(status))
+        return Group(*status_tables(status))
     numbers = {name: _shown(value) for name, value in endpoint.items() if name != "rewards"}
     rewards = Table(title="verified rewards", title_justify="left")
     for column in ("task", "version", "n", "mean", "errors"):
@@ -93,7 +99,7 @@ def view(status: Mapping[str, Any], endpoint: Mapping[str, Any] | None) -> Group
     for each in endpoint["rewards"]:
         row = (each["task"], each["version"], each["n"], each["mean"], each["errors"])
         rewards.add_row(*map(_shown, row))
-    return Group(status_table(status), pairs("endpoint now", numbers), rewards)
+    return Group(*status_tables(status), pairs("endpoint now", numbers), rewards)
 
 
 def _rewards(now: Reading) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import pytest
 
 from agent import config
 from agent.errors import UserError
+from agent.home import Home
 
 
 def write(folder: Path, text: str) -> Path:
@@ -40,8 +41,13 @@ def test_the_profile_belongs_to_the_embedded_model_only(tmp_path: Path) -> None:
         ("[learner]\nsigma = -1\n", ["learner.sigma", "-1", "greater than 0"]),
         ("[learner]\npenalty = 'l3'\nsigma = 0\n", ["'l3'", "'l2'", "learner.sigma"]),
         ("[gate]\nmin_gain = 0\n", ["gate.min_gain", "greater than 0"]),
-        ("[gate.margins]\narc = 5\n", ["gate.margins.arc", "less than 1"]),
+        ("[gate.margins]\narc = 5\n", ["gate.margins.arc", "5", "between 0 and 1"]),
         ("[learner\n", ["not TOML"]),
+        ("model = 3\n", ["model = 3"]),
+        ("[gateway]\nrate = 'lots'\n", ["gateway.rate", "'lots'", "600/minute"]),
+        ("[gateway]\ntoken_quota = '5'\n", ["gateway.token_quota", "'5'", "600/minute"]),
+        ("[gate.margins]\ncountdown = 8\n", ["gate.margins.countdown = 8", "0.08 is 8 points"]),
+        ("[tasks]\nfiles = 'x.py:TASK'\n", ["tasks.files = 'x.py:TASK'", '["x.py:TASK"]']),
     ],
 )
 def test_a_mistake_is_one_line_with_value_and_what_was_allowed(
@@ -56,3 +62,83 @@ def test_a_mistake_is_one_line_with_value_and_what_was_allowed(
 def test_a_missing_settings_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         config.load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "ANCHORAGE_LEARNR__SIGMA",
+            "0.1",
+            ["ANCHORAGE_LEARNR__SIGMA='0.1'", "ANCHORAGE_LEARNER__"],
+        ),
+        ("ANCHORAGE_LEARNER_SIGMA", "0.1", ["ANCHORAGE_LEARNER_SIGMA='0.1'", "LEARNER__KEY"]),
+        ("anchorage_learnr__sigma", "0.1", ["anchorage_learnr__sigma='0.1'"]),
+        ("ANCHORAGE_LEARNER__SGIMA", "0.1", ["learner.sgima", "'0.1'", "sigma"]),
+        ("ANCHORAGE_TASKS__FILES", "x.py:TASK", ["tasks.files = 'x.py:TASK'", "a list"]),
+        ("ANCHORAGE_MODEL", '{"path":', ["model = "]),
+    ],
+)
+def test_no_variable_is_ignored(
+    name: str, value: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as told:
+        config.load()
+    assert "\n" not in str(told.value)
+    assert [word for word in words if word not in str(told.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ANCHORAGE_HOME", "/elsewhere"),
+        ("ANCHORAGE_SERVICE_HOST", "10.0.0.1"),
+        ("ANCHORAGE_PORT", "tcp://10.0.0.1:80"),
+        ("ANCHORAGE_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("ANCHORAGE_LEARNER", '{"sigma": 0.5}'),
+    ],
+)
+def test_variables_that_are_no_mistake_are_taken(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert config.load().learner.sigma == (0.5 if "LEARNER" in name else 0.01)
+
+
+def test_nothing_is_scheduled_or_served_unasked_but_for_the_embedded_model() -> None:
+    own = config.load()
+    assert (own.projection.loop_minutes, own.review.mode) == (60.0, "auto")
+    for path in ("Qwen/Qwen2.5-3B-Instruct", "smollm2"):
+        real = config.load(model={"path": path})
+        assert (real.projection.loop_minutes, real.projection.loop_rows) == (0.0, 0)
+        assert real.review.mode == "manual"
+
+
+def test_a_running_home_names_what_it_was_not_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = Home.at(tmp_path / "home")
+    config.keep(home, config.load())
+    assert config.unheeded(home, config.kept(home)) == []
+    write(tmp_path, "[learner]\nsigma = 0.01\nalpha = 0.5\n")
+    monkeypatch.setenv("ANCHORAGE_TASKS__ROWS", "7")
+    lines = config.unheeded(home, config.kept(home))
+    assert sorted(line.split(" counts from")[0] for line in lines) == [
+        "learner.alpha = 0.5",
+        "tasks.rows = 7",
+    ]
+    assert all("started with" in line and "anchorage up" in line for line in lines)
+    write(tmp_path, "[learner]\nsgima = 1\n")
+    (line,) = config.unheeded(home, config.kept(home))
+    assert "sgima" in line
+
+
+def test_a_model_is_named_by_its_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert config.load(model={"path": "mine"}).model.path == str(tmp_path / "mine")
+    assert config.load(model={"path": "not/here"}).model.path == "not/here"

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from flows.learn.loop import Due, decide, refusal, registered
+from flows.learn.loop import Due, RowTrigger, decide, refusal, registered
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOME = "/homes/a"
@@ -109,3 +109,22 @@ def test_a_run_that_differs_is_refused(name: str, value: object, told: str) -> N
     why = refusal("loop", HOME, deployment, Fields.of(**right | {name: value}))
     assert why is not None
     assert told in why
+
+
+def test_new_rows_start_one_round_and_again_as_many_the_next() -> None:
+    new = 0
+    trigger = RowTrigger(50, lambda: new)
+    assert not trigger.due()
+    new = 50
+    assert trigger.due()
+    trigger.asked()
+    new = 99  # the round failed before it was opened: its rows are new still
+    assert not trigger.due()
+    new = 100
+    assert trigger.due()
+    trigger.asked()
+    new = 3  # it was opened
+    assert not trigger.due()
+    new = 53
+    assert trigger.due()
+    assert not RowTrigger(0, lambda: 1000).due()

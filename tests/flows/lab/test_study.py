@@ -45,7 +45,7 @@ class Killer(Silent):
         self.left = moment
 
     def track(self, what: str, total: int) -> Advance:
-        return lambda done: self._step()
+        return lambda done, note="": self._step()
 
     def _step(self) -> None:
         self.left -= 1

@@ -39,7 +39,8 @@ def promoted(tmp_path: Path) -> Session:
     """A home, its stack down, that serves its first candidate."""
     anchor = tiny_anchor(tmp_path / "anchor")
     home = Home.at(tmp_path / "home")
-    service = Failing(home, Settings.model_validate({"model": {"path": str(anchor.directory)}}))
+    chosen = {"model": {"path": str(anchor.directory)}, "review": {"mode": "auto"}}
+    service = Failing(home, Settings.model_validate(chosen))
     service.errors = []
     write_served(home, Served(anchor.digest, str(anchor.directory)))
     service.champion()  # the ledger's first row

@@ -256,6 +256,7 @@ def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, lis
     settings = Settings.model_validate(
         {
             "model": {"path": str(anchor.directory)},
+            "review": {"mode": "auto"},
             "engines": {"swap_deadline_s": LEASE_S},
             "baking": baking,
             "tasks": {"data_dir": str(root / "rows")},
