@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
+from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,14 @@ if TYPE_CHECKING:  # loading these at a rollback would cost it their libraries' 
 LOG = logging.getLogger("anchorage.service")
 
 
+def _user() -> str:
+    """The name of this process's user; its number where it has none, as in some containers."""
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 @cache
 def _say_once(lines: tuple[str, ...]) -> None:
     """Settings that do not count, said once a process: on stderr, or in a service's log."""
@@ -46,7 +55,7 @@ class Service:
     def __init__(self, home: Home, settings: Settings) -> None:
         self.home = home
         self.settings = settings
-        self.actor = f"{socket.gethostname()}:{os.getpid()}"
+        self.actor = f"{_user()}@{socket.gethostname()}"  # as the ledger names who decided
         self._anchors: dict[str, Anchor] = {}
         self._training: dict[str, dict[str, Row]] = {}
 
@@ -105,7 +114,7 @@ class Service:
                 ledger.append(
                     self.origin.digest,
                     "ANCHOR",
-                    epoch=ledger.acquire(self.actor, time.time()),
+                    epoch=ledger.acquire(self._process, time.time()),
                     actor=self.actor,
                     why="the model this service was started with",
                     now=time.time(),
@@ -114,7 +123,12 @@ class Service:
 
     def take_over(self) -> int:
         """Become the controller: a new epoch; the previous controller's writes are refused."""
-        return self.ledger.acquire(self.actor, time.time())
+        return self.ledger.acquire(self._process, time.time())
+
+    @property
+    def _process(self) -> str:
+        """This process, as the owner of an epoch."""
+        return f"{self.actor}:{os.getpid()}"
 
     @cached_property
     def experience(self) -> "ExperienceStore":

@@ -7,9 +7,12 @@ of the last row: what an engine has to serve, whatever became of the writer.
 The first part decides over rows as values: which state may follow which, and what is served then.
 The class ``Ledger`` stores them.
 
-    PROPOSED -> EVALUATED -> PROMOTE | HOLD | REJECT      PROMOTE | HOLD -> AWAIT_REVIEW -> APPROVED
-    PROMOTE | APPROVED -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
+    PROPOSED -> EVALUATED -> PASSED | HOLD | REJECT        PASSED | HOLD -> AWAIT_REVIEW -> APPROVED
+    PASSED | APPROVED -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
     ANCHOR: the model everything started from, or a champion that a person made the new anchor
+
+PASSED is the state after the verdict `promote`: nothing is served yet. (Older rows call it PROMOTE;
+they are read as PASSED.)
 
 UNCHANGED is a remark on a digest that has a state, and gives it none: a round that began from it
 ended with the same weights.
@@ -30,9 +33,9 @@ from agent.store.database import Database, Value, canonical, fault, seal
 ALLOWED: dict[str | None, frozenset[str]] = {
     None: frozenset({"PROPOSED"}),
     "PROPOSED": frozenset({"EVALUATED", "REJECT"}),
-    "EVALUATED": frozenset({"PROMOTE", "HOLD", "REJECT"}),
+    "EVALUATED": frozenset({"PASSED", "HOLD", "REJECT"}),
     "HOLD": frozenset({"EVALUATED", "AWAIT_REVIEW", "REJECT"}),
-    "PROMOTE": frozenset({"AWAIT_REVIEW", "SWAP_INTENT", "REJECT"}),
+    "PASSED": frozenset({"AWAIT_REVIEW", "SWAP_INTENT", "REJECT"}),
     "AWAIT_REVIEW": frozenset({"APPROVED", "REJECT"}),
     "APPROVED": frozenset({"SWAP_INTENT", "REJECT"}),
     "SWAP_INTENT": frozenset({"SWAPPED", "ROLLED_BACK"}),
@@ -43,6 +46,7 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "ROLLED_BACK": frozenset({"SWAP_INTENT", "REJECT"}),
     "REJECT": frozenset(),
 }
+RENAMED = {"PROMOTE": "PASSED"}  # state in older rows -> state
 UNCHANGED = "UNCHANGED"
 SETTLED = ("CHAMPION", "ANCHOR")
 UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
@@ -280,4 +284,5 @@ class Ledger:
 def _entry(row: Mapping[str, Any]) -> Entry:
     """A stored row as a value."""
     read = {name: row[name] for name in NAMES}
+    read["state"] = RENAMED.get(row["state"], row["state"])  # the row's hash is over the old name
     return Entry(**{**read, "statistics": json.loads(str(row["statistics"]))})

@@ -174,6 +174,8 @@ def build_embedded(
     from deploy.embedded.build import Recipe
     from flows.lab.embedded_model import make_embedded
 
+    if into.exists() and not into.is_dir():
+        raise UserError(f"--out {str(into)!r} is a file; allowed: a folder")
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
     with reporter() as bars:
         advance = bars.track("training the embedded model", recipe.steps)

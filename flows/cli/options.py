@@ -32,3 +32,8 @@ Digest = Annotated[
         help="First characters of a digest, or one of anchor, champion, previous, origin."
     ),
 ]
+Reason = Annotated[str, typer.Option("--reason", help="Reason, recorded in the ledger.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--as", help="Who decides, for the ledger. Default: this machine's user@host."),
+]

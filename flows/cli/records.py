@@ -1,6 +1,8 @@
 """What a home holds: settings, ledger, journal, keys, and deletion by principal."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -126,14 +128,26 @@ def list_keys(home: KnownHome = None, as_json: AsJson = False) -> None:
     from agent.gateway.keys import KeyStore
     from flows.service import Service
 
-    known = KeyStore(Service.at(home).experience).list_keys()
+    known = [_dated(key) for key in KeyStore(Service.at(home).experience).list_keys()]
     show(known, as_json, *(pairs(str(each["key_id"]), each) for each in known))
 
 
+def _dated(key: Mapping[str, object]) -> dict[str, object]:
+    """A key with its times as ISO 8601 in UTC."""
+    times = ("created", "expires", "revoked")
+    return {
+        name: datetime.fromtimestamp(value, UTC).isoformat(timespec="seconds")
+        if name in times and isinstance(value, float)
+        else value
+        for name, value in key.items()
+    }
+
+
 @key_app.command("revoke")
-def revoke_key(key_id: str, home: KnownHome = None) -> None:
+def revoke_key(key_id: str, home: KnownHome = None, as_json: AsJson = False) -> None:
     """Revoke a key."""
     from agent.gateway.keys import KeyStore
     from flows.service import Service
 
     KeyStore(Service.at(home).experience).revoke(key_id)
+    show({"revoked": key_id}, as_json, f"revoked: {key_id}; `anchorage key list` shows the others")

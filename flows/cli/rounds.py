@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.errors import UserError
-from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Target
+from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Name, Reason, Target
 from flows.show.terminal import collected_tables, forecast_tables, pairs, reporter, show
 
 app = typer.Typer()
@@ -54,9 +54,11 @@ def improve(
     if dry_run:
         _plan(home, target, settings, None, as_json)
         return
+    from flows.show.report import round_table
+
     with reporter() as bars:
         document = improve_now(home, target, settings, bars)
-    show(document, as_json, pairs("candidate", document))
+    show(document, as_json, round_table(document), document["next"])
 
 
 @app.command()
@@ -175,7 +177,7 @@ def evaluate(
 ) -> None:
     """Measure a model's accuracy on tasks. Stored answers of the same weights are reused."""
     from flows.commands.measure import RemoteModel, evaluate_model
-    from flows.show.report import summary_table
+    from flows.show.report import measured_lines, summary_table
 
     names = [name for each in tasks or [] for name in each.split(",") if name]
     endpoint = RemoteModel(model_name, key_env)
@@ -183,7 +185,7 @@ def evaluate(
         document = evaluate_model(
             home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
         )
-    show(document, as_json, summary_table(document))
+    show(document, as_json, summary_table(document), *measured_lines(document))
 
 
 @app.command()
@@ -211,7 +213,7 @@ def promote(digest: Digest, home: KnownHome = None, as_json: AsJson = False) -> 
 
     with reporter() as bars:
         document = promote_now(home, digest, bars)
-    show(document, as_json, pairs("promoted", document))
+    _end(document, "promoted", as_json)
 
 
 @app.command()
@@ -228,38 +230,45 @@ def rollback(
 
     with reporter() as bars:
         document = rollback_now(home, digest, reason, bars)
-    show(document, as_json, pairs("rolled back", document))
+    _end(document, "rolled back", as_json)
+
+
+@review_app.command("list")
+def waiting(home: KnownHome = None, as_json: AsJson = False) -> None:
+    """List candidates that wait for a person, each with its gain and what to do."""
+    from flows.commands.runs import waiting_now
+    from flows.show.terminal import waiting_table
+
+    document = waiting_now(home)
+    show(document, as_json, waiting_table(document) if document else "no candidate waits")
 
 
 @review_app.command("approve")
 def approve(
     digest: Digest,
-    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
+    reason: Reason,
+    name: Name = None,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve a waiting candidate; it is promoted next."""
-    _review(home, digest, "approve", reason, as_json)
+    _review(home, digest, "approve", reason, name, as_json)
 
 
 @review_app.command("reject")
 def refuse(
     digest: Digest,
-    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
+    reason: Reason,
+    name: Name = None,
     home: KnownHome = None,
     as_json: AsJson = False,
 ) -> None:
     """Reject a waiting candidate."""
-    _review(home, digest, "reject", reason, as_json)
+    _review(home, digest, "reject", reason, name, as_json)
 
 
 @anchor_app.command("move")
-def move(
-    digest: Digest,
-    reason: Annotated[str, typer.Option(help="Reason, recorded in the ledger.")],
-    home: KnownHome = None,
-    as_json: AsJson = False,
-) -> None:
+def move(digest: Digest, reason: Reason, home: KnownHome = None, as_json: AsJson = False) -> None:
     """Make the champion the anchor of later rounds (needs review.allow_anchor_move)."""
     from flows.commands.runs import move_anchor_now
 
@@ -268,9 +277,18 @@ def move(
     show(document, as_json, pairs("anchor moved", document))
 
 
-def _review(home: Path | None, digest: str, word: str, reason: str, as_json: bool) -> None:
+def _review(
+    home: Path | None, digest: str, word: str, reason: str, name: str | None, as_json: bool
+) -> None:
     from flows.commands.runs import review_now
 
     with reporter() as bars:
-        document = review_now(home, digest, word, reason, bars)
-    show(document, as_json, pairs("review", document))
+        document = review_now(home, digest, word, reason, bars, name)
+    _end(document, {"approve": "approved", "reject": "rejected"}[word], as_json)
+
+
+def _end(outcome: Mapping[str, Any], act: str, as_json: bool) -> None:
+    """Show what became of a version; exit code 1 where it is not what was asked for."""
+    title = act if outcome["done"] else f"NOT {act}: {outcome['reason']}"
+    show(outcome, as_json, pairs(title, outcome))
+    raise typer.Exit(0 if outcome["done"] else 1)

@@ -5,7 +5,6 @@ Each imports what it needs: a rollback does not import what a round is learnt wi
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,22 @@ def _opened(home: Path | None, progress: Reporter) -> Iterator[tuple[Session, bo
 def improve_now(
     home: Path | None, target: str | None, changes: Mapping[str, Any], progress: Reporter
 ) -> dict[str, Any]:
-    """Learn one round, or resume an interrupted one, and weigh its candidate; serve nothing."""
-    from flows.learn.loop import learn
+    """Learn one round, or resume an interrupted one, and weigh its candidate; serve nothing.
+
+    Returns:
+        The report with the candidate's state, and what is next in words.
+    """
+    from flows.learn.loop import learn, refuse_second
+    from flows.learn.plan import chosen
     from flows.learn.weigh import weigh
+    from flows.serve.outlook import next_step
     from flows.serve.promote import act
 
     with _opened(home, progress) as (opened, is_up):
         name, root = opened.service.target(target).name, str(opened.service.home.root)
+        # Refused here, before Prefect shows a run that failed.
+        chosen(opened.service.settings.learner, changes)
+        refuse_second(opened.service)
         if is_up:
             from flows.deployments import run_flow
 
@@ -49,7 +57,10 @@ def improve_now(
         else:
             report = weigh(opened, learn(opened, name, changes).run_id).report.to_json()
         act(opened, report["digest"])
-        return report | {"state": opened.service.ledger.state(report["digest"])}
+        state = str(opened.service.ledger.state(report["digest"]))
+        step = state if report["verdict"] != "unchanged" else "unchanged"
+        steps = next_step(report["digest"], step, "; ".join(report["reasons"]))
+        return report | {"state": state, "next": steps}
 
 
 def plan_now(
@@ -111,14 +122,26 @@ def move_anchor_now(
 
 
 def review_now(
-    home: Path | None, digest: str, word: str, reason: str, progress: Reporter
+    home: Path | None,
+    digest: str,
+    word: str,
+    reason: str,
+    progress: Reporter,
+    who: str | None = None,
 ) -> dict[str, Any]:
-    """Approve or reject a waiting digest."""
+    """Approve or reject a waiting digest, as ``who`` (None: the user of this machine)."""
     from flows.serve import promote
 
     with _opened(home, progress) as (opened, _):
-        chosen, who = opened.service.find(digest), f"{getuser()} (command line)"
-        return promote.review(opened, chosen, word, reason, who).to_json()
+        chosen = opened.service.find(digest)
+        return promote.review(opened, chosen, word, reason, who or opened.service.actor).to_json()
+
+
+def waiting_now(home: Path | None) -> list[dict[str, Any]]:
+    """Candidates that wait for a person: digest, state, gain on the target, what to do."""
+    from flows.serve.outlook import waiting
+
+    return waiting(Service.at(home))
 
 
 def replay_now(home: Path | None, candidate: str, snapshots: bool) -> dict[str, Any]:

@@ -10,8 +10,12 @@ moving delta (mean over the engines); generation is the wall time from the first
 step applied. Restoring takes no time of its own: the next render overwrites a member.
 """
 
+from collections.abc import Mapping
 from statistics import median
 from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
 
 from agent.population.pool import Population
 from evaluators.task import judge
@@ -48,6 +52,19 @@ class Curve:
             point = {"generation": generation, "task": task.name}
             points.append(point | {"accuracy": right / len(rows), "n": len(rows)})
         self._files.add_to_curve(points)
+
+
+def members_note(rewards: Mapping[int, NDArray[np.float64]], tokens: int, seconds: float) -> str:
+    """'reward 0.431 +- 0.052, 1,234 tokens/s' of the members evaluated so far in a generation.
+
+    Args:
+        rewards: (P,) rewards of each of them.
+        tokens: Of the answers that came since the generation began or was resumed.
+        seconds: Since then.
+    """
+    means = np.array([each.mean() for each in rewards.values()])
+    rate = f", {tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+    return f"reward {means.mean():.3f} +- {means.std():.3f}{rate}"
 
 
 class Pace:

@@ -26,13 +26,13 @@ from agent.store.replay import prune, replay, route, snapshot_path
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
 from flows.learn.collect import collect_rows, mark_used, sweep
-from flows.learn.curve import Curve, Pace
+from flows.learn.curve import Curve, Pace, members_note
 from flows.learn.forecast import within_budget
 from flows.learn.plan import chosen, plan_of, settled
 from flows.learn.prompts import Asked, judging, opened_prompts
 from flows.round_files import RoundFiles
 from flows.service import Service
-from flows.show.terminal import Reporter
+from flows.show.terminal import Advance, Reporter, Silent
 
 Rewards = NDArray[np.float64]
 NEWEST = 2  # snapshots of a round in progress: the newest may be cut short by a crash
@@ -211,6 +211,7 @@ class Driver:
         self._curve = Curve(service, task.name, run.run_id)
         self._pace = Pace(service, run.run_id, population)
         self._delta_hash = ""
+        self._advance: Advance = Silent().track("", 0)
 
     def finish(self) -> Round:
         """Drive the round to its end, render its candidate and propose it."""
@@ -243,7 +244,9 @@ class Driver:
         """
         plan, past = plan_of(self._service, self._run, self._learner), self._past()
         self._prepare()
-        advance = self._progress.track(f"round {self._run.run_id}", plan.generations)
+        total = plan.generations * plan.population
+        self._advance = self._progress.track(f"round {self._run.run_id}, members", total)
+        self._advance(plan.start_generation * plan.population)
         decisions = improve(plan, past)  # a generator: this loop answers it
         answer: Rewards | Applied | None = None
         outcome: RoundOutcome
@@ -261,7 +264,7 @@ class Driver:
                 else:
                     self._record(decision)
                     answer = None
-                    advance(decision.step.generation + 1)
+                    self._advance((decision.step.generation + 1) * plan.population)
         except StopIteration as end:
             outcome = end.value
         self._curve.measure(self._population, outcome.generations, last=True)
@@ -313,9 +316,13 @@ class Driver:
         ]
         chats = [list(self._prompts[place].messages) for place in self._places]
         max_tokens, noise = self._task.max_tokens, self._learner.noise
+        began_s, tokens, before = time.monotonic(), 0, generation * len(decision.members)
         for result in self._population.members(jobs, chats, max_tokens, noise):
             rewards[result.job] = self._rewards(result.job, result.completions)
             journal.record_member(run_id, generation, result.job, rewards[result.job])
+            tokens += sum(completion.tokens for completion in result.completions)
+            note = members_note(rewards, tokens, time.monotonic() - began_s)
+            self._advance(before + len(rewards), f"generation {generation + 1}, {note}")
         return np.stack([rewards[member.index] for member in decision.members])
 
     def _rewards(self, member: int, completions: Sequence[Completion]) -> Rewards:

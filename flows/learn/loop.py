@@ -11,7 +11,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from agent.home import locked
+from agent.errors import UserError
+from agent.home import is_locked, locked
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import chosen
 from flows.serve import promote
@@ -171,9 +172,22 @@ def alone(service: Service) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    taken = (
-        f"home {str(service.home.root)!r}: another process is running a round; "
-        "allowed: one at a time"
-    )
-    with locked(service.home.round_lock, taken=taken, wait_s=0):
+    with locked(service.home.round_lock, taken=_taken(service), wait_s=0):
         yield
+
+
+def refuse_second(service: Service) -> None:
+    """Refuse a round while another one runs.
+
+    Raises:
+        UserError: One does.
+    """
+    if is_locked(service.home.round_lock):
+        raise UserError(_taken(service))
+
+
+def _taken(service: Service) -> str:
+    return (
+        f"home {str(service.home.root)!r}: another process is running a round; "
+        "allowed: one at a time (`anchorage status` shows it)"
+    )

@@ -32,7 +32,7 @@ from flows.session import Session
 from flows.show.report import RoundReport
 from flows.show.terminal import Reporter
 
-STATES = {"promote": "PROMOTE", "hold": "HOLD", "reject": "REJECT"}  # verdict -> ledger state
+STATES = {"promote": "PASSED", "hold": "HOLD", "reject": "REJECT"}  # verdict -> ledger state
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def waiting(service: Service) -> list[dict[str, Any]]:
     states = service.ledger.states()
     found = []
     for digest, state in reversed(states.items()):
-        if state in ("PROMOTE", "AWAIT_REVIEW", "APPROVED"):
+        if state in ("PASSED", "AWAIT_REVIEW", "APPROVED"):
             gains = [_gain(entry.statistics) for entry in service.ledger.of(digest)]
             gain = next((each for each in reversed(gains) if each is not None), None)
             steps = next_step(digest, state)
@@ -166,7 +166,7 @@ def next_step(digest: str, state: str, why: str = "") -> str:
     name = short(digest)[:8]
     reject = f"`anchorage review reject {name} --reason ...`"
     return {
-        "PROMOTE": f"passed, not served: `anchorage promote {name}`",
+        "PASSED": f"passed, not served: `anchorage promote {name}`",
         "APPROVED": f"approved, served next: `anchorage status`, or `anchorage promote {name}`",
         "AWAIT_REVIEW": "waits for review: look at it in MLflow, then `anchorage review approve "
         f"{name} --reason ...` or {reject}",

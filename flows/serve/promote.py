@@ -15,7 +15,7 @@ from flows.serve.swaps import ServeOutcome, finish, swap
 from flows.service import Service
 from flows.session import Session
 
-PASSED = ("PROMOTE", "APPROVED")
+PASSED = ("PASSED", "APPROVED")
 SERVED = ("CHAMPION", "ANCHOR")
 
 
@@ -25,7 +25,7 @@ def may_serve(service: Service, digest: str) -> bool:
         return False
     states = [entry.state for entry in service.ledger.of(digest)]
     now = service.ledger.state(digest)
-    if now == "PROMOTE":
+    if now == "PASSED":
         return service.settings.review.mode == "auto"
     if now == "ROLLED_BACK":
         return any(state in (*PASSED, *SERVED) for state in states)
@@ -39,7 +39,7 @@ def act(session: Session, digest: str) -> bool:
     """
     service = session.service
     state = service.ledger.state(digest)
-    if state in ("PROMOTE", "HOLD") and service.settings.review.mode == "manual":
+    if state in ("PASSED", "HOLD") and service.settings.review.mode == "manual":
         service.record(digest, "AWAIT_REVIEW", "review mode is manual: a person decides")
         return False
     return may_serve(service, digest)
@@ -66,10 +66,10 @@ def is_owed(service: Service, digest: str, state: str) -> bool:
     Not for a candidate that was judged beside another champion than today's; a person may still
     serve it.
     """
-    if state not in ("PROMOTE", "HOLD"):
+    if state not in ("PASSED", "HOLD"):
         return False
     if service.settings.review.mode == "auto" and not (
-        state == "PROMOTE" and service.ledger.of(digest)[-1].statistics.get("serve")
+        state == "PASSED" and service.ledger.of(digest)[-1].statistics.get("serve")
     ):
         return False
     return service.journal.candidate(digest).parent_digest == service.champion()
@@ -84,11 +84,7 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Serv
     service = session.service
     finish(session)
     if not may_serve(service, digest):
-        state = service.ledger.state(digest) or "unknown"
-        raise UserError(
-            f"digest {short(digest)} is {state}; only a candidate that passed the gate (or was "
-            "approved, or served before) and is not the champion is promoted"
-        )
+        raise UserError(_not_served(service, digest))
     settle_for(session, digest)
 
     def write(event: Event, of: str, reason: str, epoch: int) -> None:
@@ -99,6 +95,22 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Serv
         with suppress(UserError):  # another controller has settled it, or rolled it back, meanwhile
             service.record(digest, "BAKING", "live traffic is watched")
     return outcome
+
+
+def _not_served(service: Service, digest: str) -> str:
+    """Why a digest is not promoted, and what is allowed instead."""
+    name, state = short(digest), service.ledger.state(digest) or "unknown"
+    if digest == service.champion():
+        return f"digest {name} is the champion and served already; allowed: another digest"
+    if state == "AWAIT_REVIEW" or (state == "PASSED" and service.settings.review.mode == "manual"):
+        return (
+            f"digest {name} waits for review; allowed: `anchorage review approve {name} "
+            "--reason ...`, which serves it"
+        )
+    return (
+        f"digest {name} is {state}; allowed: a candidate that passed the gate or was approved, or "
+        "a version served before"
+    )
 
 
 def review(session: Session, digest: str, word: str, why: str, who: str) -> ServeOutcome:
@@ -146,8 +158,8 @@ def follow(session: Session, digest: str, text: str, who: str) -> bool:
     """
     service = session.service
     if service.ledger.state(digest) == "AWAIT_REVIEW":
-        verdicts = [e.state for e in service.ledger.of(digest) if e.state in ("PROMOTE", "HOLD")]
-        if verdicts[-1:] == ["PROMOTE"]:
+        verdicts = [e.state for e in service.ledger.of(digest) if e.state in ("PASSED", "HOLD")]
+        if verdicts[-1:] == ["PASSED"]:
             service.record(digest, "APPROVED", text, actor=who)
     if may_serve(service, digest):
         promote(session, digest, why=text)

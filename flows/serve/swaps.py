@@ -42,9 +42,14 @@ class ServeOutcome:
     state: str
     reason: str = ""
 
+    @property
+    def done(self) -> bool:
+        """Whether it came as asked: served, or recorded where no swap was due (yet)."""
+        return self.served == self.asked or self.state in ("REJECT", "ANCHOR", "APPROVED")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return asdict(self) | {"done": self.done}
 
 
 def swap(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # reading aliases does not wait for the plots' libraries
 
 T = TypeVar("T")
 LOCK_S = 20.0  # longest wait for another process that reads or sets aliases
-WAITING = ("PROMOTE", "HOLD", "AWAIT_REVIEW", "APPROVED")
+WAITING = ("PASSED", "HOLD", "AWAIT_REVIEW", "APPROVED")
 NUMBERS = ("norm", "step_norm", "predicted_norm", "predicted_norm_l2", "reward_mean", "reward_std")
 
 

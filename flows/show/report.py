@@ -50,10 +50,9 @@ class RoundReport:
         }
 
     def decisive(self) -> list[Mapping[str, Any]]:
-        """The findings that made the verdict; for a promotion, all of them."""
-        if self.verdict == "promote":
-            return list(self.reasons)
-        return [reason for reason in self.reasons if reason["outcome"] == self.verdict]
+        """The findings that made the verdict, the target's first; for a promotion, all of them."""
+        findings = [r for r in self.reasons if self.verdict in (r["outcome"], "promote")]
+        return sorted(findings, key=lambda each: each.get("task") != self.target)
 
 
 def table(report: RoundReport) -> Table:
@@ -232,6 +231,15 @@ def summary_table(document: Mapping[str, Any]) -> Table:
     return drawn
 
 
+def measured_lines(document: Mapping[str, Any]) -> list[str]:
+    """Where the answers of an evaluation lie, and what can be done with them."""
+    table = document["table"]
+    return [
+        f"answers: {table}",
+        f"next: `anchorage rescore {table}` judges them again, without a model",
+    ]
+
+
 def history_table(entries: Sequence[Entry]) -> Table:
     """The ledger, newest first; as wide as a terminal of 80 columns."""
     drawn = Table(title="ledger", title_justify="left", show_lines=True)
@@ -294,32 +302,35 @@ def _holds(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple)
 
 
+def round_table(document: Mapping[str, Any]) -> Table:
+    """A round as ``RoundReport.to_json`` has it: its table, and below it why it was not passed."""
+    target, verdict = document["target"], document["verdict"]
+    tasks = {
+        name: {**row, "role": "target" if name == target else "prior"}
+        for name, row in document["tasks"].items()
+    }
+    report = RoundReport(
+        document["round"],
+        target,
+        document["generations"],
+        document["stopped"],
+        document["digest"],
+        verdict,
+        [{"text": text, "outcome": verdict} for text in document["reasons"]],
+        tasks,
+        shift=document["shift"],
+    )
+    drawn = table(report)
+    # The findings of a promotion are in the table already; those of a refusal are its reason.
+    if verdict != "promote":
+        drawn.caption = "\n".join(document["reasons"])
+        drawn.caption_justify = "left"
+    return drawn
+
+
 def demo_tables(document: Mapping[str, Any]) -> list[Table]:
     """The demo's result: a table a round, then what was served in which order, and addresses."""
-    drawn = []
-    for each in document["rounds"]:
-        tasks = {
-            name: {**row, "role": "target" if name == each["target"] else "prior"}
-            for name, row in each["tasks"].items()
-        }
-        findings = [{"text": text, "outcome": each["verdict"]} for text in each["reasons"]]
-        report = RoundReport(
-            each["round"],
-            each["target"],
-            each["generations"],
-            each["stopped"],
-            each["digest"],
-            each["verdict"],
-            findings,
-            tasks,
-            shift=each["shift"],
-        )
-        shown = table(report)
-        # The findings of a promotion are in the table already; those of a refusal are its reason.
-        if each["verdict"] != "promote":
-            shown.caption = "\n".join(each["reasons"])
-            shown.caption_justify = "left"
-        drawn.append(shown)
+    drawn = [round_table(each) for each in document["rounds"]]
     live = document["live"]
     end = Table(title="the endpoint", title_justify="left", show_header=False)
     end.add_row("served, in order", " -> ".join(document["served"]))

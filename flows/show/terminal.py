@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
@@ -167,8 +167,8 @@ def show(document: Any, as_json: bool, *tables: Any) -> None:
     if as_json:
         print(json.dumps(document, indent=1, default=str, allow_nan=False))  # noqa: T201
     else:
-        for each in tables:
-            console().print(each)
+        for each in tables:  # a text is not wrapped: its paths and commands are copied
+            console().print(each, soft_wrap=isinstance(each, str), highlight=False)
 
 
 def pairs(title: str, values: Mapping[str, Any]) -> Table:
@@ -272,6 +272,18 @@ def round_line(running: Mapping[str, Any] | None) -> str:
     if running["minutes_left"] is not None:
         parts.append(f"{running['minutes_left']:.0f} min left, then the evaluation")
     return f"{running['round']}: {', '.join(parts)}"
+
+
+def waiting_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
+    """Candidates that wait for a person: digest, gain on the target, what to do."""
+    drawn = Table(title="candidates that wait", title_justify="left", show_lines=True)
+    for column in ("digest", "gain, points"):
+        drawn.add_column(column, no_wrap=True)
+    drawn.add_column("next", overflow="fold")
+    for each in candidates:
+        gain = "-" if each["gain"] is None else f"{100 * each['gain']:+.1f}"
+        drawn.add_row(each["digest"][:DIGEST], gain, each["next"])
+    return drawn
 
 
 def settings_tables(settings: Mapping[str, Any]) -> list[Table]:

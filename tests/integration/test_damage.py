@@ -38,7 +38,7 @@ class Stack:
         keep(self.home, settings)
         service = Service.at(self.home.root)
         self.anchor, self.champion = service.champion(), self._learnt(service)
-        for state in ("PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "CHAMPION"):
+        for state in ("PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"):
             service.record(self.champion, state, "a test")
 
     def _learnt(self, service: Service) -> str:

@@ -84,7 +84,7 @@ def round_and_promotion(session: Session, alpha: float) -> tuple[float, float]:
 
     round_s, _ = timed(lambda: weigh(session, learnt(alpha).run_id))
     digest = learnt(alpha / 2).digest
-    for state in ("EVALUATED", "PROMOTE"):
+    for state in ("EVALUATED", "PASSED"):
         service.record(digest, state, "a test")
     promotion_s, outcome = timed(lambda: promote(session, digest))
     assert outcome.served == digest

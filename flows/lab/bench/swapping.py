@@ -192,5 +192,5 @@ def _make_known(service: Service, other: Served) -> None:
         now=time.time(),
     )
     service.journal.finish(run, other.digest, "a bench", time.time())
-    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+    for state in ("PROPOSED", "EVALUATED", "PASSED"):
         service.record(other.digest, state, "a bench")

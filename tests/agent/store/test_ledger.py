@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from agent.errors import UserError
 from agent.store import ledger
+from agent.store.database import Database, seal
 from agent.store.ledger import ALLOWED, SETTLED, UNSETTLED, Entry, Ledger, StaleEpoch
 
 A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
-PROMOTION = ("PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "BAKING", "CHAMPION")
-WALK = ("PROPOSED", "EVALUATED", "HOLD", "EVALUATED", "PROMOTE", "AWAIT_REVIEW", "APPROVED")
+PROMOTION = ("PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "BAKING", "CHAMPION")
+WALK = ("PROPOSED", "EVALUATED", "HOLD", "EVALUATED", "PASSED", "AWAIT_REVIEW", "APPROVED")
 
 
 class Desk:
@@ -79,7 +80,7 @@ ROUTES = {
     None: (),
     "PROPOSED": PROMOTION[:1],
     "EVALUATED": PROMOTION[:2],
-    "PROMOTE": PROMOTION[:3],
+    "PASSED": PROMOTION[:3],
     "HOLD": (*PROMOTION[:2], "HOLD"),
     "REJECT": (*PROMOTION[:2], "REJECT"),
     "AWAIT_REVIEW": (*PROMOTION[:3], "AWAIT_REVIEW"),
@@ -302,7 +303,7 @@ import sys
 from pathlib import Path
 from agent.store.ledger import Ledger, StaleEpoch
 path, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-steps = ["PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
+steps = ["PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
 ledger = Ledger(path)
 epoch = ledger.acquire(name, 0.0)
 print("ready", flush=True)
@@ -342,7 +343,7 @@ def test_two_controllers_racing_lose_and_double_nothing(
     for racer in racers:
         racer.communicate(b"\n", timeout=600)
     assert [racer.returncode for racer in racers] == [0, 0]
-    steps = ["PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
+    steps = ["PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
     for number in range(count):
         assert [entry.state for entry in desk.ledger.of(f"{number:064x}")] == steps
     assert desk.ledger.verify() == 1 + 6 * count
@@ -364,3 +365,19 @@ def test_a_remark_changes_no_state_of_a_digest(desk: Desk) -> None:
     assert desk.ledger.verify() == len(desk.ledger.history())
     with pytest.raises(UserError, match="is unknown, not to become UNCHANGED"):
         desk("c" * 64, "UNCHANGED")
+
+
+def test_an_older_row_that_calls_a_passed_candidate_like_its_verdict_is_read(
+    desk: Desk, tmp_path: Path
+) -> None:
+    desk(B, "PROPOSED", "EVALUATED")
+    (last,) = desk.ledger.history(1)
+    database = Database(tmp_path / "state.db")
+    row = {name: getattr(last, name) for name in ledger.NAMES}
+    row |= {"seq": last.seq + 1, "state": "PROMOTE", "statistics": "{}"}
+    with database.transaction():
+        database.insert("ledger", seal(last.hash, {k: v for k, v in row.items() if k != "hash"}))
+    database.close()
+    assert desk.ledger.state(B) == "PASSED"
+    assert desk.ledger.verify() == row["seq"]
+    assert desk(B, "SWAP_INTENT").state == "SWAP_INTENT"

@@ -29,7 +29,7 @@ def killed_after_its_verdict(session: Session, serve: bool) -> str:
     def weighed() -> dict[str, Any]:
         weigh(session, learnt.run_id, serve=serve)
         poll(session)
-        assert service.ledger.state(learnt.digest) == "PROMOTE", "left to the loop, which lives"
+        assert service.ledger.state(learnt.digest) == "PASSED", "left to the loop, which lives"
         raise Killed
 
     with suppress(Killed):
@@ -39,7 +39,7 @@ def killed_after_its_verdict(session: Session, serve: bool) -> str:
 
 @pytest.mark.parametrize(
     ("serve", "mode", "state"),
-    [(True, "auto", "CHAMPION"), (False, "auto", "PROMOTE"), (True, "manual", "AWAIT_REVIEW")],
+    [(True, "auto", "CHAMPION"), (False, "auto", "PASSED"), (True, "manual", "AWAIT_REVIEW")],
 )
 def test_a_verdict_that_its_loop_did_not_live_to_carry_out_is_carried_out(
     planted: Any, serve: bool, mode: str, state: str
@@ -62,7 +62,7 @@ def test_a_verdict_that_its_loop_did_not_live_to_carry_out_is_carried_out(
 def test_a_verdict_beside_another_champion_than_todays_is_history(planted: Any) -> None:
     session = planted("home", baking={"minutes": 0})
     digest = killed_after_its_verdict(session, serve=True)
-    assert promote.is_owed(session.service, digest, "PROMOTE")
+    assert promote.is_owed(session.service, digest, "PASSED")
     other = killed_after_its_verdict(session, serve=True)
     promote.promote(session, other)
-    assert not promote.is_owed(session.service, digest, "PROMOTE")
+    assert not promote.is_owed(session.service, digest, "PASSED")

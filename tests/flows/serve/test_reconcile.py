@@ -118,7 +118,7 @@ def make_desk(store: Path, tmp_path: Path) -> Any:
 
 def test_an_alias_moved_to_a_passed_version_is_carried_out(make_desk: Any) -> None:
     desk = make_desk()
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     desk.move(digest)
     assert "was moved" in repair(desk.session)[0]
     assert desk.agree() == digest
@@ -168,7 +168,7 @@ def test_our_own_alias_is_never_taken_for_a_persons_move(make_desk: Any, moment:
     The alias at a version that may serve is the dangerous one: a move of it is carried out.
     """
     desk = make_desk()
-    first, second = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    first, second = desk.judged(1, "PASSED"), desk.judged(2, "PASSED")
     promote.promote(desk.session, first)
     desk.service.record(first, "CHAMPION", "a test")
     assert desk.agree() == first
@@ -199,7 +199,7 @@ def test_the_challenger_is_the_newest_undecided_candidate_or_nobody(make_desk: A
         alias = desk.service.registry.aliases().get("challenger")
         return alias and alias.digest
 
-    old, new, last = (desk.judged(index, "PROMOTE") for index in (1, 2, 3))
+    old, new, last = (desk.judged(index, "PASSED") for index in (1, 2, 3))
     for digest in (old, new):
         promote.act(desk.session, digest)
     assert challenger() == last
@@ -220,7 +220,7 @@ def test_the_challenger_is_the_newest_undecided_candidate_or_nobody(make_desk: A
 def test_approval_of_one_digest_never_promotes_another(make_desk: Any) -> None:
     """X waits, a person tags X; meanwhile Y has become the candidate that waits as well."""
     desk = make_desk("manual")
-    x, y = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    x, y = desk.judged(1, "PASSED"), desk.judged(2, "PASSED")
     for digest in (x, y):
         assert not promote.act(desk.session, digest)
     catch_up(desk.service)
@@ -236,7 +236,7 @@ def test_approval_of_one_digest_never_promotes_another(make_desk: Any) -> None:
 def test_an_approval_whose_digest_was_judged_again_is_not_carried_over(make_desk: Any) -> None:
     """An approval tag on a version whose candidate was rejected since does nothing."""
     desk = make_desk("manual")
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     promote.act(desk.session, digest)
     desk.service.record(digest, "AWAIT_REVIEW", "a test")
     promote.review(desk.session, digest, "reject", "looked at it", "ann")
@@ -249,7 +249,7 @@ def test_an_approval_whose_digest_was_judged_again_is_not_carried_over(make_desk
 
 def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
     desk = make_desk("manual")
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     promote.act(desk.session, digest)
     desk.tag(digest, "reject")
     poll(desk.session)
@@ -262,7 +262,7 @@ def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:
 def test_what_nobody_signed_is_put_back_with_a_note(make_desk: Any, act: str) -> None:
     """A tag or an alias set by who can write the store, but did not sign in to MLflow."""
     desk = make_desk("manual")
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     promote.act(desk.session, digest)
     desk.move(digest, None) if act == "champion" else desk.tag(digest, act, None)
     assert "nobody who signed in: put back" in repair(desk.session)[0]
@@ -275,7 +275,7 @@ def test_what_nobody_signed_is_put_back_with_a_note(make_desk: Any, act: str) ->
 
 def test_an_approval_in_mlflow_is_in_history_under_the_users_name(make_desk: Any) -> None:
     desk = make_desk("manual")
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     promote.act(desk.session, digest)
     desk.tag(digest, "approve", "grace")
     poll(desk.session)
@@ -287,7 +287,7 @@ def test_an_approval_in_mlflow_is_in_history_under_the_users_name(make_desk: Any
 def test_an_approval_outlives_its_process(make_desk: Any) -> None:
     """Approved, and ended before the promotion began: whoever watches carries it out later."""
     desk = make_desk("manual")
-    digest, fresh = desk.judged(1, "PROMOTE"), desk.judged(2, "PROMOTE")
+    digest, fresh = desk.judged(1, "PASSED"), desk.judged(2, "PASSED")
     for each in (digest, fresh):
         promote.act(desk.session, each)
     desk.service.record(fresh, "APPROVED", "just now: it may be about to be promoted")
@@ -302,7 +302,7 @@ def test_an_approval_outlives_its_process(make_desk: Any) -> None:
 def test_states_are_shown_and_what_was_missed_is_made_up_for(make_desk: Any) -> None:
     """With MLflow away promotions go on; once it is back, one pass shows them."""
     desk = make_desk()
-    digest = desk.judged(1, "PROMOTE")
+    digest = desk.judged(1, "PASSED")
     moved = desk.home.mlflow.rename(desk.home.root / "away")
     desk.home.mlflow.write_text("nobody home")
     desk.session = desk.again()
@@ -320,7 +320,7 @@ def test_states_are_shown_and_what_was_missed_is_made_up_for(make_desk: Any) -> 
 
 def test_the_anchor_moves_to_a_settled_champion_only_and_by_a_person(make_desk: Any) -> None:
     desk = make_desk()
-    digest, origin = desk.judged(1, "PROMOTE"), desk.digests[0]
+    digest, origin = desk.judged(1, "PASSED"), desk.digests[0]
     with pytest.raises(UserError, match="only the champion"):
         promote.move_anchor(desk.session, digest, "too early")
     promote.promote(desk.session, digest)

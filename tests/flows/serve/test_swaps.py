@@ -46,7 +46,7 @@ def promoted(tmp_path: Path) -> Session:
     service.champion()  # the ledger's first row
     digest = candidate_of(anchor, 1, home.weights)
     made_by_a_round(service, digest, 1)
-    for state in ("PROPOSED", "EVALUATED", "PROMOTE"):
+    for state in ("PROPOSED", "EVALUATED", "PASSED"):
         service.record(digest, state, "a test")
     session = Session(service, Silent())
     assert promote(session, digest).served == digest

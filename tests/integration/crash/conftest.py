@@ -151,7 +151,7 @@ class Stack:
         except ControlError:
             return None
 
-    def more(self, controllers: Controllers, count: int, verdict: str = "PROMOTE") -> list[str]:
+    def more(self, controllers: Controllers, count: int, verdict: str = "PASSED") -> list[str]:
         """New candidates of this home at that state, as rounds would make them."""
         service, first = Service.at(self.home.root), len(self.digests)
         made = candidates(service, range(first, first + count), verdict)
@@ -223,7 +223,7 @@ def judged(service: Service, digest: str, number: int, verdict: str) -> None:
         now=float(number),
     )
     service.journal.finish(run, digest, "a test", float(number))
-    states = ("PROPOSED", "EVALUATED", "PROMOTE")
+    states = ("PROPOSED", "EVALUATED", "PASSED")
     for state in states[: 1 + states.index(verdict)]:
         service.record(digest, state, "a test")
 
@@ -267,7 +267,7 @@ def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, lis
     service = Service.at(home.root)
     digests = [service.champion()]
     probed(home, digests[0])
-    digests += candidates(service, range(1, 1 + count), "PROMOTE")
+    digests += candidates(service, range(1, 1 + count), "PASSED")
     write_served(home, Served(digests[0], str(anchor.directory)))
     return home, digests
 

@@ -116,7 +116,7 @@ def promote_all(command: dict[str, Any]) -> int:
     session, digests, made = opened(command), command["digests"], 0
     service = session.service
     for digest in digests:
-        while service.ledger.state(digest) in ("PROMOTE", "SWAP_INTENT"):
+        while service.ledger.state(digest) in ("PASSED", "SWAP_INTENT"):
             try:
                 made += promote.promote(session, digest, "raced").served == digest
             except UserError:
@@ -128,7 +128,7 @@ def conclude(session: Session, digest: str) -> dict[str, Any]:
     """What a loop does once its candidate was asked everything."""
 
     def weighed() -> dict[str, Any]:
-        session.service.record(digest, "PROMOTE", "a test", statistics={"serve": True})
+        session.service.record(digest, "PASSED", "a test", statistics={"serve": True})
         return {"verdict": "promote"}
 
     def promoted() -> dict[str, Any]:

@@ -28,14 +28,14 @@ def ledger(*states: str) -> list[str]:
 POINTS = [
     *(("rollback", p) for p in [*ledger("ROLLED_BACK"), *TOUCHED, *ALIASES[:2]]),
     *(("promote", p) for p in [*ledger("SWAP_INTENT", "SWAPPED", "BAKING"), *TOUCHED, *ALIASES]),
-    ("conclude", "ledger:PROMOTE:after"),
+    ("conclude", "ledger:PASSED:after"),
 ]
 FEW = [
     ("rollback", "ledger:ROLLED_BACK:after"),
     ("rollback", "engine:load:mid"),
     ("promote", "ledger:SWAPPED:after"),
     ("promote", "alias:champion:before"),
-    ("conclude", "ledger:PROMOTE:after"),
+    ("conclude", "ledger:PASSED:after"),
 ]
 
 
@@ -151,7 +151,7 @@ def test_two_controllers_racing_lose_and_double_nothing(
     for digest in digests:
         states = [entry.state for entry in service.ledger.of(digest)]
         kept = [state for state in states if state != "BAKING"]  # or settled before it was written
-        assert kept == ["PROPOSED", "EVALUATED", "PROMOTE", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
+        assert kept == ["PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
     service.ledger.verify()
 
 
