@@ -5,10 +5,12 @@ puts the profile of a small model over them.
 """
 
 import ipaddress
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the hub or an installed package
@@ -28,7 +30,22 @@ TAKEN = frozenset(  # parameters of apply_chat_template, which are no variables 
     | {"add_generation_prompt", "continue_final_message", "truncation", "max_length"}
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
 )
+AUTO: Literal["auto"] = "auto"
+Auto = Literal["auto"]
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def _size(value: object) -> object:
+    """A number above 0, or 'auto'; one refusal for both."""
+    if value == AUTO:
+        return value
+    with suppress(TypeError, ValueError):
+        if 0 < (number := float(value)) < inf:  # type: ignore[arg-type]
+            return number
+    raise ValueError("allowed: a number above 0, or 'auto'")
+
+
+Size = Annotated[float | Auto, BeforeValidator(_size)]
 
 
 class Section(BaseModel):
@@ -97,11 +114,31 @@ class ModelSettings(Section):
 class LearnerSettings(Section):
     """One round of Evolution Strategies with anchored weight decay."""
 
-    sigma: float = Field(0.001, gt=0, description="Standard deviation of a member's perturbation.")
-    alpha: float = Field(0.0005, gt=0, description="Step size of the update.")
+    sigma: Size = Field(
+        AUTO,
+        description="Standard deviation of a member's perturbation; 'auto': the largest of a few "
+        "that members bear, tried before the round.",
+    )
+    alpha: Size = Field(AUTO, description="Step size of the update; 'auto': as large as sigma.")
     population: int = Field(30, ge=1, description="Members evaluated in a generation.")
     generations: int = Field(100, ge=1, description="Generations of a round.")
-    prompts: int = Field(200, ge=1, description="Training rows every member answers.")
+    prompts: int = Field(200, ge=1, description="Training rows of a round.")
+    batch: int = Field(
+        0, ge=0, description="Rows a generation asks every member, in turn; 0: all of the round."
+    )
+    selection: int = Field(
+        128,
+        ge=0,
+        description="Training rows, at most a fifth of them, that are kept apart to choose the "
+        "candidate among generations and on the line from the anchor; 0: the last one.",
+    )
+    selection_every: int = Field(
+        4, ge=1, description="Generations between two measurements on those rows."
+    )
+    patience: int = Field(
+        3, ge=0, description="Such measurements without a better one that end a round; 0: never."
+    )
+    seed: int = Field(0, ge=0, description="Another one: other noise and other rows in turn.")
     mirrored: bool = Field(False, description="Evaluate perturbations in +/- pairs.")
     shaping: Literal["zscore", "ranks"] = Field("zscore", description="Fitness shaping.")
     noise: Literal["normal", "rademacher"] = Field("normal", description="Kind of perturbation.")
@@ -132,6 +169,17 @@ class LearnerSettings(Section):
     )
     early_stop: bool = Field(True, description="End a round when norm grows and reward is flat.")
     snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")
+
+    @property
+    def sizes(self) -> tuple[float, float]:
+        """Sigma and alpha as numbers.
+
+        Raises:
+            ValueError: One is still 'auto': `flows.learn.calibrate` makes it a number.
+        """
+        if isinstance(self.sigma, str) or isinstance(self.alpha, str):
+            raise ValueError(f"sigma {self.sigma}, alpha {self.alpha}: not calibrated yet")
+        return self.sigma, self.alpha
 
 
 class PromptSettings(Section):

@@ -2,6 +2,7 @@
 
 rows.json     the prompts and rows that every member answers, in order; null where one was deleted
 curve.json    accuracy by generation and task, measured while the round runs
+selection.json  rewards of the selection rows by generation, to choose the candidate
 pace.json     seconds of each generation, by part
 judged.json   the gate's report, and where the per-sample tables behind it lie
 shown.json    how much of the round MLflow has been given
@@ -18,7 +19,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.home import Home, write_atomically
 
-ROWS, CURVE, PACE = "rows.json", "curve.json", "pace.json"
+ROWS, CURVE, PACE, SELECTION = "rows.json", "curve.json", "pace.json", "selection.json"
 JUDGED, SHOWN, GIVEN_UP = "judged.json", "shown.json", "given_up"
 
 Entry = Mapping[str, Any]  # row, messages, sent (flows.learn.collect); in old homes a row alone
@@ -84,6 +85,14 @@ class RoundFiles:
     def add_to_curve(self, points: Sequence[Point]) -> None:
         """Append the measurements of one generation."""
         self._write(CURVE, json.dumps([*self.curve(), *points]))
+
+    def selection(self) -> dict[int, list[float]]:
+        """Rewards of the selection rows, in one order, by the generations done before."""
+        return {int(generation): row for generation, row in self._read(SELECTION, {}).items()}
+
+    def add_to_selection(self, generation: int, rewards: Sequence[float]) -> None:
+        """Keep the rewards of one generation."""
+        self._write(SELECTION, json.dumps(self.selection() | {generation: list(rewards)}))
 
     def pace(self) -> tuple[PaceRow, ...]:
         """One row a generation, in order."""

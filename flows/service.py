@@ -282,9 +282,20 @@ class Service:
     def training_rows(self, task: str) -> Mapping[str, Row]:
         """The training rows that may be named by id, by id; read once."""
         if task not in self._training:
-            rows = self.rows(task, "train", 4 * self.settings.learner.prompts)
+            rows = self._train_split(task)[1]
             self._training[task] = {self.task(task).key(row): row for row in rows}
         return self._training[task]
+
+    def selection_rows(self, task: str) -> list[Row]:
+        """Rows of the training split that choose a candidate and that no round trains on."""
+        return self._train_split(task)[0]
+
+    def _train_split(self, task: str) -> tuple[list[Row], list[Row]]:
+        """Selection rows, at most a fifth of the split, and training rows: always the same ones."""
+        learner = self.settings.learner
+        rows = self.rows(task, "train", learner.selection + 4 * learner.prompts)
+        apart = min(learner.selection, len(rows) // 5)
+        return rows[:apart], rows[apart:]
 
     def shots(self, task: str) -> "Shots":
         """A function from a row of the task to its worked examples; none for most tasks."""

@@ -13,7 +13,7 @@ population variance 1 (so that alpha means the same and E ||step||^2 = alpha^2 d
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -118,6 +118,22 @@ def members(population: int, mirrored: bool) -> tuple[Member, ...]:
     if population % 2:
         raise ValueError(f"population {population} with mirrored pairs must be even")
     return tuple(Member(n, n // 2, 1 - 2 * (n % 2)) for n in range(population))
+
+
+def scaling(step: Step, t: float) -> Step:
+    """The step after ``step`` that makes delta t times delta: no pairs, l2 with alpha lambda 1 - t.
+
+    In float32, delta - (1 - t) delta: the same bits on every machine, as of any other step.
+    """
+    return replace(
+        step,
+        generation=step.generation + 1,
+        pairs=(),
+        coefficients=(),
+        alpha=1.0,
+        penalty=Penalty("l2", 1.0 - t),
+        no_op=None,
+    )
 
 
 def member_rewards(rewards: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -46,7 +46,8 @@ class Penalty:
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
             raise ValueError(f"penalty {self.kind!r} must be one of {', '.join(PENALTIES)}")
-        if not (isfinite(self.lam) and self.lam >= 0):
+        # Below 0 l2 moves away from the anchor: a point of the line beyond delta (`es.scaling`).
+        if not (isfinite(self.lam) and (self.lam >= 0 or self.kind == "l2")):
             raise ValueError(f"lambda {self.lam} must be finite and 0 or more")
         if not (isfinite(self.threshold) and self.threshold > 0):
             raise ValueError(f"huber threshold {self.threshold} must be finite and above 0")

@@ -1,8 +1,9 @@
 """The journal: every run and its generations, kilobytes a round, enough to rebuild the weights.
 
-A run row, a row per generation and an outcome row form one hash chain (``store.database``). Members
-of the generation in progress are stored one by one, so that a killed round evaluates none of them
-twice; they are deleted when their generation is committed, in the same transaction.
+A run row, a row per generation, the choice of the candidate where one was made, and an outcome row
+form one hash chain (``store.database``). Members of the generation in progress are stored one by
+one, so that a killed round evaluates none of them twice; they are deleted when their generation is
+committed, in the same transaction.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from agent.errors import UserError
 from agent.learner.drift import Drift
-from agent.learner.es import Step
+from agent.learner.es import Step, scaling
 from agent.store.database import Database, Value, canonical, fault, seal
 
 Rewards = NDArray[np.float64]
@@ -29,7 +30,7 @@ Rewards = NDArray[np.float64]
 class DamagedError(UserError):
     """The first row of a run that is not what was written: run, generation, field.
 
-    ``generation`` is a number, "start" for the row that opened the run, or "outcome".
+    ``generation`` is a number, "start" for the row that opened the run, "choice" or "outcome".
     """
 
     def __init__(self, run_id: str, generation: int | str, field: str):
@@ -69,6 +70,19 @@ class Generation:
     delta_hash: str
     drift: dict[str, Any]
     hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A round's candidate: t times delta after so many generations, and why it is that point.
+
+    ``evidence`` holds what was compared: the mean selection reward of each point.
+    """
+
+    generations: int
+    t: float
+    delta_hash: str  # of the scaled delta
+    evidence: dict[str, Any]
 
 
 def pack(rewards: Rewards) -> bytes:
@@ -227,19 +241,73 @@ class Journal:
             self._database.rows("DELETE FROM members WHERE run_id = ?", run_id)
         return str(row["hash"])
 
+    def choose(self, run_id: str, chosen: Chosen) -> None:
+        """Record the point that becomes the candidate; no generation may follow.
+
+        Raises:
+            UserError: A point outside the run's generations, or one was chosen before.
+        """
+        with self._database.transaction():
+            done = self.next_generation(run_id)
+            if self.run(run_id).digest is not None or self.chosen(run_id) is not None:
+                raise UserError(f"run {run_id}: its candidate is chosen, allowed: reading it")
+            if not 1 <= chosen.generations <= done:
+                raise UserError(f"run {run_id}: {chosen.generations} chosen, allowed: 1 to {done}")
+            fields: dict[str, Value] = {
+                "run_id": run_id,
+                "generations": chosen.generations,
+                "t": float(chosen.t),
+                "delta_hash": chosen.delta_hash,
+                "evidence": canonical(chosen.evidence),
+            }
+            self._database.insert("choices", seal(self._tip(run_id), fields))
+
+    def chosen(self, run_id: str) -> Chosen | None:
+        """The recorded choice of a run; None: its candidate is its last generation."""
+        rows = self._rows("choices", run_id)
+        if not rows:
+            return None
+        evidence = json.loads(rows[0]["evidence"])
+        return Chosen(rows[0]["generations"], rows[0]["t"], rows[0]["delta_hash"], evidence)
+
+    def kept(self, run_id: str) -> list[Generation]:
+        """The steps that make a run's candidate: its generations up to the chosen one.
+
+        Where the choice scaled delta, one more without rewards, which does that.
+        """
+        generations, chosen = self.generations(run_id), self.chosen(run_id)
+        if chosen is None:
+            return generations
+        last = generations[chosen.generations - 1]
+        kept = generations[: chosen.generations]
+        if chosen.t == 1.0:
+            return kept
+        norm = chosen.t * float(last.drift["norm"])
+        scaled = dataclasses.replace(
+            last,
+            generation=last.generation + 1,
+            step=scaling(last.step, chosen.t),
+            rewards=np.zeros((0, 0)),
+            delta_hash=chosen.delta_hash,
+            drift={"norm": norm},
+            hash="",
+        )
+        return [*kept, scaled]
+
     def _expect(self, run_id: str, generation: int) -> None:
         """Refuse a generation that is not the one in progress, and any of a finished run."""
-        if self.run(run_id).digest is not None:
+        if self.run(run_id).digest is not None or self.chosen(run_id) is not None:
             raise UserError(f"run {run_id}: is finished, allowed: reading it")
         expected = self.next_generation(run_id)
         if generation != expected:
             raise UserError(f"run {run_id}: generation {generation}, allowed: {expected}")
 
     def _tip(self, run_id: str) -> str:
-        """Hash of the newest row of a run; its opening row counts as generation -1."""
+        """Hash of the newest row of a run: its choice, last generation, or opening row."""
         rows = self._database.rows(
-            "SELECT hash, -1 FROM runs WHERE run_id = ?1 UNION ALL"
-            " SELECT hash, generation FROM generations WHERE run_id = ?1 ORDER BY 2 DESC LIMIT 1",
+            "SELECT hash, 0 AS part, 0 AS place FROM runs WHERE run_id = ?1 UNION ALL"
+            " SELECT hash, 1, generation FROM generations WHERE run_id = ?1 UNION ALL"
+            " SELECT hash, 2, 0 FROM choices WHERE run_id = ?1 ORDER BY 2 DESC, 3 DESC LIMIT 1",
             run_id,
         )
         return str(rows[0]["hash"])
@@ -292,6 +360,8 @@ class Journal:
             if row["generation"] != number:
                 raise DamagedError(run_id, number, "generation")
             tip = _link(run_id, number, tip, row)
+        for choice in self._rows("choices", run_id):
+            tip = _link(run_id, "choice", tip, choice)
         for outcome in self._rows("outcomes", run_id):
             cut_off = outcome["generations"] > len(rows)
             if cut_off and fault(tip, outcome) == "hash chain":

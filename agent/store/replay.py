@@ -4,9 +4,10 @@ A snapshot of delta is a file ``<delta hash>.safetensors``. One whose content ha
 ignored, so a snapshot can save time and never change a result.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,18 +53,24 @@ def runs_of(journal: Journal, anchor: Anchor, digest_or_run: str) -> list[str]:
 
 
 def lineage(journal: Journal, anchor: Anchor, digest_or_run: str) -> list[Generation]:
-    """All generations from the anchor on, every row of every run checked first."""
+    """The steps from the anchor on, of each run those it kept, every row of every run checked."""
     runs = runs_of(journal, anchor, digest_or_run)
     for run_id in runs:
         journal.verify(run_id)
-    return [generation for run_id in runs for generation in journal.generations(run_id)]
+    return [generation for run_id in runs for generation in journal.kept(run_id)]
 
 
 def route(
     journal: Journal, anchor: Anchor, digest_or_run: str, snapshots: Path | None = None
 ) -> ReplayRoute:
     """The newest sound snapshot on the way and the generations after it."""
-    generations = lineage(journal, anchor, digest_or_run)
+    return route_along(anchor, lineage(journal, anchor, digest_or_run), snapshots)
+
+
+def route_along(
+    anchor: Anchor, generations: Sequence[Generation], snapshots: Path | None = None
+) -> ReplayRoute:
+    """The same for steps that are known."""
     for done in range(len(generations), 0, -1):
         wanted = generations[done - 1].delta_hash
         path = snapshot_path(snapshots, wanted) if snapshots else None
@@ -115,6 +122,16 @@ def _check_end(
         raise DamagedError(runs[-1] if runs else "anchor", "outcome", "digest")
 
 
+def batch_places(plan: Mapping[str, Any], generation: int, default: int) -> list[int]:
+    """Places of the rows that a generation asks, in the order of its rewards' columns.
+
+    ``batch`` rows in turn from the round's; all of them where the plan has no batch.
+    """
+    rows = int(plan.get("rows", {}).get("rows", default))
+    batch = min(int(plan.get("batch") or rows), rows)
+    return [(generation * batch + column) % rows for column in range(batch)]
+
+
 def steps_without(
     journal: Journal,
     run_id: str,
@@ -129,8 +146,11 @@ def steps_without(
     example is left every step is a no-op.
     """
     journal.verify(run_id)
+    plan = journal.run(run_id).plan
     for generation in journal.generations(run_id):
-        kept = np.delete(generation.rewards, sorted(positions), axis=1)
+        asked = batch_places(plan, generation.generation, generation.rewards.shape[1])
+        gone = [column for column, place in enumerate(asked) if place in positions]
+        kept = np.delete(generation.rewards, gone, axis=1)
         taken = generation.step
         # Equal rewards are a no-op by the learner's own rule, an empty array is an error.
         rewards = kept if kept.size else np.zeros((len(kept), 1))

@@ -8,11 +8,13 @@ less the principal's, as a candidate that the gate has not seen yet.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
 from agent.learner.drift import Prediction, measure
+from agent.learner.es import scaling
 from agent.store.forget import forget, known, principals, rounds_of
 from agent.store.journal import Run
 from agent.store.replay import replay, steps_without
@@ -111,11 +113,17 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
         shaping=plan.get("shaping", "zscore"),
     )
     # Each generation is committed as it is made: a replay that is interrupted goes on behind them.
-    for step, rewards in list(again)[len(done) :]:
+    chosen = journal.chosen(old.run_id)
+    for step, rewards in list(again)[len(done) : chosen and chosen.generations]:
         applied = parameters.apply(step)
         predicted = predicted.after(step, anchor.parameters)
         drift = measure(step, applied, rewards, predicted)
         journal.commit(run.run_id, step, rewards, applied.delta_hash, drift)
+    if chosen and journal.chosen(run.run_id) is None:  # the same point of the other steps
+        last = journal.generations(run.run_id)[-1]
+        same = chosen.t == 1.0
+        scaled = last if same else parameters.apply(scaling(last.step, chosen.t))
+        journal.choose(run.run_id, replace(chosen, delta_hash=scaled.delta_hash))
     digest = export(parameters, service.home.weights).name
     why = f"round {old.run_id} without {len(positions)} of its rows"
     journal.finish(run.run_id, digest, why, time.time())
@@ -143,5 +151,5 @@ def _opened(service: Service, old: Run, parent: str, positions: tuple[int, ...])
 
 def _norm_of(service: Service, run: Run) -> float:
     """||delta|| at the start of a round."""
-    before = service.journal.generations(run.parent_run) if run.parent_run else []
+    before = service.journal.kept(run.parent_run) if run.parent_run else []
     return float(before[-1].drift["norm"]) if before else 0.0

@@ -109,10 +109,11 @@ class Collected:
         return {**self.to_json(), "reasons": self.reasons(), "prompts": prompts}
 
 
-def collect_rows(service: Service, target: str, count: int) -> Collected:
+def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Collected:
     """``count`` prompts of the target: verified traffic first, the task's own rows after.
 
-    The task's rows are taken in turn: each round on a target begins where the last one ended.
+    The task's rows are taken in turn: each round on a target begins where the last one ended, and
+    each ``seed`` further on.
     When traffic came plays no part: equal traffic gives an equal round.
     """
     task = service.task(target)
@@ -135,7 +136,7 @@ def collect_rows(service: Service, target: str, count: int) -> Collected:
     prompts = {key: live[key][0] for key in sorted(live)}
     used = tuple(live[key][1] for key in sorted(live))
     own = deque(known.items())
-    own.rotate(-earlier * count)
+    own.rotate(-(earlier + seed) * count)
     shots = service.shots(target)
     for key, row in own:
         if len(prompts) >= count:

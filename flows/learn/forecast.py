@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from agent.errors import UserError
+from agent.learner.calibrate import GRID, MEMBERS
+from agent.learner.choose import T
 from agent.learner.es import members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.population.pool import Population
-from agent.sections import LearnerSettings
+from agent.sections import AUTO, LearnerSettings
 from evaluators.comparison import task_margin
 from evaluators.stats import mcnemar_exact, wilson
 from evaluators.task import Message, Row, Task, judge
@@ -116,7 +118,7 @@ def measure_rates(
     prompts, limit = _prompts(service, task, rows), task.max_tokens
     population.generate(prompts[:1], limit)  # the first call also pays what is paid once
     before = population.spent()
-    jobs = [(pair, Address(0, 0, pair), learner.sigma) for pair in range(TRIED_MEMBERS)]
+    jobs = [(pair, Address(0, 0, pair), _sigma(learner)) for pair in range(TRIED_MEMBERS)]
     results = list(population.members(jobs, prompts, limit, learner.noise))
     spent = _difference(before, population.spent())
     texts = [[answer.text for answer in each.completions] for each in results]
@@ -148,8 +150,8 @@ def _update_s(population: Population, learner: LearnerSettings) -> float:
             members(TRIED_MEMBERS, False),
             run_seed=0,
             generation=0,
-            sigma=learner.sigma,
-            alpha=learner.alpha,
+            sigma=_sigma(learner),
+            alpha=_sigma(learner),
             shaping="zscore",
             penalty=Penalty("none", 0.0),
             noise=learner.noise,
@@ -158,6 +160,11 @@ def _update_s(population: Population, learner: LearnerSettings) -> float:
     spent = _difference(before, population.spent())["update"] / population.engines()
     population.restore(None, [])
     return spent
+
+
+def _sigma(learner: LearnerSettings) -> float:
+    """Sigma of the tried members: they cost the same whatever it is."""
+    return GRID[2] if isinstance(learner.sigma, str) else learner.sigma
 
 
 def _tried(service: Service, population: Population, name: str) -> TaskRate:
@@ -190,11 +197,12 @@ def _difference(before: Mapping[str, float], after: Mapping[str, float]) -> dict
 def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rates) -> Forecast:
     """Costs, needs and warnings of a round on ``target`` with these settings."""
     population, generations = learner.population, learner.generations
-    asked = population * learner.prompts * generations
+    batch = min(learner.batch or learner.prompts, learner.prompts)
+    asked = population * batch * generations
     rate = rates.of(target)
     # Members are shared among engines; every engine moves its own delta.
     learning_s = generations * (
-        (population * rates.render_s + population * learner.prompts * rate.seconds) / rates.engines
+        (population * rates.render_s + population * batch * rate.seconds) / rates.engines
         + rates.update_s * population / TRIED_MEMBERS
     )
     judged = {name: len(pools(service, name)[0]) for name in [target, *service.priors(target)]}
@@ -208,6 +216,7 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     }
     costs = (
         Cost("learning", asked, round(asked * rate.tokens), learning_s / 60),
+        _evaluation("sigma and choice", {target: _chosen_by(learner, batch)}, rates),
         _evaluation("evaluation", first, rates),
         _evaluation("sealed draw, if it gets there", sealed, rates),
     )
@@ -225,6 +234,13 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
         },
         warnings=tuple(_warnings(target, learner, rates)),
     )
+
+
+def _chosen_by(learner: LearnerSettings, batch: int) -> int:
+    """Completions that calibrate sigma, measure generations and choose the candidate, at most."""
+    tried = len(GRID) * (MEMBERS + 1) * batch if AUTO in (learner.sigma, learner.alpha) else 0
+    measured = learner.generations // learner.selection_every + 2 + len(T)
+    return tried + learner.selection * measured
 
 
 def within_budget(
@@ -287,7 +303,7 @@ def _warnings(target: str, learner: LearnerSettings, rates: Rates) -> Sequence[s
         found.append(f"{target}: all of {tried.rows} answers were right: no headroom")
     if rates.spread == 0:
         found.append(
-            f"members: no spread of mean rewards at sigma {learner.sigma:g}: a larger sigma, or "
+            f"members: no spread of mean rewards at sigma {_sigma(learner):g}: a larger sigma, or "
             "more prompts than were tried"
         )
     for rate in rates.tasks[1:]:

@@ -22,14 +22,15 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
-from agent.store.replay import prune, replay, route, snapshot_path
+from agent.store.replay import batch_places, prune, replay, route, snapshot_path
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
 from flows.learn.collect import collect_rows, mark_used, sweep
 from flows.learn.curve import Curve, Pace, members_note
 from flows.learn.forecast import within_budget
-from flows.learn.plan import chosen, plan_of, settled
+from flows.learn.plan import calibrated, chosen, plan_of, settled
 from flows.learn.prompts import Asked, judging, opened_prompts
+from flows.learn.tuning import Selection, calibration
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show.terminal import Advance, Reporter, Silent
@@ -67,6 +68,7 @@ def run_round(
     task = service.target(target)
     learner = chosen(service.settings.learner, changes)
     run = _opened(service, population, task, learner, progress)
+    learner = calibrated(learner, run.plan)
     return Driver(service, population, task, learner, run, progress).finish()
 
 
@@ -97,17 +99,18 @@ def _opened(
             progress.say(f"round {run.run_id}: resumed at generation {generation}")
             return run
     within_budget(service, population, task.name, learner, progress)
-    return _new(service, task, learner, plan, progress)
+    return _new(service, population, task, learner, progress)
 
 
 def _begun(service: Service, task: Task, plan: Mapping[str, Any]) -> list[Run]:
     """Rounds of this target and plan that began from today's champion and anchor."""
     now = (task.name, service.champion(), service.anchor.digest)
+    before = LearnerSettings().model_dump(mode="json")  # of keys that an older home's plans lack
     return [
         run
         for run in service.journal.runs()
         if (run.target, run.parent_digest, run.anchor_digest) == now
-        and {key: run.plan.get(key) for key in plan} == plan
+        and {key: run.plan.get(key, before[key]) for key in plan} == plan
         and "replayed" not in run.plan
     ]
 
@@ -121,32 +124,41 @@ def _proposed(service: Service, run_id: str, digest: str, outcome: RoundOutcome)
 
 def _new(
     service: Service,
+    population: Population,
     task: Task,
     learner: LearnerSettings,
-    plan: Mapping[str, Any],
     progress: Reporter,
 ) -> Run:
-    """Check the plan, collect the rows and keep them, then open the run.
+    """Collect the rows, find sigma, check the plan and keep the rows, then open the run.
 
     The rows come before the journal's row: a run that is in the journal has its rows.
     """
-    made = settled(service, task.name, learner)
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
     sweep(service)
-    collected = collect_rows(service, task.name, learner.prompts)
+    collected = collect_rows(service, task.name, learner.prompts, learner.seed)
     for line in collected.lines():
         progress.say(line)
+    made = {
+        "calibration": calibration(service, population, task, learner, collected.asked, progress)
+    }
+    made |= settled(service, task.name, calibrated(learner, made))
     rows = [prompt.to_json() for prompt in collected.asked]
     rows_sha256 = RoundFiles(service.home, run_id).write_rows(rows)
     champion = service.champion()
-    seed = hashlib.sha256(f"{service.anchor.digest} {run_id} {champion}".encode()).digest()
+    words = f"{service.anchor.digest} {run_id} {champion}" + f" {learner.seed}" * bool(learner.seed)
+    seed = hashlib.sha256(words.encode()).digest()
     run = service.journal.open_run(
         run_id,
         anchor_digest=service.anchor.digest,
         parent_digest=champion,
         target=task.name,
         run_seed=int.from_bytes(seed[:8], "big") >> 1,  # 63 bits: SQLite integers are signed
-        plan={**plan, **made, "rows": collected.to_json(), "rows_sha256": rows_sha256},
+        plan={
+            **learner.model_dump(mode="json"),
+            **made,
+            "rows": collected.to_json(),
+            "rows_sha256": rows_sha256,
+        },
         now=time.time(),
     )
     mark_used(service, run_id, collected)
@@ -183,8 +195,8 @@ def keep_snapshots(service: Service, population: Population, run: Run, newest: i
     may begin there too; every other ended round is kept as its weights.
     """
     journal, folder = service.journal, service.home.snapshots
-    own = [each.delta_hash for each in journal.generations(run.run_id)]
-    parent = journal.generations(run.parent_run)[-1:] if run.parent_run else []
+    own = [each.delta_hash for each in journal.kept(run.run_id)]
+    parent = journal.kept(run.parent_run)[-1:] if run.parent_run else []
     if own and not snapshot_path(folder, own[-1]).exists():
         population.save(snapshot_path(folder, own[-1]))
     saved = [each for each in dict.fromkeys(own) if snapshot_path(folder, each).exists()]
@@ -206,17 +218,25 @@ class Driver:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
         self._anchor = service.open_anchor(run.anchor_digest)  # another may be in force by now
-        self._prompts, self._places = _prompts(service, task, run, progress)
+        self._prompts, places = _prompts(service, task, run, progress)
+        self._places = frozenset(places)
         self._files = RoundFiles(service.home, run.run_id)
         self._curve = Curve(service, task.name, run.run_id)
         self._pace = Pace(service, run.run_id, population)
+        self._selection = Selection(service, population, task, learner, run)
         self._delta_hash = ""
         self._advance: Advance = Silent().track("", 0)
 
     def finish(self) -> Round:
         """Drive the round to its end, render its candidate and propose it."""
-        outcome = self._drive()
         service, run_id = self._service, self._run.run_id
+        if chosen := service.journal.chosen(run_id):  # interrupted between choice and candidate
+            self._prepare()
+            done = service.journal.next_generation(run_id)
+            outcome = RoundOutcome(done, chosen.evidence["ended"])
+        else:
+            outcome = self._drive()
+            self._selection.choose(outcome.reason, self._progress)
         keep_snapshots(service, self._population, self._run, 1)
         digest = self._candidate()
         service.journal.finish(run_id, digest, outcome.reason, time.time())
@@ -254,8 +274,9 @@ class Driver:
             while True:
                 decision = decisions.send(answer)
                 if isinstance(decision, Evaluate):
-                    if spent := self._over_budget(decision.generation):
-                        outcome = RoundOutcome(decision.generation, spent)
+                    ends = self._selection.measure(decision.generation)
+                    if ends := self._over_budget(decision.generation) or ends:
+                        outcome = RoundOutcome(decision.generation, ends)
                         break
                     self._curve.measure(self._population, decision.generation)
                     answer = self._evaluate(decision)
@@ -268,6 +289,7 @@ class Driver:
         except StopIteration as end:
             outcome = end.value
         self._curve.measure(self._population, outcome.generations, last=True)
+        self._selection.measure(outcome.generations, last=True)
         return outcome
 
     def _over_budget(self, generation: int) -> str | None:
@@ -305,34 +327,38 @@ class Driver:
         self._pace.begin()
         journal, run_id, generation = self._service.journal, self._run.run_id, decision.generation
         rewards = journal.members_done(run_id, generation)
+        sigma, _ = self._learner.sizes
+        asked = batch_places(self._run.plan, generation, len(self._prompts))
+        places = [place for place in asked if place in self._places]
         jobs = [
             (
                 member.index,
                 Address(self._run.run_seed, generation, member.pair),
-                member.sign * self._learner.sigma,
+                member.sign * sigma,
             )
             for member in decision.members
             if member.index not in rewards
         ]
-        chats = [list(self._prompts[place].messages) for place in self._places]
+        chats = [list(self._prompts[place].messages) for place in places]
         max_tokens, noise = self._task.max_tokens, self._learner.noise
         began_s, tokens, before = time.monotonic(), 0, generation * len(decision.members)
         for result in self._population.members(jobs, chats, max_tokens, noise):
-            rewards[result.job] = self._rewards(result.job, result.completions)
+            earned = self._rewards(result.job, places, result.completions)
+            rewards[result.job] = np.array([earned.get(place, 0.0) for place in asked])
             journal.record_member(run_id, generation, result.job, rewards[result.job])
             tokens += sum(completion.tokens for completion in result.completions)
             note = members_note(rewards, tokens, time.monotonic() - began_s)
             self._advance(before + len(rewards), f"generation {generation + 1}, {note}")
         return np.stack([rewards[member.index] for member in decision.members])
 
-    def _rewards(self, member: int, completions: Sequence[Completion]) -> Rewards:
-        """(P,) training rewards of one member; a row whose verifier failed earns 0."""
-        if len(completions) != len(self._places):
-            raise UserError(
-                f"member {member}: {len(completions)} answers, allowed: {len(self._places)}"
-            )
-        rewards = np.zeros(len(self._prompts))
-        for place, completion in zip(self._places, completions, strict=True):
+    def _rewards(
+        self, member: int, places: Sequence[int], completions: Sequence[Completion]
+    ) -> dict[int, float]:
+        """Training rewards of one member by place; a row whose verifier failed earns 0."""
+        if len(completions) != len(places):
+            raise UserError(f"member {member}: {len(completions)} answers, allowed: {len(places)}")
+        rewards = {}
+        for place, completion in zip(places, completions, strict=True):
             prompt = self._prompts[place]
             verdict = judge(judging(self._task, prompt), completion.text, prompt.row)
             rewards[place] = training_reward(self._task, verdict)

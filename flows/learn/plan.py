@@ -13,7 +13,7 @@ from agent.errors import UserError
 from agent.learner.es import members
 from agent.learner.improve import Plan
 from agent.learner.penalty import Penalty, check, lambda_for_norm_ratio, next_lambda
-from agent.sections import LearnerSettings
+from agent.sections import AUTO, LearnerSettings
 from agent.store.anchor import keep_importance
 from agent.store.journal import Run
 from agent.store.replay import lineage
@@ -34,9 +34,17 @@ def chosen(learner: LearnerSettings, changes: Mapping[str, Any] | None) -> Learn
             f"learner.target_norm_ratio = {ratio} with penalty {settings.penalty!r}, "
             f"tune_lambda {tuned}: allowed: l2, not tuned"
         )
-    lam = settings.lam if ratio is None else 0.0  # from a ratio it is known only as it opens
-    _check(settings, {"lambda": lam, "importance_sha256": None})
+    if AUTO not in (settings.sigma, settings.alpha):
+        lam = settings.lam if ratio is None else 0.0  # from a ratio it is known only as it opens
+        _check(settings, {"lambda": lam, "importance_sha256": None})
     return settings
+
+
+def calibrated(learner: LearnerSettings, plan: Mapping[str, Any]) -> LearnerSettings:
+    """The settings with what stands in a round's plan in the place of 'auto'."""
+    made = plan.get("calibration") or {}
+    auto = {name for name in ("sigma", "alpha") if getattr(learner, name) == AUTO}
+    return learner.model_copy(update={name: made[name] for name in auto})
 
 
 def settled(service: Service, target: str, learner: LearnerSettings) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def _check(learner: LearnerSettings, made: Mapping[str, Any], largest: float = 1
     """Refuse a plan that no generation could follow; ``largest``: largest importance weight."""
     try:
         members(learner.population, learner.mirrored)
-        check(_penalty(learner, made), learner.alpha, largest)
+        check(_penalty(learner, made), learner.sizes[1], largest)
     except ValueError as error:
         raise UserError(f"learner: {error}") from None
 
@@ -68,13 +76,14 @@ def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
     anchor = service.open_anchor(run.anchor_digest)
     generations = lineage(service.journal, anchor, run.run_id)
     before = [generation for generation in generations if generation.run_id != run.run_id]
+    sigma, alpha = learner.sizes
     return Plan(
         run_seed=run.run_seed,
         generations=learner.generations,
         population=learner.population,
         mirrored=learner.mirrored,
-        sigma=learner.sigma,
-        alpha=learner.alpha,
+        sigma=sigma,
+        alpha=alpha,
         shaping=learner.shaping,
         penalty=_penalty(learner, run.plan),
         noise=learner.noise,
@@ -102,7 +111,7 @@ def _lambda(service: Service, target: str, learner: LearnerSettings) -> float:
         return 0.0
     if learner.target_norm_ratio is not None:
         return lambda_for_norm_ratio(
-            learner.target_norm_ratio, alpha=learner.alpha, generations=learner.generations
+            learner.target_norm_ratio, alpha=learner.sizes[1], generations=learner.generations
         )
     return tuned_lambda(service, target, learner) if learner.tune_lambda else learner.lam
 

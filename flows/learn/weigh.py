@@ -131,10 +131,11 @@ def why_unchanged(service: Service, run: Run) -> str:
     generations = service.journal.generations(run.run_id)
     no_ops = [each.step.no_op for each in generations if each.step.no_op]
     if len(no_ops) < len(generations):
-        alpha = run.plan["alpha"]
+        alpha = generations[-1].step.alpha
         return f"its steps were lost in rounding; raise learner.alpha (now {alpha:g})"
     drift = [Drift.from_json(each.drift) for each in generations]
-    reason = idle(drift, run.plan["population"], run.plan["sigma"], len(drift))
+    sigma = generations[-1].step.sigma if generations else 0.0
+    reason = idle(drift, run.plan["population"], sigma, len(drift))
     return reason or f"no learning: {no_ops[-1] if no_ops else run.reason}"
 
 

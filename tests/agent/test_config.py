@@ -29,7 +29,7 @@ def test_arguments_beat_environment_beats_file_beats_profile(
 
 def test_the_profile_belongs_to_the_embedded_model_only(tmp_path: Path) -> None:
     real = config.load(write(tmp_path, "[model]\npath = 'Qwen/Qwen2.5-3B-Instruct'\n"))
-    assert (real.learner.sigma, real.learner.alpha, real.learner.population) == (0.001, 0.0005, 30)
+    assert (real.learner.sigma, real.learner.alpha, real.learner.population) == ("auto", "auto", 30)
     assert (real.learner.lam, real.learner.prompts) == (5.0, 200)
 
 
@@ -142,3 +142,11 @@ def test_a_model_is_named_by_its_whole_path(
     (tmp_path / "mine").mkdir()
     assert config.load(model={"path": "mine"}).model.path == str(tmp_path / "mine")
     assert config.load(model={"path": "not/here"}).model.path == "not/here"
+
+
+@pytest.mark.parametrize("value", [0, -1, "lots", float("inf"), None])
+def test_a_size_is_a_number_above_0_or_auto(value: object) -> None:
+    with pytest.raises(UserError, match=r"learner.sigma = .* allowed: a number above 0, or 'auto'"):
+        config.load(None, learner={"sigma": value})
+    assert config.load(None, learner={"sigma": "auto"}).learner.sigma == "auto"
+    assert config.load(None, learner={"sigma": "0.25"}).learner.sigma == 0.25

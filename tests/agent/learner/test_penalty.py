@@ -117,7 +117,7 @@ def test_weights_of_one_change_nothing_and_of_zero_free_a_parameter(kind: Penalt
     ("arguments", "message"),
     [
         ({"kind": "l3"}, "penalty 'l3' must be one of none, l2, l1, huber, elastic_net"),
-        ({"lam": -1.0}, "lambda -1.0 must be finite and 0 or more"),
+        ({"kind": "l1", "lam": -1.0}, "lambda -1.0 must be finite and 0 or more"),
         ({"lam": float("nan")}, "lambda nan"),
         ({"lam": float("inf")}, "lambda inf"),
         ({"threshold": 0.0}, "huber threshold 0.0"),

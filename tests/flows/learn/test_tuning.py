@@ -1,0 +1,173 @@
+"""Sigma before a round and the candidate after it, by forward passes on rows that judge nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.errors import UserError
+from agent.learner.calibrate import GRID
+from agent.learner.choose import T
+from agent.population.pool import Population
+from agent.store.journal import DamagedError
+from agent.store.replay import batch_places, replay, steps_without
+from flows.commands.forget import _without
+from flows.learn.collect import evaluation_pool
+from flows.learn.improve import Round, run_round
+from flows.learn.tuning import Selection
+from flows.round_files import RoundFiles
+from flows.session import Session
+from flows.show.terminal import Silent
+
+pytestmark = pytest.mark.proof
+
+Opened = Callable[..., Session]
+
+CHOICE: dict[str, Any] = {"selection": 24, "selection_every": 2, "patience": 0, "generations": 6}
+
+
+def learn(session: Session, **changes: Any) -> Round:
+    return run_round(session.service, session.population, "gsm8k", session.progress, changes)
+
+
+def test_the_chosen_point_replays_bit_for_bit_and_its_rows_are_nobody_elses(
+    planted: Opened,
+) -> None:
+    session = planted(learner=CHOICE)
+    service = session.service
+    made = learn(session)
+    chosen = service.journal.chosen(made.run_id)
+    assert chosen is not None
+    assert chosen.t in T
+    assert chosen.evidence["rows"] == 24
+    means = chosen.evidence["means"]
+    assert len(means) == 3 + len(T) - 1  # generations 2, 4, 6 and the line through the best
+    assert means[f"{chosen.generations}, t {chosen.t:g}"] == max(means.values())
+    assert service.journal.verify(made.run_id) == CHOICE["generations"]
+    for snapshots in (service.home.snapshots, None):
+        again = replay(service.journal, service.anchor, made.digest, snapshots)
+        assert again.digest() == made.digest
+        assert again.delta_hash() == chosen.delta_hash
+    task = service.task("gsm8k")
+    own = {task.key(row) for row in service.selection_rows("gsm8k")}
+    assert len(own) == 24
+    assert own.isdisjoint(service.training_rows("gsm8k"))
+    assert own.isdisjoint(task.key(row) for row in evaluation_pool(service, "gsm8k"))
+
+
+def test_a_round_never_asks_a_row_that_judges(planted: Opened) -> None:
+    """Every prompt of an evaluation row, in whatever stage, is poison here."""
+    session = planted(learner=CHOICE)
+    service, task = session.service, session.service.task("gsm8k")
+    shots = service.shots("gsm8k")
+    poison = {
+        json.dumps(task.messages(row, shots(row))) for row in evaluation_pool(service, "gsm8k")
+    }
+    asked = set[str]()
+
+    class Watched:
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._engine, name)
+
+        def generate(self, prompts: Any, *arguments: Any) -> Any:
+            asked.update(map(json.dumps, prompts))
+            return self._engine.generate(prompts, *arguments)
+
+    engine = session.population._slots[0].engine  # the planted one
+    population = Population([lambda: Watched(engine)])  # type: ignore[arg-type, return-value]
+    made = run_round(service, population, "gsm8k", Silent(), {})
+    assert service.journal.chosen(made.run_id) is not None
+    assert len(asked) > 24
+    assert asked.isdisjoint(poison)
+
+
+@pytest.mark.parametrize("where", ["choose", "finish"])
+def test_a_round_killed_around_its_choice_ends_with_the_same_candidate(
+    planted: Opened, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = learn(planted("whole", learner=CHOICE)).digest
+    session = planted("cut", learner=CHOICE)
+    place = Selection if where == "choose" else type(session.service.journal)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, where, killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(session)
+    assert learn(session).digest == wanted
+    assert len(session.service.journal.runs()) == 1
+
+
+def test_nothing_follows_a_choice_and_a_changed_one_is_named(
+    planted: Opened, tmp_path: Path
+) -> None:
+    session = planted(learner=CHOICE)
+    journal, made = session.service.journal, learn(session)
+    chosen = journal.chosen(made.run_id)
+    assert chosen is not None
+    with pytest.raises(UserError, match="its candidate is chosen"):
+        journal.choose(made.run_id, chosen)
+    journal._database.rows("DROP TRIGGER choices_UPDATE")
+    journal._database.rows("UPDATE choices SET t = 0.3")
+    with pytest.raises(DamagedError, match="generation choice: t is damaged"):
+        journal.verify(made.run_id)
+
+
+def test_a_round_ends_after_its_peak(planted: Opened) -> None:
+    session = planted(learner={**CHOICE, "patience": 1, "selection_every": 1, "generations": 40})
+    made = learn(session)
+    assert "peak: 1 measurements" in made.outcome.reason
+    assert made.outcome.generations < 40
+
+
+def test_sigma_is_tried_once_and_stands_in_the_plan(planted: Opened) -> None:
+    session = planted(learner={**CHOICE, "sigma": "auto", "alpha": "auto"})
+    made = learn(session)
+    run = session.service.journal.run(made.run_id)
+    found = run.plan["calibration"]
+    assert found["sigma"] in GRID
+    assert found["sigma"] == found["alpha"]
+    assert (run.plan["sigma"], run.plan["alpha"]) == ("auto", "auto")
+    assert [each["sigma"] for each in found["trials"]] == list(GRID[: len(found["trials"])])
+    steps = [each.step for each in session.service.journal.generations(made.run_id)]
+    assert {(step.sigma, step.alpha) for step in steps} == {(found["sigma"], found["alpha"])}
+
+
+def test_a_batch_asks_the_rows_of_a_round_in_turn(planted: Opened) -> None:
+    session = planted(learner={"batch": 10, "selection": 0})
+    made = learn(session)
+    journal = session.service.journal
+    plan, generations = journal.run(made.run_id).plan, journal.generations(made.run_id)
+    assert [each.rewards.shape for each in generations] == [(8, 10)] * 3
+    places = [batch_places(plan, each.generation, 10) for each in generations]
+    assert [place for own in places for place in own] == [n % 24 for n in range(30)]
+    # Row 12 was asked in the second generation only: without it the others' steps stay.
+    again = steps_without(journal, made.run_id, [12], mirrored=False, shaping="zscore")
+    widths = [rewards.shape[1] for _, rewards in again]
+    assert widths == [10, 9, 10]
+    assert not np.array_equal(generations[0].rewards, generations[1].rewards)
+    assert RoundFiles(session.service.home, made.run_id).selection() == {}
+
+
+def test_a_round_without_some_of_its_rows_takes_the_same_point_of_the_line(
+    planted: Opened,
+) -> None:
+    session = planted(learner=CHOICE)
+    service, made = session.service, learn(session)
+    journal, old = service.journal, service.journal.run(made.run_id)
+    digest = _without(service, old, old.parent_digest, (3, 5))
+    again = journal.candidate(digest)
+    before, after = journal.chosen(old.run_id), journal.chosen(again.run_id)
+    assert before is not None
+    assert after is not None
+    assert (after.generations, after.t) == (before.generations, before.t)
+    assert after.delta_hash != before.delta_hash
+    assert replay(journal, service.anchor, digest).delta_hash() == after.delta_hash
