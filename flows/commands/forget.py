@@ -114,15 +114,15 @@ def _without(service: Service, old: Run, parent: str, positions: tuple[int, ...]
     )
     # Each generation is committed as it is made: a replay that is interrupted goes on behind them.
     chosen = journal.chosen(old.run_id)
-    for step, rewards in list(again)[len(done) : chosen and chosen.generations]:
+    last = chosen.generations if chosen else None
+    for step, rewards in list(again)[len(done) : last]:
         applied = parameters.apply(step)
         predicted = predicted.after(step, anchor.parameters)
         drift = measure(step, applied, rewards, predicted)
         journal.commit(run.run_id, step, rewards, applied.delta_hash, drift)
     if chosen and journal.chosen(run.run_id) is None:  # the same point of the other steps
-        last = journal.generations(run.run_id)[-1]
-        same = chosen.t == 1.0
-        scaled = last if same else parameters.apply(scaling(last.step, chosen.t))
+        end = journal.generations(run.run_id)[-1]
+        scaled = end if chosen.t == 1.0 else parameters.apply(scaling(end.step, chosen.t))
         journal.choose(run.run_id, replace(chosen, delta_hash=scaled.delta_hash))
     digest = export(parameters, service.home.weights).name
     why = f"round {old.run_id} without {len(positions)} of its rows"
