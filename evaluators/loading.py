@@ -164,7 +164,8 @@ def _names(source: Source, split: Split) -> list[str]:
 def _named_rows(task: Task, name: str, data_dir: Path | None) -> list[Row]:
     """The rows of one published split, wherever they lie."""
     if task.source.file is not None:
-        return read_file(SHARED_DATA / task.source.file)  # an absolute path stays as it is
+        file = task.source.file.replace("{split}", name)
+        return read_file(SHARED_DATA / file)  # an absolute path stays as it is
     if data_dir is None:
         return _from_hub(task, name)
     return read_file(_found(data_dir / task.name, [name]))

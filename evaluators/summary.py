@@ -52,6 +52,70 @@ class Discordance:
         return (self.b + self.c) / self.n
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Two models on the same n rows of a task; pairs are (before, after), shares in [0, 1].
+
+    A gain may be another form of answer rather than better ones. ``alike`` counts the rows on which
+    both answers have the same format and lengths within a quarter of the longer; ``alike_accuracy``
+    is the mean reward on them alone.
+    """
+
+    n: int
+    accuracy: tuple[float, float]
+    alike: int
+    alike_accuracy: tuple[float, float] | None  # None without such a row
+    format: tuple[float, float]
+    truncated: tuple[float, float]  # answers that ended at max_tokens
+    tokens: tuple[float, float] | None  # mean of an answer; None where none were counted
+    fixed: int  # rows whose reward rose
+    broken: int  # rows whose reward fell
+
+
+def gain(before: Sequence[SampleRow], after: Sequence[SampleRow]) -> Gain:
+    """What one task's answers gained, on the rows that both hold.
+
+    Raises:
+        UserError: No row in common.
+    """
+    old = {sample["example_id"]: sample for sample in before}
+    pairs = [(old[new["example_id"]], new) for new in after if new["example_id"] in old]
+    if not pairs:
+        raise UserError("no row stands in both evaluations")
+    alike = [pair for pair in pairs if _alike(*pair)]
+    counted = all(sample["tokens"] is not None for pair in pairs for sample in pair)
+    return Gain(
+        n=len(pairs),
+        accuracy=_means(pairs, "reward"),
+        alike=len(alike),
+        alike_accuracy=_means(alike, "reward") if alike else None,
+        format=_means(pairs, "format"),
+        truncated=_means(
+            [
+                ({"cut": a["finish"] == "length"}, {"cut": b["finish"] == "length"})
+                for a, b in pairs
+            ],
+            "cut",
+        ),
+        tokens=_means(pairs, "tokens") if counted else None,
+        fixed=sum(new["reward"] > old["reward"] for old, new in pairs),
+        broken=sum(new["reward"] < old["reward"] for old, new in pairs),
+    )
+
+
+def _alike(old: SampleRow, new: SampleRow) -> bool:
+    """Whether two answers have the same format and about the same length."""
+    lengths = [len(each["completion"]) for each in (old, new)]
+    return bool(
+        old["format"] == new["format"] and 4 * (max(lengths) - min(lengths)) <= max(lengths)
+    )
+
+
+def _means(pairs: Sequence[tuple[SampleRow, SampleRow]], column: str) -> tuple[float, float]:
+    before, after = (sum(float(pair[side][column]) for pair in pairs) for side in (0, 1))
+    return before / len(pairs), after / len(pairs)
+
+
 def scored(sample: SampleRow, task: Task, row: Row) -> SampleRow:
     """The sample with the task's current verdict on its completion."""
     verdict = judge(task, sample["completion"], row)

@@ -41,7 +41,8 @@ class Source:
 
     ``train_split == eval_split`` says the data set has one split, which is divided by hash;
     ``train_split`` None says the rows are never trained on. ``file`` names rows that lie beside
-    this package (or, for an own task, an absolute path) and makes ``hub_id`` unnecessary.
+    this package (or, for an own task, an absolute path) and makes ``hub_id`` unnecessary; with
+    ``{split}`` in it each split has a file of its own.
     """
 
     hub_id: str

@@ -24,7 +24,7 @@ JUDGED, SHOWN, GIVEN_UP = "judged.json", "shown.json", "given_up"
 
 Entry = Mapping[str, Any]  # row, messages, sent (flows.learn.collect); in old homes a row alone
 Point = Mapping[str, Any]  # generation, task, accuracy (a share), n
-PaceRow = Mapping[str, float]  # generation, seconds.<part>, seconds.generation, share.learner
+PaceRow = Mapping[str, float]  # generation, tokens, seconds.<part>, share.learner
 
 
 class RoundFiles:

@@ -226,6 +226,49 @@ def bench_gate_command(
     raise typer.Exit(0 if document["within"] else 1)
 
 
+@bench_app.command("learning")
+def bench_learning_command(
+    model: Annotated[str, typer.Option(help="As of `anchorage up --model`.")] = "smollm2",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Task to learn; repeatable. Default: orders and dates."),
+    ] = None,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="Recipe, 'ours' or 'published' among others; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds.")] = 3,
+    answers: Annotated[int, typer.Option(min=1, help="Members' answers of a trial.")] = 8192,
+    rows: Annotated[int, typer.Option(min=1, help="Evaluation rows of a task.")] = 400,
+    config: Annotated[Path | None, typer.Option(help="TOML settings beside the recipes'.")] = None,
+    work: Annotated[
+        Path, typer.Option(help="Folder for homes; needed to go on after a kill.")
+    ] = Path(".anchorage/learning"),
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("learning"),
+    only_report: Annotated[
+        bool, typer.Option("--report", help="Compare the files that are there; run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare recipes of a round at equal answers with paired seeds; goes on after a kill."""
+    from flows.lab.bench.learning import (
+        EXTRACTION,
+        LearningBench,
+        bench_learning,
+        learning_table,
+        report,
+    )
+
+    targets, systems = tuple(target or EXTRACTION), tuple(system or ("ours", "published"))
+    if only_report:
+        document = report(out, model)
+    else:
+        with reporter() as bars:
+            bench = LearningBench(model, targets, systems, seeds, answers, rows)
+            document = bench_learning(bench, config, work, out, bars)
+    show(document, as_json, learning_table(document))
+
+
 @bench_app.command("endpoint")
 def bench_endpoint_command(
     turns: Annotated[

@@ -10,7 +10,7 @@ moving delta (mean over the engines); generation is the wall time from the first
 step applied. Restoring takes no time of its own: the next render overwrites a member.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from time import perf_counter
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.population.pool import Population
+from agent.population.schedule import Completion
 from evaluators.task import judge
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -73,10 +74,17 @@ class Pace:
     def __init__(self, service: Service, run_id: str, population: Population) -> None:
         self._files, self._population = RoundFiles(service.home, run_id), population
         self._begun_s, self._spent_s = 0.0, dict[str, float]()
+        self._tokens = 0
 
     def begin(self) -> None:
         """A generation begins."""
         self._spent_s, self._begun_s = self._population.spent(), perf_counter()
+        self._tokens = 0
+
+    def answered(self, completions: Sequence[Completion]) -> tuple[int, float]:
+        """One member answered; tokens and seconds since the generation began or was resumed."""
+        self._tokens += sum(each.tokens for each in completions)
+        return self._tokens, perf_counter() - self._begun_s
 
     def end(self, generation: int) -> None:
         """A generation's step is applied: keep its seconds by part and the learner's share."""
@@ -87,6 +95,7 @@ class Pace:
         }  # max: an engine that was started again counts from zero
         share = (parts.get("render", 0.0) + parts.get("update", 0.0)) / wall
         row = {"generation": generation, "seconds.generation": wall, "share.learner": share}
+        row["tokens"] = float(self._tokens)
         row |= {f"seconds.{part}": seconds for part, seconds in parts.items()}
         self._files.add_to_pace(row)
 

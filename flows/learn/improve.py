@@ -341,13 +341,13 @@ class Driver:
         ]
         chats = [list(self._prompts[place].messages) for place in places]
         max_tokens, noise = self._task.max_tokens, self._learner.noise
-        began_s, tokens, before = time.monotonic(), 0, generation * len(decision.members)
+        before = generation * len(decision.members)
         for result in self._population.members(jobs, chats, max_tokens, noise):
+            spent = self._pace.answered(result.completions)
             earned = self._rewards(result.job, places, result.completions)
             rewards[result.job] = np.array([earned.get(place, 0.0) for place in asked])
             journal.record_member(run_id, generation, result.job, rewards[result.job])
-            tokens += sum(completion.tokens for completion in result.completions)
-            note = members_note(rewards, tokens, time.monotonic() - began_s)
+            note = members_note(rewards, *spent)
             self._advance(before + len(rewards), f"generation {generation + 1}, {note}")
         return np.stack([rewards[member.index] for member in decision.members])
 

@@ -38,7 +38,7 @@ def test_the_profile_belongs_to_the_embedded_model_only(tmp_path: Path) -> None:
     [
         ("[learner]\nsgima = 0.1\n", ["learner.sgima", "0.1", "sigma"]),
         ("lerner = 3\n", ["'lerner'", "3", "learner"]),
-        ("[learner]\nsigma = -1\n", ["learner.sigma", "-1", "greater than 0"]),
+        ("[learner]\nsigma = -1\n", ["learner.sigma", "-1", "above 0"]),
         ("[learner]\npenalty = 'l3'\nsigma = 0\n", ["'l3'", "'l2'", "learner.sigma"]),
         ("[gate]\nmin_gain = 0\n", ["gate.min_gain", "greater than 0"]),
         ("[gate.margins]\narc = 5\n", ["gate.margins.arc", "5", "between 0 and 1"]),

@@ -33,7 +33,8 @@ def test_the_reference_has_every_key_with_its_description() -> None:
 
 def test_bounds_and_choices_are_told() -> None:
     text = reference()
-    assert "| `sigma` | float | `0.001` | above 0 |" in text
+    assert '| `sigma` | float or str | `"auto"` |' in text
+    assert "| `huber_threshold` | float | `0.01` | above 0 |" in text
     assert '| `mode` | str | `"manual"` | `"auto"`, `"manual"` |' in text
     assert "| `margins` | table of float | `{}` | above 0, below 1 |" in text
     assert "| `port` | int | `0` | at least 0, at most 65535 |" in text
