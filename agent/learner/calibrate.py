@@ -31,7 +31,7 @@ ALPHA_RATIO: Final = 1.0  # alpha / sigma, of both profiles that were tuned by h
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class SigmaTrial:
     """What members of one sigma did: the parent's mean reward, theirs, KL a token (or None)."""
 
     sigma: float
@@ -67,14 +67,14 @@ class Calibration:
     sigma: float
     alpha: float
     reason: str
-    trials: tuple[Trial, ...]
+    trials: tuple[SigmaTrial, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the plan of a round."""
         return asdict(self)
 
 
-def calibrate(grid: Sequence[float] = GRID) -> Generator[float, Trial, Calibration]:
+def calibrate(grid: Sequence[float] = GRID) -> Generator[float, SigmaTrial, Calibration]:
     """Ask for a trial of each sigma until one is too large; the largest that was not is chosen.
 
     Args:
@@ -85,7 +85,7 @@ def calibrate(grid: Sequence[float] = GRID) -> Generator[float, Trial, Calibrati
     """
     if not grid or grid[0] <= 0 or any(b <= a for a, b in pairwise(grid)):
         raise ValueError(f"grid {tuple(grid)} must ascend from above 0")
-    trials: list[Trial] = []
+    trials: list[SigmaTrial] = []
     reason = "the largest of the grid"
     for sigma in grid:
         trials.append((yield sigma))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UserError
-from agent.learner.calibrate import MEMBERS, Calibration, Trial, calibrate
+from agent.learner.calibrate import MEMBERS, Calibration, SigmaTrial, calibrate
 from agent.learner.choose import Choice, Point, choose, stalled
 from agent.learner.es import scaling
 from agent.learner.noise import Address
@@ -60,7 +60,7 @@ def calibration(
         while True:
             jobs = [(n, Address(0, 0, n), sigma) for n in range(MEMBERS)]
             results = population.members(jobs, chats, task.max_tokens, learner.noise)
-            trial = Trial(sigma, parent, tuple(mean(each.completions) for each in results))
+            trial = SigmaTrial(sigma, parent, tuple(mean(each.completions) for each in results))
             progress.say(
                 f"sigma {sigma:g}: members lose {trial.fall:.3f}, spread {trial.spread:.3f}"
             )

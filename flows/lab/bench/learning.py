@@ -61,7 +61,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class PairedRun:
     """One round of one system."""
 
     model: str
@@ -86,10 +86,10 @@ class LearningBench:
     answers: int = 8192  # of members; a trial ends with the generation that reaches it
     rows: int = 400  # evaluation rows of a task
 
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[PairedRun]:
         """Seed by seed, so that pairs are complete early."""
         return [
-            Trial(self.model, target, system, seed)
+            PairedRun(self.model, target, system, seed)
             for seed in range(1, self.seeds + 1)
             for target in self.targets
             for system in self.systems
@@ -163,7 +163,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def _run(
     bench: LearningBench,
-    trial: Trial,
+    trial: PairedRun,
     config: Path | None,
     work: Path,
     progress: Reporter,
@@ -183,13 +183,13 @@ def _run(
         return _measured(trying, trial, made.run_id, made.digest)
 
 
-def _settings(bench: LearningBench, trial: Trial) -> dict[str, Any]:
+def _settings(bench: LearningBench, trial: PairedRun) -> dict[str, Any]:
     tasks = {"target": trial.target, "rows": bench.rows, "curve_every": 0, "kl_rows": 0}
     files = [EXTRACTION[name] for name in bench.targets if name in EXTRACTION]
     return {"model": {"path": trial.model}, "tasks": tasks | ({"files": files} if files else {})}
 
 
-def changes(learner: LearnerSettings, trial: Trial, answers: int) -> dict[str, Any]:
+def changes(learner: LearnerSettings, trial: PairedRun, answers: int) -> dict[str, Any]:
     """Learner settings of a trial: its system's, its seed, and the generations of its answers."""
     made: dict[str, Any] = SYSTEMS[trial.system] | {"seed": trial.seed, "budget_minutes": 0}
     if trial.system == "fixed-rows":
@@ -215,7 +215,7 @@ def _share(work: Path, place: Home) -> None:
                         os.link(file, target)
 
 
-def _measured(opened: Session, trial: Trial, run_id: str, digest: str) -> dict[str, Any]:
+def _measured(opened: Session, trial: PairedRun, run_id: str, digest: str) -> dict[str, Any]:
     """The result of a finished round: cost, choice, and every task against the anchor."""
     service = opened.service
     names = [trial.target, *service.priors(trial.target)]

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import pytest
 
-from agent.learner.calibrate import ALPHA_RATIO, GRID, KL_LIMIT, Calibration, Trial, calibrate
+from agent.learner.calibrate import ALPHA_RATIO, GRID, KL_LIMIT, Calibration, SigmaTrial, calibrate
 
 WIDE = (-1.5, -0.5, -0.2, 0.2, 0.5, 1.5)  # members' rewards in units of their spread
 
 
-def run(trial: Callable[[float], Trial], grid: tuple[float, ...] = GRID) -> Calibration:
+def run(trial: Callable[[float], SigmaTrial], grid: tuple[float, ...] = GRID) -> Calibration:
     asked = calibrate(grid)
     sigma = next(asked)
     while True:
@@ -20,13 +20,13 @@ def run(trial: Callable[[float], Trial], grid: tuple[float, ...] = GRID) -> Cali
             return result
 
 
-def quadratic(best: float) -> Callable[[float], Trial]:
+def quadratic(best: float) -> Callable[[float], SigmaTrial]:
     """Spread grows with sigma, the fall with its square: they are equal in size at ``best``."""
 
-    def trial(sigma: float) -> Trial:
+    def trial(sigma: float) -> SigmaTrial:
         spread = sigma
         fall = 0.5 * spread * (sigma / best)
-        return Trial(sigma, 0.5, tuple(0.5 - fall + spread * each for each in WIDE))
+        return SigmaTrial(sigma, 0.5, tuple(0.5 - fall + spread * each for each in WIDE))
 
     return trial
 
@@ -41,8 +41,8 @@ def test_the_largest_sigma_that_costs_less_than_it_tells_is_chosen(best: float) 
 
 
 def test_a_perturbation_that_changes_the_tokens_too_much_ends_the_grid() -> None:
-    def trial(sigma: float) -> Trial:
-        return Trial(sigma, 0.0, (0.0,) * 6, kl=KL_LIMIT * sigma / 0.002)
+    def trial(sigma: float) -> SigmaTrial:
+        return SigmaTrial(sigma, 0.0, (0.0,) * 6, kl=KL_LIMIT * sigma / 0.002)
 
     calibration = run(trial)
     assert calibration.sigma == 0.002
@@ -50,15 +50,15 @@ def test_a_perturbation_that_changes_the_tokens_too_much_ends_the_grid() -> None
 
 
 def test_all_too_large_takes_the_smallest_and_says_so() -> None:
-    calibration = run(lambda sigma: Trial(sigma, 0.9, (0.1, 0.1, 0.1)))
+    calibration = run(lambda sigma: SigmaTrial(sigma, 0.9, (0.1, 0.1, 0.1)))
     assert calibration.sigma == GRID[0]
     assert "even the smallest" in calibration.reason
     assert len(calibration.trials) == 1
 
 
 def test_a_reward_that_is_not_finite_is_never_chosen() -> None:
-    def trial(sigma: float) -> Trial:
-        return Trial(sigma, 0.5, (0.4, 0.5, float("nan") if sigma > 0.001 else 0.6))
+    def trial(sigma: float) -> SigmaTrial:
+        return SigmaTrial(sigma, 0.5, (0.4, 0.5, float("nan") if sigma > 0.001 else 0.6))
 
     assert run(trial).sigma == 0.001
 

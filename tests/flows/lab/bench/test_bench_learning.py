@@ -13,7 +13,7 @@ from agent.sections import LearnerSettings
 from flows.lab.bench.learning import (
     SYSTEMS,
     LearningBench,
-    Trial,
+    PairedRun,
     bench_learning,
     changes,
     learning_table,
@@ -30,7 +30,7 @@ PROFILE = LearnerSettings(sigma=0.01, alpha=0.01, population=16, prompts=512, ba
 def test_every_system_asks_at_least_the_answers_and_less_than_a_generation_more(
     system: str,
 ) -> None:
-    made = changes(PROFILE, Trial("m", "t", system, 3), 8192)
+    made = changes(PROFILE, PairedRun("m", "t", system, 3), 8192)
     chosen = LearnerSettings(**PROFILE.model_dump() | made)
     a_generation = chosen.population * min(chosen.batch or chosen.prompts, chosen.prompts)
     assert 8192 <= a_generation * chosen.generations < 8192 + a_generation
