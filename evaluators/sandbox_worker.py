@@ -29,7 +29,7 @@ FIXED = (  # a task's data; all else are functions of a row
     *("name", "template", "target", "format_weight", "max_tokens", "zero_tolerance", "shots"),
     *("system", "prefill", "version", "graded"),
 )
-FUNCTIONS = ("key", "fields", "gold", "wrong", "shot_group", "demonstrate")
+FUNCTIONS = ("key", "fields", "gold", "wrong", "shot_group", "demonstrate", "chat")
 VERDICT = {"reward", "format", "extracted", "error"}
 
 

@@ -78,12 +78,17 @@ class Task:
     shot_group: Callable[[Row], str] | None = None  # a row's examples come from its own group
     demonstrate: Callable[[Row], str] | None = None  # an example's answer; gold when None
     system: str | None = None  # a message before all others
+    chat: Callable[[Row], Sequence[Message]] | None = None  # a row's own messages, for the template
     prefill: str | None = None  # the assistant's first words, given
     version: str = EXTRACTION_VERSION  # of the extraction; part of the harness hash
 
     def messages(self, row: Row, shots: Sequence[Row] = ()) -> list[Message]:
         """The chat for one row: each example as a user and an assistant turn, then the question."""
         show = self.demonstrate or self.gold
+        if self.chat is not None:
+            prefill = [] if self.prefill is None else [self.prefill]
+            given = [{"role": "assistant", "content": each} for each in prefill]
+            return [*map(dict, self.chat(row)), *given]
         chat = [] if self.system is None else [{"role": "system", "content": self.system}]
         for shot in shots:
             chat.append({"role": "user", "content": render(self.template, self.fields(shot))})
@@ -121,7 +126,13 @@ def with_prompt(
     prefill: str | None = None,
     shots: int | None = None,
 ) -> Task:
-    """The same task with another prompt; parts that are None stay."""
+    """The same task with another prompt; parts that are None stay.
+
+    Raises:
+        UserError: Another template, system message or examples for rows with their own messages.
+    """
+    if task.chat is not None and any(each is not None for each in (template, system, shots)):
+        raise UserError(f"prompt of task {task.name!r}: its rows have messages; allowed: prefill")
     changes: dict[str, Any] = {
         "template": template,
         "system": system,

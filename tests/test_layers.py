@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("evaluators.runner", 2),
     ("evaluators.openai_client", 2),
     ("evaluators.examples", 2),
+    ("evaluators.environments", 2),
     ("evaluators", 0),
     ("deploy.embedded.rows", 0),
     ("deploy", 2),
