@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from prefect.utilities.callables import parameter_schema
 from agent.home import Home, is_locked
 from flows.learn import loop
 from flows.learn.collect import collect_rows
-from flows.learn.loop import Due, RowTrigger, decide, refusal, registered
+from flows.learn.loop import Due, RowTrigger, decide, note_refusals, refusal, registered
 from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
@@ -195,6 +195,7 @@ class Runner:
         minutes: From a loop's end to the next planned one; 0: none is planned.
         client: Of Prefect's server.
         rows: Says when new rows start a loop.
+        note: Keeps why a run was refused: flow, reason.
         command: home, flow, run -> the command that runs it.
     """
 
@@ -205,8 +206,10 @@ class Runner:
         client: SyncPrefectClient,
         command: Callable[[Path, str, UUID], list[str]] = process_of,
         rows: RowTrigger | None = None,
+        note: Callable[[str, str], None] = lambda _name, _why: None,
     ) -> None:
-        self._home, self._client, self._command, self._rows = home, client, command, rows
+        self._home, self._client = home, client
+        self._command, self._rows, self._note = command, rows, note
         self._every = timedelta(minutes=minutes) if minutes else None
         self._names: dict[UUID, str] = {}  # deployment -> flow
         self._running: dict[UUID, tuple[str, subprocess.Popen[str]]] = {}
@@ -223,11 +226,9 @@ class Runner:
         except ObjectNotFound:
             pass
         else:
-            wrong, planned = refusal(name, home, found), [each.schedule for each in found.schedules]
-            same = [getattr(each, "interval", None) for each in planned] == (
-                [every] if every else []
-            )
-            if wrong is None and same:
+            wrong = refusal(name, home, found)
+            planned = [getattr(each.schedule, "interval", None) for each in found.schedules]
+            if wrong is None and planned == ([every] if every else []):
                 return found.id
             LOG.warning("deployment %s is made anew: %s", name, wrong or "it has another schedule")
             self._client.delete_deployment(found.id)  # its planned runs go with it
@@ -301,6 +302,7 @@ class Runner:
             return name
         LOG.error("run %s of %s is refused: %s", run.id, name, why)
         tell(run.id, states.Cancelled(name="Refused", message=f"refused: {why}"))
+        self._note(name, why)
         self.register()
         return None
 
@@ -369,12 +371,11 @@ def serve_flows(service: Service) -> None:
     plan, target = service.settings.projection, service.settings.tasks.target
     rows = RowTrigger(plan.loop_rows, lambda: new_rows(service, target))
     with get_client(sync_client=True) as client:
-        runner = Runner(service.home, plan.loop_minutes, client, rows=rows)
-        try:
+        note = note_refusals(service)
+        runner = Runner(service.home, plan.loop_minutes, client, rows=rows, note=note)
+        with closing(runner):
             for _ in runner.looks():
                 time.sleep(POLL_S)
-        finally:
-            runner.close()
 
 
 def watch(service: Service) -> None:

@@ -14,8 +14,9 @@ The class ``Ledger`` stores them.
 PASSED is the state after the verdict `promote`: nothing is served yet. (Older rows call it PROMOTE;
 they are read as PASSED.)
 
-UNCHANGED is a remark on a digest that has a state, and gives it none: a round that began from it
-ended with the same weights.
+Remarks on a digest that has a state, which they leave as it is. UNCHANGED: a round that began from
+it ended with the same weights. REFUSED: while it was served, a run that Prefect's server returned
+was not what this installation registered.
 
 HOLD goes back to EVALUATED with more rows. A former champion, and a digest that was rolled back,
 may be swapped in again by a person. REJECT is the end.
@@ -47,7 +48,7 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "REJECT": frozenset(),
 }
 RENAMED = {"PROMOTE": "PASSED"}  # state in older rows -> state
-UNCHANGED = "UNCHANGED"
+UNCHANGED, REFUSED = REMARKS = ("UNCHANGED", "REFUSED")
 SETTLED = ("CHAMPION", "ANCHOR")
 UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
 
@@ -80,7 +81,7 @@ def champion_of(entries: Entries) -> str | None:
 def latest_of(entries: Entries, digest: str) -> Entry | None:
     """The newest row of a digest that gave it a state."""
     of_digest = (each for each in reversed(entries) if each.digest == digest)
-    return next((each for each in of_digest if each.state != UNCHANGED), None)
+    return next((each for each in of_digest if each.state not in REMARKS), None)
 
 
 def state_of(entries: Entries, digest: str) -> str | None:
@@ -93,7 +94,7 @@ def state_of(entries: Entries, digest: str) -> str | None:
 
 def unsettled(entries: Entries) -> Entry | None:
     """The newest row of a swap that is neither CHAMPION nor ROLLED_BACK; at most one is open."""
-    newest = {entry.digest: entry for entry in entries if entry.state != UNCHANGED}
+    newest = {entry.digest: entry for entry in entries if entry.state not in REMARKS}
     return next((entry for entry in newest.values() if entry.state in UNSETTLED), None)
 
 
@@ -116,7 +117,7 @@ def refusal(entries: Entries, digest: str, step: str) -> str | None:
     if not entries:
         return None if step == "ANCHOR" else f"{step}: the ledger is empty, allowed: ANCHOR"
     name, now, served = digest[:12], state_of(entries, digest), champion_of(entries)
-    if step == UNCHANGED and now is not None:
+    if step in REMARKS and now is not None:
         return None
     if step not in ALLOWED[now]:
         allowed = ", ".join(sorted(ALLOWED[now])) or "nothing"

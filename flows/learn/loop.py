@@ -13,6 +13,7 @@ from uuid import UUID
 
 from agent.errors import UserError
 from agent.home import is_locked, locked
+from agent.store.ledger import REFUSED
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import chosen
 from flows.serve import promote
@@ -127,6 +128,21 @@ def refusal(name: str, home: str, deployment: Any, run: Any = None) -> str | Non
     if run.parameters.get("home") != home:
         return f"the run's home is {run.parameters.get('home')!r}, registered: {home!r}"
     return None
+
+
+def note_refusals(service: Service) -> Callable[[str, str], None]:
+    """A function of a flow's name and a reason that remarks in the ledger: a run was refused.
+
+    The row is about the champion. The same reason again in a row makes no second one.
+    """
+
+    def note(name: str, why: str) -> None:
+        text = f"a run of {name} from Prefect: {why}"
+        newest = service.ledger.history(1)
+        if not (newest and newest[0].state == REFUSED and newest[0].why == text):
+            service.record(service.champion(), REFUSED, text)
+
+    return note
 
 
 Step = Callable[[], dict[str, Any]]

@@ -353,18 +353,19 @@ def test_two_controllers_racing_lose_and_double_nothing(
     desk.ledger.close()
 
 
-def test_a_remark_changes_no_state_of_a_digest(desk: Desk) -> None:
+@pytest.mark.parametrize("remark", ledger.REMARKS)
+def test_a_remark_changes_no_state_of_a_digest(desk: Desk, remark: str) -> None:
     desk(B, *PROMOTION)
     before = (desk.ledger.states(), desk.ledger.champion(), desk.ledger.previous())
-    desk(B, "UNCHANGED")
-    desk(B, "UNCHANGED")
-    assert [entry.state for entry in desk.ledger.of(B)][-2:] == ["UNCHANGED", "UNCHANGED"]
+    desk(B, remark)
+    desk(B, remark)
+    assert [entry.state for entry in desk.ledger.of(B)][-2:] == [remark, remark]
     assert (desk.ledger.states(), desk.ledger.champion(), desk.ledger.previous()) == before
     assert desk.ledger.unsettled() is None
     assert desk(B, "ROLLED_BACK").after == A
     assert desk.ledger.verify() == len(desk.ledger.history())
-    with pytest.raises(UserError, match="is unknown, not to become UNCHANGED"):
-        desk("c" * 64, "UNCHANGED")
+    with pytest.raises(UserError, match=f"is unknown, not to become {remark}"):
+        desk("c" * 64, remark)
 
 
 def test_an_older_row_that_calls_a_passed_candidate_like_its_verdict_is_read(
