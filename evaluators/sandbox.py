@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,9 @@ class Sandbox:
         self._worker = self._finalizer = None
 
 
+@cache
 def protections() -> Protections:
-    """What the kernel of this machine gives to a sandbox, measured in one of our own tasks."""
+    """What the kernel of this machine gives to a sandbox, measured once in one of our tasks."""
     sandbox = Sandbox("evaluators.tasks.piqa:TASK")
     try:
         return sandbox.protections()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 from agent.errors import UserError
 from evaluators.sandbox import Protections, Sandbox, protections
 from evaluators.sandbox_worker import Limits
-from evaluators.task import Verdict
+from evaluators.task import Verdict, row_problem
 
 pytestmark = pytest.mark.proof
 LIMITS = Limits(cpu_s=0.1, wall_s=20.0, memory_bytes=2**28)
@@ -345,6 +346,59 @@ LEFT = {
     "own session": "os.fork() or (os.setsid(), time.sleep(600))",
     "orphan": "os.fork() or (os.fork() and os._exit(0)) or (os.setsid(), time.sleep(600))",
 }
+
+
+ADMITTED = """
+import os, socket
+from evaluators.task import Source, Task, Verdict
+HERE = os.getpid()
+
+def act(row):
+    if row["do"] == "read": return open(row["file"]).read()
+    if row["do"] == "write": return str(open(row["file"], "w").write("x"))
+    if row["do"] == "connect": return str(socket.create_connection(("127.0.0.1", row["port"]), 1))
+    if row["do"] == "fork": return str(os.fork())
+    if row["do"] == "signal": return str(os.kill(os.getppid(), 9))
+    return row["do"]
+
+def in_(name):
+    return lambda row: act(row) if row["at"] == name else name
+
+TASK = Task(
+    name="admitted", source=Source("", eval_split="train", file="rows.jsonl"), key=in_("key"),
+    fields=lambda row: {"text": in_("fields")(row)}, template="{text}", gold=in_("gold"),
+    wrong=in_("wrong"),
+    verify=lambda text, row: Verdict(float(text == in_("gold")(row)), 0.0, text),
+)
+"""
+
+
+@pytest.mark.parametrize("function", ["key", "fields", "gold", "wrong"])
+def test_a_clients_row_is_tried_within_the_sandbox(
+    tmp_path: Path, here: Protections, function: str
+) -> None:
+    """As the gateway admits it: each function of the row is as confined as the verifier."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "own" / "admitted.py").write_text(ADMITTED)
+    secret = tmp_path / "home" / "secret"
+    secret.write_text("zylophon")
+    task = Sandbox(f"{tmp_path / 'own' / 'admitted.py'}:TASK", LIMITS, [secret.parent]).task()
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        row = {"at": function, "file": str(secret), "port": port}
+        assert row_problem(task, row | {"do": "other"}) is None
+        told = [
+            row_problem(task, row | {"do": do})
+            for do in ("read", "write", "connect", "fork", "signal")
+        ]
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert all(here.complete is False or reason is not None for reason in told), told
+    assert not any("zylophon" in (reason or "") for reason in told)
+    assert secret.read_text() == "zylophon"
+    assert row_problem(task, row | {"do": "other"}) is None
 
 
 @pytest.mark.parametrize("name", LEFT)
