@@ -54,4 +54,5 @@ lock: venv
 	$(COMPILE) --extra cuda -o requirements-cuda.lock
 
 clean:
+	[ ! -d .anchorage ] || chmod -R u+w .anchorage  # kept weights lie in read-only folders
 	rm -rf $(VENV) .anchorage build *.egg-info

@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from agent.errors import UserError
-from agent.home import Home, read_sealed, write_atomically, write_sealed
+from agent.home import Home, read_sealed, write_sealed
 from agent.sections import (
     EMBEDDED,
     SMOLLM2,
@@ -260,14 +260,15 @@ class Started:
 def started(home: Home) -> Started | None:
     """What `up` was given last; None before it ever came up."""
     try:
-        return Started(**json.loads(home.started_json.read_bytes()))
+        return Started(**read_sealed(home.started_json))
     except FileNotFoundError:
         return None
 
 
 def remember(home: Home, given: Started) -> None:
     """Keep what `up` was given, so that the next one reads the same file again."""
-    write_atomically(home.started_json, json.dumps(asdict(given), indent=1, default=str))
+    plain = json.loads(json.dumps(asdict(given), default=str))  # paths as text
+    write_sealed(home.started_json, plain)
 
 
 def unheeded(home: Home, settings: Settings) -> list[str]:

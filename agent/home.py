@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Home:
 
     models = _In("models")  # models read from GGUF files, one Hugging Face directory each
     weights = _In("weights")  # one Hugging Face directory per kept digest
+    # what lay beside the weights of an original model when this home first opened it
+    originals = _In("original")
     snapshots = _In("snapshots")  # caches of delta; deleting them changes nothing
     # weights of penalties, by sha256: what a replay of the rounds that used them needs
     importance = _In("importance")
@@ -121,6 +124,10 @@ class Home:
     def run(self, run_id: str) -> Path:
         """The folder of one round: its rows, curve and report."""
         return self.runs / run_id
+
+    def original(self, directory: Path) -> Path:
+        """The copies of an original model's files, by where the model lies."""
+        return self.originals / hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
 
     def slot_json(self, slot: str) -> Path:
         """What the engine of a slot beside the active one has to load."""
@@ -208,8 +215,13 @@ SEAL = "sha256"  # the key of a sealed document under which its own hash lies
 
 def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON object with the sha256 of its content inside: one file, so one rename."""
-    sealed = {**document, SEAL: _hash_of(document)}
-    write_atomically(path, json.dumps(sealed, indent=1))
+    write_atomically(path, json.dumps(sealed(document), indent=1))
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with the sha256 of its content inside."""
+    plain = json.loads(json.dumps(document))  # as it is read again: keys are strings, no tuples
+    return {**plain, SEAL: _hash_of(plain)}
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -273,9 +285,16 @@ def create_once(path: Path, text: str) -> None:
 
 
 def secret(path: Path) -> str:
-    """The random secret kept in a file, made on first use with mode 0600."""
+    """The random secret kept in a file, made on first use with mode 0600.
+
+    Raises:
+        UserError: It is not what was written.
+    """
     if not path.exists():
         create_once(path, secrets.token_hex(32))
+        sign_file(path)
+    if not is_as_signed(path):
+        raise UserError(f"{path}: is damaged; `anchorage doctor` says what to do")
     return path.read_text(encoding="ascii").strip()
 
 
@@ -289,6 +308,14 @@ def _write_beside(path: Path, text: str, durably: bool, mode: int) -> Path:
         if durably:
             os.fsync(file.fileno())
     return beside
+
+
+def remove_tree(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder and all below it, kept weights too, whose folders nobody may write in."""
+    for place, _, _ in os.walk(folder):
+        with suppress(OSError):
+            Path(place).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def flush_folder(folder: Path) -> None:

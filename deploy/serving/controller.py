@@ -14,11 +14,17 @@ from typing import Literal, Self
 
 from agent.errors import UserError
 from agent.home import Home
-from agent.store.weights import Anchor, digest_of, preflight
+from agent.store.weights import Anchor, preflight
 from deploy.serving import swap
 from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
 from deploy.serving.engines import Engines, engines_of, is_up
-from deploy.serving.intact import Probes, difference, read_probes, require_equal
+from deploy.serving.intact import (
+    Probes,
+    difference,
+    read_probes,
+    require_equal,
+    require_version,
+)
 from deploy.serving.lease import Lease, LeaseLostError, Leases
 from deploy.serving.served import (
     BLUE,
@@ -200,13 +206,10 @@ class Controller:
                 self._leases.end(self._the_lease())
 
     def _preflight(self, target: Served) -> None:
-        """The directory and its digest."""
-        directory = Path(target.directory)
+        """The directory, its digest, and the files beside its weights."""
         if target.digest != self._anchor.digest:
-            preflight(directory, self._anchor)
-        digest = digest_of(directory)
-        if digest != target.digest:
-            raise UserError(f"{directory}: the weights are {digest}, expected {target.digest}")
+            preflight(Path(target.directory), self._anchor)
+        require_version(self._home, target)
 
     def _begin(self, previous: Served, target: Served, alive: bool) -> None:
         """Take the lease; the probes become tokens first, while the engine still serves."""

@@ -22,11 +22,12 @@ from agent.home import Home, read_sealed, write_sealed
 from agent.population.decoding import largest_difference
 from agent.population.schedule import Logprobs, Messages
 from agent.store.anchor import Anchor
+from agent.store.companions import MANIFEST
 from agent.store.journal import Journal
 from agent.store.ledger import Ledger
 from agent.store.replay import rebuild
 from agent.store.weights import require
-from deploy.model import resolve
+from deploy.model import original, record_of
 from deploy.serving.control import ControlError, EngineControl, GatewayControl
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, read_served, read_slot, write_served
@@ -107,16 +108,28 @@ def intact(home: Home, slot: str) -> Served:
     """
     served = read_slot(home, slot)
     try:
-        require(Path(served.directory), served.digest)
+        require_version(home, served)
     except UserError as damage:
         LOG.error("%s: %s", served.digest[:12], damage)
         return _mended(home, served, damage)
     return served
 
 
+def require_version(home: Home, served: Served) -> None:
+    """A version's weights and its other files are what they were when it came into this home.
+
+    Raises:
+        UserError: One of them is not; says which.
+    """
+    directory = Path(served.directory)
+    require(directory, served.digest)
+    if not (directory / MANIFEST).exists():  # an original model
+        record_of(home, directory).require()
+
+
 def _mended(home: Home, served: Served, damage: UserError) -> Served:
     """The same version rebuilt, else the anchor; raises the damage where there is no other."""
-    anchor = Anchor.open(resolve(_settings(home, damage).model, home.models))
+    anchor = original(home, _settings(home, damage).model)
     if served.directory == str(anchor.directory):
         raise damage
     try:
@@ -151,9 +164,12 @@ def mend(home: Home, digest: str, origin: Anchor) -> Path:
     journal = Journal(home.state_db)
     try:
         tied = journal.candidate(digest).anchor_digest
+        if tied != origin.digest:
+            try:
+                require(home.weights / tied, tied)
+            except UserError:
+                mend(home, tied, origin)
         anchor = origin if tied == origin.digest else Anchor.open(home.weights / tied)
-        if anchor.digest != tied:
-            anchor = Anchor.open(mend(home, tied, origin))
         directory = rebuild(journal, anchor, digest, home)
     finally:
         journal.close()
@@ -167,7 +183,7 @@ def _fall_back(home: Home, served: Served) -> Served:
     A gateway that does not run reads serving.json when it starts. The ledger is told by whoever
     reconciles: it names a champion that cannot be served.
     """
-    require(Path(served.directory), served.digest)
+    require_version(home, served)
     write_served(home, served)
     try:
         with GatewayControl.at(home.admin_socket) as gateway:

@@ -26,8 +26,8 @@ from agent.home import Home, write_atomically
 from agent.population.decoding import generation_config
 from agent.population.placement import OFFLINE, available_cores, on_cpu, serving_cores
 from agent.population.vllm import EXTENSION, import_model_class, text_only, whole_prompts
-from agent.store.weights import identity, require
-from deploy.serving.intact import intact
+from agent.store.weights import identity
+from deploy.serving.intact import intact, require_version
 from deploy.serving.served import BLUE, Served
 from deploy.supervise import end_leaderless
 
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     served = intact(home, given.slot)
     path = private_socket(home.engine_socket(given.slot))
     text = [_flag(name, value) for name, value in text_only(Path(served.directory)).items()]
-    _run([f"--model={served.directory}", f"--uds={path}", *text, *foreign], served)
+    _run(home, [f"--model={served.directory}", f"--uds={path}", *text, *foreign], served)
 
 
 def _settings(home: Home) -> Settings:
@@ -163,7 +163,7 @@ def _settings(home: Home) -> Settings:
         raise UserError(f"{home.settings_json}: is not there; give vLLM's flags") from None
 
 
-def _run(foreign: Sequence[str], served: Served) -> None:
+def _run(home: Home, foreign: Sequence[str], served: Served) -> None:
     """vLLM's api_server, with a private socket and the quick start described above."""
     import uvloop
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -182,7 +182,7 @@ def _run(foreign: Sequence[str], served: Served) -> None:
 
     def check() -> None:
         """The files are those that were hashed before vLLM read them, and still what they were."""
-        require(model, served.digest)
+        require_version(home, served)
         if identity(model) != before:
             raise UserError(f"{model}: was changed while the engine loaded it")
 

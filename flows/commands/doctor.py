@@ -4,11 +4,9 @@ One list of checks; each says in words what repairs it, and many can do it (`rep
 fails tells why instead of raising, so that the others go on.
 """
 
-import json
-import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,49 +15,47 @@ from typing import Any
 
 from agent.config import Settings, kept, load
 from agent.errors import UserError
-from agent.home import Home, read_sealed
+from agent.home import Home
 from agent.store.anchor import Anchor
+from agent.store.companions import companions
 from agent.store.replay import is_sound
 from agent.store.weights import require, short
-from deploy import stack
-from deploy.serving.control import ControlError, listener_of, observe
-from deploy.serving.controller import settle_offline
-from deploy.serving.intact import mend, read_probes
+from deploy.model import record_of, resolve
+from deploy.serving.control import ControlError, observe
+from deploy.serving.intact import mend, read_probes, require_version
 from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, Served, read_served, read_slot, write_served
-from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
-from flows.commands.checks import (
-    MachineNeeds,
-    all_sound,
-    database,
-    descriptors,
-    disk,
-    drop_unsound,
-    importance,
-    memory,
-    table,
-    visible,
-    vllm,
-)
+from deploy.supervise import survivors
+from evaluators.sandbox import protections
+from flows.commands import checks
+from flows.commands.checks import MachineNeeds, visible, written_in
 from flows.service import Service
 
 CLOCK_S = 60.0  # a ledger row may be this far ahead of the clock
-MAGIC = b"SQLite format 3\0"  # how every SQLite file begins
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what performs it, what repairs a fault, and the function that does so, if any."""
+    """One check: what performs it, what repairs a fault, the function that does so, if any, and
+    the kept files whose damage it finds.
+    """
 
     name: str
     look: Callable[[], str]  # what is there; any exception is a fault
     repair: str
     mend: Callable[[], object] | None = None
+    files: Sequence[Path] = ()
 
 
 def examine(home: Path | None, limits: MachineNeeds = MachineNeeds()) -> list[dict[str, Any]]:  # noqa: B008
     """Every check: {"check", "ok", "found", "repair"}; the last is empty where nothing is wrong."""
     return [_result(check) for check in HomeChecks(Home.at(home), limits).checks()]
+
+
+def kept_files(home: Path | None) -> dict[Path, str]:
+    """Every kept file that is there -> the check that finds its damage."""
+    checks = HomeChecks(Home.at(home)).checks()
+    return {path: each.name for each in checks for path in each.files if path.is_file()}
 
 
 def repair(home: Path | None) -> list[dict[str, Any]]:
@@ -100,48 +96,112 @@ class HomeChecks:
         """In the order in which a repair builds on the ones before."""
         home, limits = self.home, self._limits
         yield Check(
-            "vLLM", lambda: vllm(limits), "pip install 'anchorage[cpu]' or 'anchorage[cuda]'"
+            "vLLM", lambda: checks.vllm(limits), "pip install 'anchorage[cpu]' or 'anchorage[cuda]'"
         )
         yield Check(
-            "memory", lambda: memory(limits), "end other programs, or choose a smaller model"
+            "memory", lambda: checks.memory(limits), "end other programs, or choose a smaller model"
         )
         yield Check(
-            "disk", lambda: disk(home.root, limits), "delete what is not needed, or move the home"
+            "disk",
+            lambda: checks.disk(home.root, limits),
+            "delete what is not needed, or move the home",
         )
         yield Check(
             "descriptors",
-            lambda: descriptors(limits),
+            lambda: checks.descriptors(limits),
             f"ulimit -Hn {limits.descriptors}, or more",
         )
         yield Check("clock", self._clock, "set the machine's clock")
         yield Check(
-            "permissions", self._permissions, "anchorage repair, or chmod go=", self._make_private
+            "permissions",
+            lambda: checks.permissions(home),
+            "anchorage repair, or chmod go=",
+            lambda: checks.make_private(home),
         )
-        yield Check("settings.json", self._settings, "anchorage up --config FILE writes it anew")
+        yield Check(
+            "sandbox",
+            lambda: checks.sandbox(protections(), self._own_tasks(), limits),
+            "use task files that you trust, or a kernel with Landlock and seccomp",
+        )
+        for path, wayout, again in (
+            (home.password, "anchorage repair makes a new one; then down and up", True),
+            (home.mlflow / "pages", "anchorage repair, then down and up", True),
+            (home.salt, "restore it from a copy; a new one has other sealed rows", False),
+        ):
+            yield Check(
+                f"secret {path.name}",
+                lambda path=path: checks.secret_file(path),  # type: ignore[misc]
+                wayout,
+                (lambda path=path: checks.new_secret(path)) if again else None,  # type: ignore[misc]
+                (path,),
+            )
+        yield Check(
+            "settings.json",
+            self._settings,
+            "anchorage up --config FILE writes it anew",
+            files=(home.settings_json,),
+        )
         yield from self._databases()
         yield Check("ledger", self._ledger, "restore state.db from a copy; the row is named")
         yield Check("journal", self._journal, "restore state.db from a copy; the row is named")
-        yield Check("anchor", self._anchor, "fetch or install the original model's files again")
-        yield Check("kept weights", self._kept, "anchorage repair rebuilds them", self._rebuild)
-        yield Check("serving.json", self._serving, "anchorage repair", self._choose)
-        yield Check("swap.json", self._lease, "anchorage repair, or wait", self._end_lease)
-        yield Check("documents", self._documents, "delete the file; it is written anew")
+        yield Check(
+            "anchor files",
+            self._beside_anchor,
+            "anchorage repair puts back what was recorded",
+            self._restore,
+            self._recorded(),
+        )
+        yield Check(
+            "anchor",
+            self._anchor,
+            "fetch or install the original model's files again",
+            files=self._shards(),
+        )
+        weights = [path for folder in visible(home.weights) for path in sorted(folder.iterdir())]
+        yield Check(
+            "kept weights", self._kept, "anchorage repair rebuilds them", self._rebuild, weights
+        )
+        chosen = (home.serving_json, *(home.slot_json(slot) for slot in SLOTS))
+        yield Check("serving.json", self._serving, "anchorage repair", self._choose, chosen)
+        yield Check(
+            "swap.json",
+            lambda: checks.lease(home),
+            "anchorage repair, or wait",
+            lambda: checks.end_lease(home),
+            (home.swap_json,),
+        )
+        yield Check(
+            "documents",
+            lambda: checks.documents(home),
+            "delete the file; it is written anew",
+            files=checks.all_documents(home),
+        )
         for name, sound in (
             ("probes", self._probe),
             ("snapshots", self._snapshot),
-            ("evaluations", table),
-            ("importance", importance),
+            ("evaluations", checks.table),
+            ("importance", checks.importance),
         ):
             folder = getattr(home, name)
             yield Check(
                 name,
-                lambda folder=folder, sound=sound: all_sound(folder, sound),  # type: ignore[misc]
+                lambda folder=folder, sound=sound: checks.all_sound(folder, sound),  # type: ignore[misc]
                 "anchorage repair deletes the damaged ones; they are made again when needed",
-                None if name == "importance" else lambda f=folder, s=sound: drop_unsound(f, s),  # type: ignore[misc]
+                None
+                if name == "importance"
+                else lambda f=folder, s=sound: checks.drop_unsound(f, s),  # type: ignore[misc]
+                written_in(folder),
             )
-        yield Check("processes", self._processes, "anchorage repair, or down and up", self._revive)
-        yield Check("sockets", self._sockets, "anchorage down, then up")
-        yield Check("ports", self._ports, "see the service's log, then anchorage down and up")
+        yield Check(
+            "processes",
+            lambda: checks.processes(home),
+            "anchorage repair, or down and up",
+            lambda: checks.revived(home),
+        )
+        yield Check("sockets", lambda: checks.sockets(home), "anchorage down, then up")
+        yield Check(
+            "ports", lambda: checks.ports(home), "see the service's log, then anchorage down and up"
+        )
         yield Check("served version", self._agree, "wait for the next look, or anchorage promote")
 
     # -- the home's files -----------------------------------------------------------------------
@@ -171,23 +231,6 @@ class HomeChecks:
             raise RuntimeError(f"{newest - time.time():.0f} s behind the newest row of the ledger")
         return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
-    def _private(self) -> list[Path]:
-        home = self.home
-        names = [home.root, home.sockets, home.mlflow, home.prefect, home.logs]
-        names += [home.password, home.salt, home.state_db, home.experience_db]
-        return [path for path in names if path.exists()]
-
-    def _permissions(self) -> str:
-        open_ones = [path for path in self._private() if path.stat().st_mode & 0o077]
-        if open_ones:
-            listed = ", ".join(f"{each.name} {each.stat().st_mode & 0o777:o}" for each in open_ones)
-            raise RuntimeError(f"others may read: {listed}")
-        return f"{len(self._private())} private files and folders"
-
-    def _make_private(self) -> None:
-        for path in self._private():
-            path.chmod(path.stat().st_mode & 0o700)
-
     def _databases(self) -> Iterator[Check]:
         """Each database that must be there, because the process that keeps it has run."""
         home = self.home
@@ -202,9 +245,10 @@ class HomeChecks:
         ):
             yield Check(
                 path.name,
-                lambda path=path, wanted=wanted: database(path, wanted),  # type: ignore[misc]
+                lambda path=path, wanted=wanted: checks.database(path, wanted),  # type: ignore[misc]
                 "anchorage down, then anchorage repair, or restore it from a copy",
                 lambda path=path: self._mend_database(path),  # type: ignore[misc]
+                checks.of_database(path)[:2],
             )
 
     def _experience_url(self) -> str | None:
@@ -217,17 +261,8 @@ class HomeChecks:
         """Give the file its first bytes again; where that is not it, start a new one beside it."""
         if survivors(self.home):
             raise UserError("the service runs; allowed: anchorage down first")
-        if path.exists():
-            aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
-            shutil.copy2(path, aside)
-            with path.open("r+b") as file:
-                file.write(MAGIC)
-            try:
-                database(path, True)
-                return
-            except (sqlite3.Error, RuntimeError):
-                for part in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
-                    part.unlink(missing_ok=True)
+        if checks.mended_header(path):
+            return
         if path == self.home.state_db:  # a new ledger begins with the original model, which serves
             service = Service(self.home, self._kept_settings())
             champion = service.champion()
@@ -286,7 +321,7 @@ class HomeChecks:
         for slot in SLOTS:
             if self.home.slot_json(slot).exists():
                 read_slot(self.home, slot)
-        require(Path(served.directory), served.digest)
+        require_version(self.home, served)
         self._need(self.home.state_db)
         champion = self.service.champion()
         if served.digest != champion and Leases(self.home).current() is None:
@@ -297,28 +332,42 @@ class HomeChecks:
         champion = self.service.champion()
         write_served(self.home, Served(champion, str(self.service.directory(champion))))
 
-    def _lease(self) -> str:
-        lease = Leases(self.home).current()
-        if lease is None:
-            return "nobody swaps"
-        if lease.expired(time.time()):
-            raise RuntimeError(f"the swap to {short(lease.target.digest)} is overdue")
-        return f"a swap to {short(lease.target.digest)} is under way"
+    def _own_tasks(self) -> bool:
+        try:
+            return bool(self._kept_settings().tasks.files)
+        except UserError:  # a check of its own says so
+            return False
 
-    def _end_lease(self) -> None:
-        if survivors(self.home):
-            raise UserError("the service runs: its watchdog ends an overdue swap")
-        settle_offline(self.home, time.time())
+    # -- the original model ---------------------------------------------------------------------
 
-    def _documents(self) -> str:
-        home = self.home
-        named = [home.stack_json, home.reviews_json, home.aliases_json]
-        found = [path for path in named if path.exists()]
-        found += sorted(home.runs.glob("*/*.json")) if home.runs.is_dir() else []
-        for path in found:
-            if isinstance(json.loads(path.read_bytes()), dict):
-                read_sealed(path)
-        return f"{len(found)} documents"
+    def _original(self) -> Path | None:
+        """The directory of the original model, if the settings lead to one without a download."""
+        if not visible(self.home.originals):
+            return None
+        try:
+            return resolve(self._kept_settings().model, self.home.models)
+        except UserError:
+            return None
+
+    def _beside_anchor(self) -> str:
+        if (directory := self._original()) is None:
+            return "none recorded yet"
+        record = record_of(self.home, directory)
+        record.require()
+        return f"{len(companions(record.folder)) - 1} files, as when this home first opened them"
+
+    def _restore(self) -> None:
+        if (directory := self._original()) is not None:
+            record_of(self.home, directory).restore()
+
+    def _recorded(self) -> list[Path]:
+        directory = self._original()
+        beside = companions(directory).values() if directory else ()
+        return [*beside, *(path for path in self.home.originals.glob("*/*") if path.is_file())]
+
+    def _shards(self) -> list[Path]:
+        directory = self._original()
+        return sorted(directory.glob("*.safetensors")) if directory else []
 
     def _probe(self, path: Path) -> None:
         read_probes(self.home, path.stem)
@@ -328,57 +377,8 @@ class HomeChecks:
         if not is_sound(self.service.anchor, path, path.stem):
             raise RuntimeError(f"{path.name}: its delta has another hash")
 
-    # -- what runs ------------------------------------------------------------------------------
-
-    def _wanted(self) -> bool:
-        return self.home.stack_json.exists() or bool(survivors(self.home))
-
-    def _processes(self) -> str:
-        if not self._wanted():
-            return "the service is down"
-        if supervisor_of(self.home) is None:
-            count = len(survivors(self.home))
-            raise RuntimeError(f"supervisord is dead, {count} processes run without it")
-        ended = [
-            f"{each.name} is {each.state}"
-            for each in states(self.home)
-            if each.state not in ("running", "starting") and each.name not in SLOTS[1:]
-        ]
-        if ended:
-            raise RuntimeError(", ".join(ended))
-        return f"{len(states(self.home))} services under their supervisord"
-
-    def _revive(self) -> None:
-        if not revive(self.home):
-            raise UserError("a service ended; its log says why")
-
-    def _sockets(self) -> str:
-        if not self._wanted():
-            return "the service is down"
-        slot = read_served(self.home).slot
-        home = self.home
-        wanted = (home.engine_socket(slot), home.admin_socket, home.supervisor_socket)
-        silent = [path.name for path in wanted if listener_of(path) is None]
-        if silent:
-            raise RuntimeError(f"nobody listens on {', '.join(silent)}")
-        return f"{len(wanted)} listen"
-
-    def _ports(self) -> str:
-        if not self._wanted():
-            return "the service is down"
-        record = stack.status(self.home)
-        paths = {"endpoint": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
-        silent = [
-            f"{name} at {record[name]}"
-            for name, path in paths.items()
-            if not record[name] or not answers(Probe(f"{record[name]}{path}"), 10.0)
-        ]
-        if silent:
-            raise RuntimeError(f"no answer: {', '.join(silent)}")
-        return ", ".join(str(record[name]) for name in paths)
-
     def _agree(self) -> str:
-        if not self._wanted():
+        if not checks.is_wanted(self.home):
             return "the service is down"
         self._need(self.home.state_db)
         champion = self.service.champion()

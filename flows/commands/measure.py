@@ -167,12 +167,12 @@ def _model(opened: Session, model: str, endpoint: RemoteModel) -> tuple[str, Gen
     else:
         digest = opened.service.find(model)
         directory = opened.service.directory(digest)
-    return digest, _of_weights(opened, directory)
+    return digest, _of_weights(opened, directory, digest)
 
 
-def _of_weights(opened: Session, directory: Path) -> Generate:
+def _of_weights(opened: Session, directory: Path, digest: str) -> Generate:
     """Ask these weights; an engine is started only if there is something to ask."""
-    load = cache(lambda: opened.population.load(directory))
+    load = cache(lambda: opened.population.load(directory, digest))
 
     def generate(chats: list[list[Message]], max_tokens: list[int]) -> Sequence[ModelAnswer]:
         load()

@@ -6,7 +6,6 @@ round; roll back to the anchor and forward again; stop everything.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, remove_tree
 from agent.store.weights import short
 from deploy import stack
 from evaluators.task import Message, Row, Task, judge
@@ -118,7 +117,7 @@ def fresh_home(home: Path | None) -> Home:
     if root.exists():
         if stack.status(Home.at(root))["services"]:
             raise UserError(f"home {str(root)!r}: is up; take it down first (anchorage down)")
-        shutil.rmtree(root)
+        remove_tree(root)
     return Home.at(root)
 
 

@@ -113,7 +113,7 @@ def measure_rates(
     """
     task, names = service.target(target), service.priors(target)
     advance = progress.track("measure rates", 1 + len(names))
-    population.open(service.anchor.directory)
+    population.open(service.anchor.directory, service.anchor.digest)
     rows = service.rows(target, "train", min(learner.prompts, TRIED_PROMPTS))
     prompts, limit = _prompts(service, task, rows), task.max_tokens
     population.generate(prompts[:1], limit)  # the first call also pays what is paid once

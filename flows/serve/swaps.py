@@ -16,7 +16,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.population.schedule import Engine
 from agent.store.ledger import StaleEpoch
-from agent.store.weights import short
+from agent.store.weights import identity, require, short
 from deploy.serving.control import ControlError
 from deploy.serving.controller import Event, Way, change, connect
 from deploy.serving.engines import is_up
@@ -217,17 +217,32 @@ def ensure_probes(session: Session, digest: str) -> None:
 
 @contextmanager
 def cold_engine(session: Session, digest: str) -> Iterator[Engine]:
-    """An engine started on a version, which has answered its probes where a swap may need them."""
+    """An engine started on a version, which has answered its probes where a swap may need them.
+
+    Raises:
+        UserError: The version's files were changed between their check and the engine's answers.
+    """
     service = session.service
     options = engine_options(service)[0]
     session.make_room()
-    cold = session.engine(replace(options, model=service.directory(digest)))
+    directory = service.directory(digest)
+    before = identity(directory)
+    cold = session.engine(replace(options, model=directory))
+
+    def require_loaded() -> None:
+        """The files hold the version now, and were not written since before they were loaded."""
+        require(directory, digest)
+        if identity(directory) != before:
+            raise UserError(f"{directory}: was changed while an engine loaded it")
+
     try:
         if is_up(service.home) and not _known(service, digest):
             prompts = probe_prompts(service)
             expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+            require_loaded()
             write_probes(service.home, digest, Probes.of(prompts, expected))
         yield cold
+        require_loaded()
     finally:
         cold.close()
 

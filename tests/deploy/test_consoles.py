@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agent.errors import UserError
 from agent.home import Home, secret
 from agent.registry import REVIEW
 from deploy.consoles import USER, HostGuard, reviewed, reviews, sign, signer
@@ -78,7 +79,17 @@ def test_a_secret_is_made_once_for_its_owner_only(tmp_path: Path) -> None:
     assert found == {path.read_text()}
     assert len(path.read_text()) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [each.name for each in tmp_path.iterdir()] == ["password"]
+    assert {each.name for each in tmp_path.iterdir()} == {"password", "password.sha256"}
+
+
+def test_a_damaged_secret_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "salt"
+    kept = secret(path)
+    path.write_text(f"{'1' if kept[0] == '0' else '0'}{kept[1:]}")
+    with pytest.raises(UserError, match="is damaged"):
+        secret(path)
+    path.write_text(kept)
+    assert secret(path) == kept
 
 
 TAG, ALIAS = "/api/2.0/mlflow/model-versions/set-tag", "/api/2.0/mlflow/registered-models/alias"

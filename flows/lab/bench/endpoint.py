@@ -16,7 +16,6 @@ N (1/X_gateway - 1/X_direct). What the gateway itself costs is its processor tim
 """
 
 import asyncio
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from agent.config import Settings, load
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, remove_tree
 from agent.learner.noise import Address
 from agent.store.weights import Parameters, export
 from deploy import stack
@@ -94,7 +93,7 @@ def bench_endpoint(
             document["rollback"] = rollbacks(service, other, bench.rollbacks, progress)
     finally:
         stack.down(home)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
     return {"setup": asdict(bench), **document, "within": _within(document)}
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from agent.config import Settings, keep
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, remove_tree
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.journal import Journal
@@ -71,6 +73,33 @@ def house(tmp_path: Path, anchor_dir: Path) -> House:
 def test_what_is_whole_is_served_and_kept_files_are_read_only(house: House) -> None:
     assert intact(house.home, "engine") == house.served
     assert {file.stat().st_mode & 0o777 for file in house.directory.iterdir()} == {0o444}
+    assert house.directory.stat().st_mode & 0o777 == 0o555
+
+
+def test_whoever_is_not_root_can_remove_a_kept_version_only_as_a_whole(house: House) -> None:
+    """By a process without the rights of the administrator, as services run."""
+    script = (
+        "import os, pathlib, sys\nfrom agent.home import remove_tree\n"
+        "if os.getuid() == 0: os.setgid(65534), os.setuid(65534)\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "try: next(folder.glob('*.safetensors')).unlink()\n"
+        "except PermissionError: print('refused')\n"
+        "remove_tree(folder)\n"
+        "print(folder.exists())"
+    )
+    root = house.home.root.parent
+    for path in (root, *root.rglob("*")) if os.getuid() == 0 else ():
+        os.chown(path, 65534, 65534)
+    for folder in root.parents:  # pytest's own folders are private
+        if os.getuid() == 0 and folder.owner() == "root" and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    told = subprocess.run(
+        [sys.executable, "-c", script, str(house.directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["refused", "False"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
@@ -83,9 +112,10 @@ def test_a_flipped_bit_is_mended_from_anchor_and_journal(house: House, name: str
 
 
 def test_a_missing_file_and_a_missing_folder_are_made_again(house: House) -> None:
+    house.directory.chmod(0o755)
     (house.directory / "model.safetensors").unlink()
     assert intact(house.home, "engine") == house.served
-    shutil.rmtree(house.directory)
+    remove_tree(house.directory)
     assert intact(house.home, "engine") == house.served
     require(house.directory, house.served.digest)
 

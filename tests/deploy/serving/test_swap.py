@@ -256,7 +256,7 @@ def test_the_right_weights_beside_a_stranger_are_refused(world: Any, tmp_path: A
 
 def test_another_digest_than_the_directory_holds_is_refused(world: Any) -> None:
     world.new = replace(world.new, digest="0" * 64)
-    with pytest.raises(UserError, match="expected 0000"):
+    with pytest.raises(UserError, match="wanted 0000"):
         swap_in(world)
     assert world.settled() == world.old.digest
 

@@ -4,12 +4,15 @@ import hashlib
 import json
 import resource
 import shutil
+import socket
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,17 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from agent.config import Settings, keep
+from agent.config import Settings, keep, kept
 from agent.home import Home, secret, sign_file
 from agent.learner import es
 from agent.learner.penalty import Penalty
+from agent.store.companions import companions
 from agent.store.replay import snapshot_path
 from agent.store.weights import Parameters, export
 from deploy.serving.intact import Probes, write_probes
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, write_served
+from evaluators.sandbox import protections
 from flows.cli import app
 from flows.commands import doctor
 from flows.commands.checks import MachineNeeds
@@ -97,7 +102,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = home.run("0001-t")
     run.mkdir(parents=True)
     (run / "curve.json").write_text("[]")
-    for path in (home.password, home.salt):
+    for path in (home.password, home.salt, home.mlflow / "pages"):
         secret(path)
     service.ledger.close()
     service.journal.close()
@@ -211,6 +216,11 @@ BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
         "the champion is",
         "yes",
     ),
+    ("kept weights", lambda p: flip(one(p.home.weights, "manifest.json"), 0.2), "manifest", "yes"),
+    ("kept weights", lambda p: flip(one(p.home.weights, "config.json"), 0.5), "config.json", "yes"),
+    ("secret password", lambda p: flip(p.home.password), "is not what was written", "yes"),
+    ("secret salt", lambda p: flip(p.home.salt), "is not what was written", "no"),
+    ("secret pages", lambda p: flip(p.home.mlflow / "pages"), "is not what was written", "yes"),
     ("swap.json", overdue, "overdue", "yes"),
     ("documents", lambda p: one(p.home.runs).write_text("[{"), "Expecting", "no"),
     ("probes", lambda p: flip(one(p.home.probes)), "", "yes"),
@@ -278,6 +288,106 @@ def test_a_changed_anchor_is_a_fault(patient: Patient) -> None:
     failed = wrong(patient)
     assert "the ledger says" in failed["anchor"]["found"]
     assert "original model" in failed["anchor"]["repair"]
+
+
+def test_files_beside_the_anchor_are_recorded_and_put_back(patient: Patient) -> None:
+    """Changed, missing, and a new one, which a person takes away; the copies mend themselves."""
+    directory = Service.at(patient.home.root).origin.directory
+    here = Path(shutil.copytree(directory, patient.home.root.parent / "anchor"))
+    keep(patient.home, Settings.model_validate({"model": {"path": str(here)}}))
+    write_served(patient.home, Served(patient.champion, str(here)))
+    assert wrong(patient) == {}
+    whole = {path.name: path.read_bytes() for path in here.iterdir()}
+    config = here / "config.json"
+    for name in (*companions(here), "generation_config.json"):
+        new = name not in whole
+        (here / name).write_text("{}") if new else flip(here / name)
+        failed = wrong(patient)
+        assert name in failed["anchor files"]["found"]
+        assert "anchorage repair" in failed["anchor files"]["repair"]
+        assert name in failed["serving.json"]["found"]  # no engine starts on them
+        doctor.repair(patient.home.root)
+        assert (set(wrong(patient)) == set()) is not new
+        (here / "generation_config.json").unlink(missing_ok=True)
+        assert {path.name: path.read_bytes() for path in here.iterdir()} == whole
+    config.unlink()
+    record = patient.home.original(here)
+    for copy in sorted(record.iterdir()):
+        config.write_bytes(whole["config.json"])
+        before = copy.read_bytes()
+        flip(copy, 0.1)
+        assert wrong(patient) == {}
+        assert copy.read_bytes() == before
+
+
+def serve_state(path: Path, version: str) -> HTTPServer:
+    """A gateway's admin side that says which version it stamps."""
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"version": version, "held": None}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def address_string(self) -> str:
+            return "a unix socket"
+
+        def log_message(self, *_: object) -> None: ...
+
+    class OnSocket(HTTPServer):
+        address_family = socket.AF_UNIX
+
+        def server_bind(self) -> None:
+            self.socket.bind(str(path))
+
+    server = OnSocket(("", 0), Gateway)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_another_version_than_the_ledgers_is_a_fault(patient: Patient) -> None:
+    patient.home.stack_json.write_text("{}")  # as if it ran
+    server = serve_state(patient.home.admin_socket, patient.candidate)
+    try:
+        told = wrong(patient)["served version"]
+        assert f"gateway {patient.candidate[:12]}" in told["found"]
+        assert "anchorage promote" in told["repair"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "served version" not in wrong(patient)
+
+
+def test_own_tasks_need_the_sandboxs_protections(patient: Patient) -> None:
+    """What is active is told in any case; what is missing is a fault where own code would run."""
+    needs = MachineNeeds(confinement=frozenset({"no such means"}))
+    told = {each["check"]: each for each in doctor.examine(patient.home.root, needs)}["sandbox"]
+    assert told["ok"]
+    assert all(line in told["found"] for line in protections().lines())
+    settings = kept(patient.home).model_dump()
+    settings["tasks"]["files"] = ["mine.py:TASK"]
+    keep(patient.home, Settings.model_validate(settings))
+    told = {each["check"]: each for each in doctor.examine(patient.home.root, needs)}["sandbox"]
+    assert not told["ok"]
+    assert "no such means" in told["found"]
+    assert "trust" in told["repair"]
+
+
+# Written anew by whatever starts, or only of use to a process that runs.
+PASSING = ("*.lock", "*.log", "*.sha256", "*-shm", "supervisord.*", "auth.ini")
+
+
+def test_every_kept_file_belongs_to_a_check(patient: Patient) -> None:
+    """A new kind of file needs one: the long test flips a bit in each file that a check names."""
+    found = doctor.kept_files(patient.home.root)
+    files = {path for path in patient.home.root.rglob("*") if path.is_file()}
+    passing = {path for path in files if any(path.match(pattern) for pattern in PASSING)}
+    assert files - passing - set(found) == set()
+    assert {path for path in found if patient.home.root not in path.parents} == set(
+        Service.at(patient.home.root).origin.directory.iterdir()
+    )
 
 
 @pytest.mark.parametrize("name", ["memory", "disk", "vLLM", "descriptors"])
