@@ -10,7 +10,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Home
-from flows.show.terminal import pairs, reporter, show
+from flows.show.terminal import check_lines, pairs, reporter, show
 
 app = typer.Typer()
 bench_app = typer.Typer(
@@ -120,45 +120,27 @@ def certify_command(
 
 
 @task_app.command("check")
-def check_task(
+def check_task_command(
     spec: Annotated[str, typer.Argument(help="Name of a task, or path/to/file.py:TASK.")],
-    limit: Annotated[int, typer.Option(help="Rows to check at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Rows to check at most.")] = 100,
+    model: Annotated[
+        bool, typer.Option("--model", help="Also ask the home's base model these rows.")
+    ] = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a task on its rows: the gold answer scores 1, wrong and empty ones 0, keys are unique.
 
-    Also that the verifier is bounded and gives the same verdict twice. One line for each kind of
-    mistake, exit code 1 if there is one. For an own file: what its sandbox prevents here.
+    Also that the verifier is bounded and gives the same verdict twice, and whether the gate can
+    pass anything with its rows. One line for each kind of mistake, exit code 1 if there is one.
+    For an own file: what its sandbox prevents here.
     """
-    from evaluators.loading import rows
-    from evaluators.plugins import check, load
-    from evaluators.sandbox import protections
-    from evaluators.tasks import TASKS
-    from flows.service import Service
+    from flows.commands.task_check import check_task
 
-    # An own file needs no home; a built-in task is asked with the settings of this one.
-    if ":" in spec:
-        task = load(spec)
-        task_rows = rows(task, "eval", limit=limit)
-    else:
-        service = Service.at(home)
-        task, task_rows = service.task(spec), service.rows(spec, "eval", limit)
-    problems = check(task, task_rows)
-    kept = [f"{task.name}: {len(task_rows)} rows keep the contract"]
-    sandbox = None if task.name in TASKS else protections()
-    show(
-        {
-            "task": task.name,
-            "rows": len(task_rows),
-            "problems": problems,
-            "sandbox": sandbox and sandbox.lines(),
-        },
-        as_json,
-        *(problems or kept),
-        *(sandbox.lines() if sandbox else ()),
-    )
-    raise typer.Exit(1 if problems else 0)
+    with reporter() as bars:
+        document = check_task(spec, limit, home, model, bars)
+    show(document, as_json, *check_lines(document))
+    raise typer.Exit(1 if document["problems"] else 0)
 
 
 @embedded_app.command("build")
@@ -171,11 +153,11 @@ def build_embedded(
     as_json: AsJson = False,
 ) -> None:
     """Train the embedded model from random weights, measure it, and write its model card."""
+    if into.exists() and not into.is_dir():
+        raise UserError(f"--out {str(into)!r} is a file; allowed: a folder")
     from deploy.embedded.build import Recipe
     from flows.lab.embedded_model import make_embedded
 
-    if into.exists() and not into.is_dir():
-        raise UserError(f"--out {str(into)!r} is a file; allowed: a folder")
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
     with reporter() as bars:
         advance = bars.track("training the embedded model", recipe.steps)

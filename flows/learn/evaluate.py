@@ -46,8 +46,13 @@ def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
     """
     count = service.settings.tasks.rows
     rows = service.rows(name, "eval", 3 * count)
-    opened = min(count, -(-len(rows) // 2))  # half, rounded up
+    opened = open_count(len(rows), count)
     return rows[:opened], rows[opened:]
+
+
+def open_count(total: int, count: int) -> int:
+    """How many of ``total`` evaluation rows are open: ``count``, at most half (rounded up)."""
+    return min(count, -(-total // 2))
 
 
 def first_stage(service: Service, names: Sequence[str]) -> Questions:

@@ -274,6 +274,16 @@ def round_line(running: Mapping[str, Any] | None) -> str:
     return f"{running['round']}: {', '.join(parts)}"
 
 
+def check_lines(document: Mapping[str, Any]) -> list[str]:
+    """The check of a task, a line each: mistakes, rows and gate, sandbox, the base model."""
+    kept = f"{document['task']}: {document['rows']} rows keep the contract"
+    lines = [*(document["problems"] or [kept]), *document["gate"], *(document["sandbox"] or ())]
+    if asked := document.get("model"):
+        figures = "{reward:.3f} ({low:.3f} .. {high:.3f}) on {n} rows".format(**asked)
+        lines.append(f"base model: mean reward {figures}: {asked['means']}")
+    return lines
+
+
 def waiting_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
     """Candidates that wait for a person: digest, gain on the target, what to do."""
     drawn = Table(title="candidates that wait", title_justify="left", show_lines=True)
