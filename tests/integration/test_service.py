@@ -337,6 +337,10 @@ def test_review_swap_rollback_and_forward(running: Running, candidate: dict[str,
     digest, anchor = candidate["digest"], running.status["champion"]
     refused = anchorage("promote", digest, home=running.home, check=False)
     assert refused.returncode == 2
+    assert "`anchorage review approve" in refused.stderr
+    mistyped = anchorage("improve", "--set", "sgima=1", home=running.home, check=False)
+    assert (mistyped.returncode, mistyped.stderr.count("\n")) == (2, 1)
+    assert "unknown key 'learner.sgima'" in mistyped.stderr
     as_json("review", "approve", digest, "--reason", "a test", home=running.home)
     assert chat(running).headers["x-model-version"] == digest[:12]
     as_json("rollback", "anchor", home=running.home)
