@@ -68,7 +68,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "model": {"max_model_len": 1024, "dtype": "bfloat16"},
         "learner": {
             "sigma": 0.001,
-            "alpha": 0.001,
+            "alpha": 0.002,
             "population": 16,
             "prompts": 512,
             "batch": 32,
