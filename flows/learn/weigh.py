@@ -12,7 +12,7 @@ from agent.store.journal import Run
 from agent.store.ledger import UNCHANGED
 from evaluators.gate import Decision, GateRules, Sample, Tables, decide, withheld
 from evaluators.runner import read_samples
-from evaluators.summary import summaries
+from evaluators.summary import gain, summaries
 from flows.commands.gate_files import read_samples as gate_samples
 from flows.learn.curve import learner_share
 from flows.learn.divergence import Shift, shift
@@ -292,7 +292,19 @@ def _report(
         learner_share=learner_share(service, run.run_id),
         shift=moved,
         rows=run.plan.get("rows", {}),
+        gain=_gain(service, run, paths),
     )
+
+
+def _gain(service: Service, run: Run, paths: Mapping[Who, Sequence[Path]]) -> dict[str, Any]:
+    """What the target gained over the champion, in its parts, and the tokens learning generated."""
+    before, after = (
+        [row for path in paths[who] for row in read_samples(path) if row["task"] == run.target]
+        for who in ("champion" if "champion" in paths else "anchor", "candidate")
+    )
+    pace = RoundFiles(service.home, run.run_id).pace()
+    spent = round(sum(row.get("tokens", 0.0) for row in pace))
+    return asdict(gain(before, after)) | {"tokens_spent": spent}
 
 
 def _record(service: Service, report: RoundReport, looks: Looks, serve: bool) -> None:

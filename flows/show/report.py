@@ -29,6 +29,7 @@ class RoundReport:
     learner_share: float | None = None  # of a generation's wall time; median (flows.learn.curve)
     shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
     rows: Mapping[str, Any] = field(default_factory=dict)  # prompts by origin, from the plan
+    gain: Mapping[str, Any] = field(default_factory=dict)  # evaluators.summary.Gain, and its cost
 
     def to_json(self) -> dict[str, Any]:
         """The report as `improve --json`, and `demo --json` by round, print it."""
@@ -46,6 +47,7 @@ class RoundReport:
             },
             "shift": {who: dict(tasks) for who, tasks in self.shift.items()},
             "rows": dict(self.rows),
+            "gain": dict(self.gain),
             "digest": self.digest,
         }
 
@@ -98,6 +100,7 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: st
         f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
         f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
         *_rows_lines(report),
+        *gain_lines(report.gain),
         "",
         "| task | n | anchor | champion | candidate | difference | gate |",
         "|---|---|---|---|---|---|---|",
@@ -125,6 +128,34 @@ def _rows_lines(report: RoundReport) -> list[str]:
     return [line + (f" Prompts that hold rows that judge: {', '.join(found)}." if found else "")]
 
 
+def gain_lines(gain: Mapping[str, Any]) -> list[str]:
+    """What the target's gain over the champion is made of, and what it cost."""
+    if not gain:
+        return []
+
+    def pair(name: str, form: str) -> str:
+        return " -> ".join(form.format(value) for value in gain[name])
+
+    lines = [
+        f"Rows fixed: {gain['fixed']}, broken: {gain['broken']}. Answers of a right format: "
+        f"{pair('format', '{:.1%}')}, cut at the limit: {pair('truncated', '{:.1%}')}"
+        + (f", mean length: {pair('tokens', '{:.1f}')} tokens." if gain["tokens"] else "."),
+    ]
+    if gain["alike_accuracy"]:
+        lines.append(
+            f"Among the {gain['alike']} rows whose answers kept format and length: "
+            f"{pair('alike_accuracy', '{:.1%}')}."
+        )
+    if gain.get("tokens_spent"):
+        points = 100 * (gain["accuracy"][1] - gain["accuracy"][0])
+        millions = gain["tokens_spent"] / 1e6
+        lines.append(
+            f"The round generated {gain['tokens_spent']:,} tokens: {points / millions:+.1f} points "
+            "a million."
+        )
+    return lines
+
+
 def _shift_lines(report: RoundReport) -> list[str]:
     """KL to the anchor by task, a column a version."""
     lines = [
@@ -142,7 +173,7 @@ def _shift_lines(report: RoundReport) -> list[str]:
 
 
 def examples(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], most: int = 5
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], most: int = 10
 ) -> str:
     """Rows of the target that the candidate fixed and broke, both completions of each.
 

@@ -3,7 +3,7 @@
 import pytest
 
 from agent.store.ledger import Entry
-from flows.show.report import RoundReport, examples, history_table, markdown
+from flows.show.report import RoundReport, examples, gain_lines, history_table, markdown
 from flows.show.terminal import show
 
 ROW = {"n": 100, "anchor": 0.4, "champion": 0.4, "candidate": 0.6, "outcome": "pass"}
@@ -41,6 +41,22 @@ def test_it_says_how_much_traffic_was_used_and_set_aside():
     line += " Prompts that hold rows that judge: 3 of piqa."
     assert line in markdown(report, [], "")
     assert report.to_json()["rows"] == rows
+
+
+def test_it_says_what_the_gain_is_made_of_and_what_it_cost():
+    gain = {
+        "n": 100, "accuracy": (0.4, 0.6), "alike": 80, "alike_accuracy": (0.45, 0.475),
+        "format": (0.7, 0.99), "truncated": (0.2, 0.0), "tokens": (30.0, 12.0),
+        "fixed": 25, "broken": 5, "tokens_spent": 2_000_000,
+    }  # fmt: skip
+    lines = "\n".join(gain_lines(gain))
+    assert "Rows fixed: 25, broken: 5." in lines
+    assert "right format: 70.0% -> 99.0%, cut at the limit: 20.0% -> 0.0%" in lines
+    assert "mean length: 30.0 -> 12.0 tokens" in lines
+    assert "Among the 80 rows whose answers kept format and length: 45.0% -> 47.5%." in lines
+    assert "2,000,000 tokens: +10.0 points a million." in lines
+    assert gain_lines({}) == []
+    assert len(gain_lines({**gain, "alike_accuracy": None, "tokens": None, "tokens_spent": 0})) == 1
 
 
 def test_fixed_and_broken_rows_stand_side_by_side_as_data():
