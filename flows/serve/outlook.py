@@ -84,7 +84,7 @@ def _planned(service: Service) -> str | None:
         runs = reply.raise_for_status().json()
     except (httpx.HTTPError, ValueError):
         return None
-    return str(runs[0]["next_scheduled_start_time"]) if runs else None
+    return f"{runs[0]['next_scheduled_start_time'][:16]}Z" if runs else None  # UTC, to the minute
 
 
 def new_rows(service: Service, target: str) -> int:

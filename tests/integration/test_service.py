@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -387,3 +387,11 @@ def test_a_rounds_rows_are_a_dataset_version_in_mlflow(
     tags = {tag.key: tag.value for tag in used.tags}
     assert int(tags["anchorage.from_traffic"]) >= 1
     assert tags["anchorage.rows_sha256"].startswith(used.dataset.digest)
+
+
+def test_the_base_model_answers_rows_of_a_task(running: Running, scale: Callable[..., int]) -> None:
+    if scale(0, 1) == 0:
+        pytest.skip("an engine of its own: in the soak")
+    told = as_json("task", "check", "json_answer", "--model", "--limit", "16", home=running.home)
+    assert (told["problems"], told["model"]["n"]) == ([], 16)
+    assert 0 <= told["model"]["low"] <= told["model"]["reward"] <= told["model"]["high"] <= 1

@@ -75,3 +75,25 @@ def test_a_round_that_learnt_nothing_leaves_the_champions_version_as_it_was(plan
     assert "set learner.population to 2 or more" in Path(path).read_text()
     assert catch_up(service) == []
     opened.close()
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore")
+def test_a_round_without_a_step_leaves_the_champions_version_as_it_was(planted: Any) -> None:
+    opened = planted(shown=True)
+    service = opened.service
+    catch_up(service)
+
+    def shown() -> Any:
+        version = service.registry.version(service.champion())
+        assert version is not None
+        name, client = service.settings.model.name, service.registry._client
+        model = client.get_model_version(name, version.number)
+        return dict(model.tags), model.description, model.aliases
+
+    before = shown()
+    learnt = loop.learn(opened, "gsm8k", {"population": 1, "generations": 4})
+    assert weigh(opened, learnt.run_id).report.verdict == "unchanged"
+    assert f"round {learnt.run_id}" in catch_up(service)
+    assert shown() == before
+    opened.close()
