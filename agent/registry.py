@@ -7,7 +7,7 @@ runs are searched by tag before they are made, so that every call can be repeate
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,31 @@ DIGEST = "anchorage.digest"
 PARENT = "anchorage.parent"
 VERDICT = "anchorage.verdict"
 REVIEW = "anchorage.review"  # set by a person in the UI: approve or reject
+APPROVAL = "approval"  # how a tag of Databricks' deployment jobs begins: Approval_Check = Approved
+_WORDS = {"approve": "approve", "approved": "approve", "reject": "reject", "rejected": "reject"}
+_BREAK = "\n\n---\n\n"  # between the head of a description, which changes, and the rest
 NOTE = "anchorage.note"
 STATE = "anchorage.state"  # what the ledger says of a digest now
 GENERATION = "anchorage.generation"
+ANSWERS = "anchorage.answers"  # round and model of an evaluation run
 ROUND = "anchorage.round"
 # A server that accepts connections and never answers costs a call 2 * 10 s; MLflow's defaults
 # (120 s, 7 retries with back-off) would keep it waiting for a quarter of an hour and more.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Named, since inferring them imports and runs the model for ten seconds.
 _REQUIREMENTS = ["transformers", "torch", "safetensors"]
+
+
+def review_word(key: str, value: object) -> str | None:
+    """What a tag says of its version: approve, reject, or another value of REVIEW as it is.
+
+    None for a tag that is no review. Databricks' tag counts with one of the known words only, as
+    other tags may begin like it.
+    """
+    word = _WORDS.get(str(value).strip().casefold())
+    if key == REVIEW:
+        return word or str(value).strip()
+    return word if key.casefold().startswith(APPROVAL) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +53,30 @@ class Version:
     number: str
     digest: str
     verdict: str
-    review: str | None
+    review: str | None  # review_word of its review tag
     run_id: str | None
     state: str | None = None
+    review_key: str = REVIEW  # the tag that holds the review
+    description: str = ""
+
+    @property
+    def head(self) -> str:
+        """The part of the description that says what to do; empty where there is none yet."""
+        head, cut, _ = self.description.partition(_BREAK)
+        return head if cut else ""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTrace:
+    """One row's answer, for MLflow's evaluation views."""
+
+    row: str  # task and example id
+    change: str  # fixed or broken
+    messages: Sequence[Mapping[str, str]]
+    completion: str
+    gold: str
+    reward: float
+    extracted: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +104,7 @@ class Registry:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        self.name = name
-        self.uri = uri
+        self.name, self.uri = name, uri
         mlflow.set_tracking_uri(uri)  # a process has one registry: logging a model reads globals
         mlflow.set_registry_uri(uri)
         self._client = mlflow.MlflowClient()
@@ -84,14 +120,10 @@ class Registry:
 
         ``rows`` become its training dataset: their hash, number and origin, never their text.
         """
-        runs = self._client.search_runs(
-            [self._experiment], filter_string=f"tags.`{ROUND}` = '{round_id}'", max_results=1
-        )
-        if runs:
+        named, tags = f"tags.`{ROUND}` = '{round_id}'", {ROUND: round_id}
+        if runs := self._client.search_runs([self._experiment], named, max_results=1):
             return str(runs[0].info.run_id)
-        run = self._client.create_run(
-            self._experiment, run_name=f"round {round_id}", tags={ROUND: round_id}
-        )
+        run = self._client.create_run(self._experiment, run_name=f"round {round_id}", tags=tags)
         for key, value in params.items():
             self._client.log_param(run.info.run_id, key, value)
         if rows is not None:
@@ -110,11 +142,8 @@ class Registry:
         if self._client.search_runs([self._experiment], filter_string=named, max_results=1):
             return
         self.log_metrics(run_id, metrics, generation)
-        child = self._client.create_run(
-            self._experiment,
-            run_name=f"generation {generation:03d}",
-            tags=tags,
-        )
+        name = f"generation {generation:03d}"
+        child = self._client.create_run(self._experiment, run_name=name, tags=tags)
         self.log_metrics(child.info.run_id, metrics, generation)
         self._client.set_terminated(child.info.run_id)
 
@@ -145,9 +174,51 @@ class Registry:
         """A file, such as a per-sample table, under ``folder`` of the run's artifacts."""
         self._client.log_artifact(run_id, str(file), folder)
 
-    def end_round(self, run_id: str, failed: bool = False) -> None:
+    def log_answers(self, round_id: str, who: str, answers: Sequence[AnswerTrace]) -> None:
+        """Rows of a judged round as an evaluation run of one model, made on the first call.
+
+        Each answer is a trace with its messages, the expected answer and its reward. The runs of
+        two models hold the same rows, so that MLflow's view of evaluation runs compares them.
+        """
+        import mlflow
+        from mlflow.entities import AssessmentSource as Source
+
+        tags, name = {"mlflow.runType": "genai_evaluate"}, f"{round_id} {who}"
+        named = f"tags.`{ANSWERS}` = '{name}'"
+        if not answers or self._client.search_runs([self._experiment], named, max_results=1):
+            return
+        run = self._client.create_run(self._experiment, run_name=name, tags=tags)
+        traces = [self._trace(run.info.run_id, answer) for answer in answers]
+        # Traces are written by threads of MLflow's; an assessment needs its trace to be there.
+        mlflow.flush_trace_async_logging()
+        rows, verifier = (Source("CODE", name) for name in ("rows", "verifier"))
+        for trace, each in zip(traces, answers, strict=True):
+            gold = {"name": "expected_response", "value": each.gold, "source": rows}
+            reward = {"name": "reward", "value": each.reward, "source": verifier}
+            mlflow.log_expectation(trace_id=trace, **gold)
+            why = f"extracted: {each.extracted}"
+            mlflow.log_feedback(trace_id=trace, rationale=why, **reward)
+        # Last: a run that was cut short has no such tag and is made again.
+        self._client.set_tag(run.info.run_id, ANSWERS, name)
+        self._client.set_terminated(run.info.run_id)
+
+    def _trace(self, run_id: str, answer: AnswerTrace) -> str:
+        import mlflow
+
+        span = mlflow.start_span_no_context(
+            answer.row,
+            inputs={"messages": list(answer.messages)},
+            tags={"row": answer.row, "change": answer.change},
+            metadata={"mlflow.sourceRun": run_id},
+            experiment_id=self._experiment,
+        )
+        span.set_outputs(answer.completion)
+        span.end()
+        return str(span.trace_id)
+
+    def end_round(self, run_id: str) -> None:
         """Close the run."""
-        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        self._client.set_terminated(run_id)
 
     # -- versions ---------------------------------------------------------------------------
 
@@ -163,17 +234,13 @@ class Registry:
     ) -> Version:
         """The version of a digest, made on first call; ``mlflow.transformers.load_model`` reads it.
 
-        Args:
-            run_id: Run of the round that made it; None for the anchor.
-            directory: The Hugging Face directory, which MLflow copies.
-            digest: sha256 of the rendered weights.
-            parent: Digest the round started from.
-            verdict: What the gate said.
-            description: Markdown a reviewer can read without opening anything else.
+        MLflow copies the Hugging Face ``directory``. ``run_id`` is the round's that made it, None
+        for the anchor; ``description`` is Markdown that needs nothing else to be read.
         """
         version = self.version(digest)
         if version is not None:  # shown before, and judged again since
             self.tag(digest, VERDICT, verdict)
+            self._client.update_model_version(self.name, version.number, description)
             return version
         tags = {DIGEST: digest, PARENT: parent, VERDICT: verdict}
         with self._current(run_id):
@@ -201,14 +268,21 @@ class Registry:
         if version is not None:
             self._client.set_model_version_tag(self.name, version.number, key, value)
 
+    def advise(self, version: Version, head: str) -> None:
+        """Replace the head of a version's description; the rest stays."""
+        _, cut, rest = version.description.partition(_BREAK)
+        text = _BREAK.join((head, rest if cut else version.description))
+        self._client.update_model_version(self.name, version.number, text)
+
     def note(self, number: str, text: str) -> None:
         """Set the note tag of a version, which may have been made by hand."""
         self._client.set_model_version_tag(self.name, number, NOTE, text)
 
-    def refuse_tag(self, number: str, key: str, text: str) -> None:
-        """Remove a tag from a version, whoever made either, and leave a note that says why."""
+    def refuse_review(self, number: str, text: str) -> None:
+        """Remove a version's review tag, whoever made either, and leave a note that says why."""
         self.note(number, text)
-        self._client.delete_model_version_tag(self.name, number, key)
+        version = _version(self._client.get_model_version(self.name, number))
+        self._client.delete_model_version_tag(self.name, number, version.review_key)
 
     def aliases(self) -> dict[str, Version]:
         """Version by alias, as MLflow has it now: a person may have moved one."""
@@ -275,13 +349,17 @@ class Registry:
 
 def _version(version: Any) -> Version:
     tags = version.tags
+    reviews = {key: word for key in tags if (word := review_word(key, tags[key])) is not None}
+    key = REVIEW if REVIEW in reviews else min(reviews, default=REVIEW)
     return Version(
         str(version.version),
         tags.get(DIGEST, ""),
         tags.get(VERDICT, ""),
-        tags.get(REVIEW),
+        reviews.get(key),
         version.run_id or None,
         tags.get(STATE),
+        key,
+        version.description or "",
     )
 
 

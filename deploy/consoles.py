@@ -19,11 +19,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agent.home import Home, read_sealed, secret, write_sealed
+from agent.registry import review_word
 
 USER = "anchorage"
 LOOPBACK = "127.0.0.1"
 HOSTS = frozenset({LOOPBACK, "localhost", "::1"})
-REVIEW = "anchorage.review"  # the tag of agent.registry, which this floor does not need
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -221,8 +221,9 @@ def reviewed(path: str, body: Any) -> str | None:
     if not isinstance(body, Mapping):
         return None
     version = body.get("version")
-    if path.endswith("/mlflow/model-versions/set-tag") and body.get("key") == REVIEW:
-        return f"{version} {body.get('value')}"
+    if path.endswith("/mlflow/model-versions/set-tag"):
+        word = review_word(str(body.get("key")), body.get("value"))
+        return None if word is None else f"{version} {word}"
     if path.endswith("/mlflow/registered-models/alias") and body.get("alias") == "champion":
         return f"{version} champion"
     return None

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -171,11 +172,12 @@ def _stop(home: Home) -> int:
 
 
 def status(home: Home) -> dict[str, Any]:
-    """{"endpoint", "mlflow", "prefect", "sign_in", "champion", "services"}.
+    """{"endpoint", "mlflow", "model_page", "prefect", "sign_in", "champion", "services"}.
 
-    ``sign_in`` says how to open MLflow's and Prefect's pages, ``services`` lists {"name", "state",
-    "pid"}. Addresses are None and no service is listed where nothing runs; a second engine is
-    listed while it runs. Services whose supervisord was killed are "unsupervised".
+    ``model_page`` is MLflow's page of the versions. ``sign_in`` says how to open MLflow's and
+    Prefect's pages, ``services`` lists {"name", "state", "pid"}. Addresses are None and no service
+    is listed where nothing runs; a second engine is listed while it runs. Services whose
+    supervisord was killed are "unsupervised".
     """
     services_now = states(home) if supervisor_of(home) is not None else _unsupervised(home)
     running = bool(services_now)
@@ -183,6 +185,7 @@ def status(home: Home) -> dict[str, Any]:
     return {
         "endpoint": record.get("endpoint"),
         "mlflow": record.get("mlflow"),
+        "model_page": record.get("model_page"),
         "prefect": record.get("prefect"),
         "sign_in": f"user {USER}, password in {home.password}" if running else None,
         "champion": _champion(home),
@@ -331,6 +334,7 @@ def _write_record(home: Home, settings: Settings, ports: Ports) -> None:
     record = {
         "endpoint": url(ports.gateway, settings.gateway.host),
         "mlflow": url(ports.mlflow),
+        "model_page": f"{url(ports.mlflow)}/#/models/{quote(settings.model.name, safe='')}",
         "prefect": url(ports.prefect),
         "environment": client_environment(home, ports),
     }

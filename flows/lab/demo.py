@@ -166,7 +166,7 @@ def _story(opened: Session, status: dict[str, Any], progress: Reporter) -> dict[
         "live": {"before": before.accuracy, "after": after.accuracy, "n": before.n},
         "baking": settled,
         "plot": str(picture(service, rounds[0])),
-        "mlflow": status["mlflow"],
+        "mlflow": status["model_page"],
         "home": home,
     }
 

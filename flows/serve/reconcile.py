@@ -3,7 +3,8 @@
 The ledger is always right. A person may do two things in MLflow's UI, and this is the one place
 that reads them: move the champion alias to a version that passed (or to the anchor), and tag a
 waiting version approve or reject. Both become ledger rows with the name of the user who signed in;
-any other move of the alias, and what nobody signed, is put back, with a note on the version. What
+any other move of the alias or value of the tag, and what nobody signed, is put back, with a note on
+the version. What
 MLflow lacks is shown by `flows.show.catch_up`.
 
 ``poll`` is what the flows' process does every ``projection.reconcile_seconds``.
@@ -29,7 +30,8 @@ from flows.show.catch_up import put_back, refuse_review
 LOG = logging.getLogger("anchorage.reconcile")
 MLFLOW_S = 15.0  # longest wait for MLflow in one look; what it did not say is read next time
 
-Kind = Literal["served", "moved", "review", "unfinished", "approved", "left"]
+Kind = Literal["served", "moved", "review", "unclear", "unfinished", "approved", "left"]
+DECIDED = {"approve": "APPROVED", "reject": "REJECT"}  # review -> the state it leads to
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,16 @@ def wishes(service: Service) -> list[Disagreement]:
         text = f"the champion alias was moved to {name}"
         done.append(Disagreement("moved", moved.digest, text, version=moved.number))
     for version in read.reviews:
-        if states.get(version.digest) == "AWAIT_REVIEW":
-            text = f"{version.review} by a tag on version {version.number} ({REVIEW})"
-            word, number = str(version.review), version.number
-            done.append(Disagreement("review", version.digest, text, word, number))
+        word, state = str(version.review), states.get(version.digest)
+        tag = f"{word} by a tag on version {version.number} ({version.review_key})"
+        if word not in DECIDED:
+            text = f"{version.review_key} = {word[:40]!r}; allowed: {', '.join(DECIDED)}"
+            done.append(Disagreement("unclear", version.digest, text, version=version.number))
+        elif state == "AWAIT_REVIEW":
+            done.append(Disagreement("review", version.digest, tag, word, version.number))
+        elif DECIDED[word] not in {row.state for row in service.ledger.of(version.digest)}:
+            text = f"{tag}: it is {state or 'unknown'}; only AWAIT_REVIEW is reviewed"
+            done.append(Disagreement("unclear", version.digest, text, version=version.number))
     return done
 
 
@@ -166,6 +174,9 @@ def _settle(session: Session, disagreement: Disagreement) -> str:
         swaps.finish(session)
     elif disagreement.kind == "served":
         swaps.serve_champion(session)
+    elif disagreement.kind == "unclear":
+        service, number, note = session.service, disagreement.version, disagreement.text
+        mlflow.within(MLFLOW_S, lambda: refuse_review(service, number, note))
     elif disagreement.kind in ("review", "moved"):
         return _answer_review(session, disagreement)
     elif promote.act(session, disagreement.digest):  # approved, or left
@@ -188,7 +199,9 @@ def _answer_review(session: Session, disagreement: Disagreement) -> str:
         promote.review(session, disagreement.digest, word, text, who)
         return text
     elif not promote.follow(session, disagreement.digest, text, who):
-        note = f"{text}, which the gate did not pass: put back"
+        state = service.ledger.state(disagreement.digest)
+        waits = f"; it waits for the tag {REVIEW}" if state == "AWAIT_REVIEW" else ""
+        note = f"{text}, which the gate did not pass: put back{waits}"
     answer = put_back if disagreement.kind == "moved" else refuse_review
     mlflow.within(MLFLOW_S, lambda: answer(service, number, note))
     return note or text

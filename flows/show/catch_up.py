@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent.home import Home, locked, write_atomically
-from agent.registry import REVIEW, STATE
+from agent.registry import STATE
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show import mlflow
@@ -65,7 +65,7 @@ def put_back(service: Service, version: str, note: str) -> None:
 
 def refuse_review(service: Service, version: str, note: str) -> None:
     """Remove a review tag that counts for nothing, with a note that says why."""
-    service.registry.refuse_tag(version, REVIEW, note)
+    service.registry.refuse_review(version, note)
 
 
 def behind(service: Service) -> bool:
@@ -115,9 +115,10 @@ def _complete(service: Service, run_id: str) -> dict[str, int | None]:
 
 
 def _show_states(service: Service) -> list[str]:
-    """The ledger's state of each version, as a tag."""
-    done, states = [], service.ledger.states()
-    for version in service.registry.versions():
+    """The ledger's state of each version as a tag, and what to do at the head of its page."""
+    states, versions = service.ledger.states(), service.registry.versions()
+    done = mlflow.show_heads(service, versions)
+    for version in versions:
         state = states.get(version.digest)
         if state is not None and state != version.state:
             service.registry.tag(version.digest, STATE, state)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent.home import locked, write_atomically
-from agent.registry import Alias, Rows, Version
+from agent.registry import Alias, AnswerTrace, Rows, Version
 from flows.round_files import RoundFiles
 from flows.service import Service
 
 if TYPE_CHECKING:  # reading aliases does not wait for the plots' libraries
     from flows.learn.evaluate import Who
     from flows.show.report import RoundReport
+    from flows.show.review import Moved
 
 T = TypeVar("T")
 LOCK_S = 20.0  # longest wait for another process that reads or sets aliases
@@ -106,7 +107,7 @@ def show_round(
         report: The round with the gate's figures.
         tables: Per-sample parquet of "anchor", "champion" and "candidate".
     """
-    from flows.show.report import examples, markdown
+    from flows.show.review import examples, markdown
 
     mlflow_run, registry = show_plan(service, report.round_id), service.registry
     generations = service.journal.generations(report.round_id)
@@ -117,11 +118,9 @@ def show_round(
     for who, paths in tables.items():
         for table in paths:
             registry.log_file(mlflow_run, table, f"samples/{who}")
-    before, after = (
-        [row for path in tables.get(who, ()) for row in samples(path, report.target)]
-        for who in ("champion", "candidate")
-    )
-    text = markdown(report, drift, examples(before, after))
+    target, priors = _moved(service, report, tables)
+    show_answers(service, report, target)
+    text = markdown(report, drift, examples(target, priors))
     registry.log_text(mlflow_run, text, "report.md")
     verdict: dict[str, Any] = {"verdict": report.verdict, "reasons": list(report.reasons)}
     verdict |= {"tasks": dict(report.tasks), "shift": dict(report.shift)}
@@ -138,6 +137,71 @@ def show_round(
             description=text,
         )
     registry.end_round(mlflow_run)
+
+
+def _moved(
+    service: Service, report: "RoundReport", tables: Mapping["Who", Sequence[Path]]
+) -> tuple[list["Moved"], list["Moved"]]:
+    """Rows whose reward changed: of the target against the champion, of priors against the anchor.
+
+    Traffic never judges: these are rows of data sets.
+    """
+    from flows.show.review import moved_rows
+
+    def gold(sample: Mapping[str, Any]) -> str:
+        task = service.tasks.get(sample["task"])
+        return "" if task is None else task.gold(json.loads(sample["example"]))
+
+    def read(who: "Who", names: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            row for path in tables.get(who, ()) for name in names for row in samples(path, name)
+        ]
+
+    target, priors = [report.target], sorted(set(report.tasks) - {report.target})
+    return (
+        moved_rows(read("champion", target), read("candidate", target), gold),
+        moved_rows(read("anchor", priors), read("candidate", priors), gold),
+    )
+
+
+def show_answers(service: Service, report: "RoundReport", moved: Sequence["Moved"]) -> None:
+    """Rows of the target that were fixed and broken, as an evaluation run of each model."""
+    from flows.show.review import TRACED
+
+    rows = [
+        row for fixed in (True, False) for row in [m for m in moved if m.fixed is fixed][:TRACED]
+    ]
+    for who in ("champion", "candidate"):
+        answers = []
+        for row in rows:
+            sample = row.after if who == "candidate" else row.before
+            name = f"{sample['task']} {sample['example_id']}"
+            change, messages = "fixed" if row.fixed else "broken", json.loads(sample["prompt"])
+            said = (sample["completion"] or "", row.gold, float(sample["reward"] or 0))
+            answers.append(AnswerTrace(name, change, messages, *said, sample["extracted"]))
+        service.registry.log_answers(report.round_id, who, answers)
+
+
+def show_heads(service: Service, versions: Sequence[Version]) -> list[str]:
+    """What to do, at the head of each version's page; the versions whose head changed."""
+    from flows.show.review import Standing, what_to_do
+
+    states, champion, changed = service.ledger.states(), service.champion(), []
+    for version in versions:
+        if version.digest not in states:
+            continue  # a version of somebody else's
+        standing = Standing(
+            version.digest,
+            states[version.digest],
+            version.verdict,
+            served=version.digest == champion,
+            manual=service.settings.review.mode == "manual",
+            home=str(service.home.root),
+        )
+        if (head := what_to_do(standing)) != version.head:
+            service.registry.advise(version, head)
+            changed.append(f"version {version.number}: what to do")
+    return changed
 
 
 def _plots(report: "RoundReport", drift: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -223,7 +287,7 @@ class Wishes:
     """What people did in MLflow: where the champion alias is, and what reviewers tagged."""
 
     moved: Version | None  # None: the champion alias is where this service set it
-    reviews: tuple[Version, ...]  # versions tagged approve or reject
+    reviews: tuple[Version, ...]  # versions with a review tag, whatever it says
 
 
 def read_wishes(service: Service) -> Wishes:
@@ -232,7 +296,7 @@ def read_wishes(service: Service) -> Wishes:
         alias, ours = service.registry.aliases().get("champion"), set_by_us(service)
     moved = None if alias is None or alias.digest in ours else alias
     versions = service.registry.versions()
-    return Wishes(moved, tuple(each for each in versions if each.review in ("approve", "reject")))
+    return Wishes(moved, tuple(each for each in versions if each.review is not None))
 
 
 def set_by_us(service: Service) -> list[str]:

@@ -68,7 +68,7 @@ def table(report: RoundReport) -> Table:
     moved = report.shift.get("candidate", {})
     if moved:
         drawn.add_column("KL to the anchor", justify="right")
-    for name, row in _target_first(report):
+    for name, row in target_first(report):
         style = "bold" if row["role"] == "target" else ""
         drawn.add_row(
             f"{name} (target)" if row["role"] == "target" else name,
@@ -80,119 +80,6 @@ def table(report: RoundReport) -> Table:
             style=style,
         )
     return drawn
-
-
-def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], broken: str) -> str:
-    """The report a reviewer reads: effect on the target, every task, examples fixed and broken.
-
-    Args:
-        report: The round.
-        drift: One record a generation, as the journal keeps it.
-        broken: Markdown of examples fixed and broken (``examples``).
-    """
-    row = report.tasks[report.target]
-    idle = sum(1 for record in drift if record.get("no_op"))
-    lines = [
-        f"# Round {report.round_id}: {report.verdict}",
-        "",
-        f"**Did it learn?** {_learnt(row)} {report.target}: {percent(row['champion'])} % -> "
-        f"{percent(row['candidate'])} %, {difference(row)} points on {row['n']} rows.",
-        f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
-        f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
-        *_rows_lines(report),
-        *gain_lines(report.gain),
-        "",
-        "| task | n | anchor | champion | candidate | difference | gate |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, each in _target_first(report):
-        figures = " | ".join(percent(each[who]) for who in ("anchor", "champion", "candidate"))
-        outcome = each.get("outcome") or "-"
-        lines.append(f"| {name} | {each['n']} | {figures} | {difference(each)} | {outcome} |")
-    lines += ["", "## Reasons", "", *(f"- {reason['text']}" for reason in report.decisive())]
-    if report.shift:
-        lines += ["", *_shift_lines(report)]
-    return "\n".join([*lines, "", broken])
-
-
-def _rows_lines(report: RoundReport) -> list[str]:
-    """Where the training prompts came from, and how much traffic was set aside for which reason."""
-    if not report.rows:
-        return []
-    kinds = [f"{count} {why}" for why, count in report.rows["set_aside"].items() if count]
-    line = (
-        f"{report.rows['rows']} training prompts, {report.rows['from_traffic']} sent by clients; "
-    )
-    line += f"requests set aside: {', '.join(kinds) or 'none'}."
-    found = [f"{count} of {task}" for task, count in report.rows.get("leaks", {}).items()]
-    return [line + (f" Prompts that hold rows that judge: {', '.join(found)}." if found else "")]
-
-
-def gain_lines(gain: Mapping[str, Any]) -> list[str]:
-    """What the target's gain over the champion is made of, and what it cost."""
-    if not gain:
-        return []
-
-    def pair(name: str, form: str) -> str:
-        return " -> ".join(form.format(value) for value in gain[name])
-
-    lines = [
-        f"Rows fixed: {gain['fixed']}, broken: {gain['broken']}. Answers of a right format: "
-        f"{pair('format', '{:.1%}')}, cut at the limit: {pair('truncated', '{:.1%}')}"
-        + (f", mean length: {pair('tokens', '{:.1f}')} tokens." if gain["tokens"] else "."),
-    ]
-    if gain["alike_accuracy"]:
-        lines.append(
-            f"Among the {gain['alike']} rows whose answers kept format and length: "
-            f"{pair('alike_accuracy', '{:.1%}')}."
-        )
-    if gain.get("tokens_spent"):
-        points = 100 * (gain["accuracy"][1] - gain["accuracy"][0])
-        millions = gain["tokens_spent"] / 1e6
-        lines.append(
-            f"The round generated {gain['tokens_spent']:,} tokens: {points / millions:+.1f} points "
-            "a million."
-        )
-    return lines
-
-
-def _shift_lines(report: RoundReport) -> list[str]:
-    """KL to the anchor by task, a column a version."""
-    lines = [
-        "## Distribution shift",
-        "",
-        "KL(anchor || version), nats a token on the anchor's own continuations (95 %).",
-        "",
-        f"| task | {' | '.join(report.shift)} |",
-        "|---" * (1 + len(report.shift)) + "|",
-    ]
-    for name, _ in _target_first(report):
-        cells = " | ".join(divergence(tasks.get(name)) for tasks in report.shift.values())
-        lines.append(f"| {name} | {cells} |")
-    return lines
-
-
-def examples(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], most: int = 10
-) -> str:
-    """Rows of the target that the candidate fixed and broke, both completions of each.
-
-    Completions are indented as code, so that Markdown in them is not rendered.
-    """
-    old = {row["example_id"]: row for row in before}
-    lines = []
-    for title, sign in (("Fixed", 1), ("Broken", -1)):
-        moved = [
-            (old[row["example_id"]], row)
-            for row in after
-            if row["example_id"] in old
-            and sign * ((row["reward"] or 0) - (old[row["example_id"]]["reward"] or 0)) > 0
-        ]
-        lines += [f"## {title}: {len(moved)}", ""]
-        for was, now in moved[:most]:
-            lines += [f"Example {now['example_id']}", "", _quoted("before", was["completion"])]
-            lines += [_quoted("after", now["completion"]), ""]
-    return "\n".join(lines)
 
 
 def percent(share: float | None) -> str:
@@ -213,22 +100,9 @@ def divergence(row: Mapping[str, float] | None) -> str:
     return "-" if row is None else "{kl:.3g} ({low:.3g} .. {high:.3g})".format(**row)
 
 
-def _learnt(row: Mapping[str, Any]) -> str:
-    """Yes, no or unknown, by the interval of the target's difference."""
-    if row.get("difference") is None:
-        return "Nothing was compared."
-    if row["low"] > 0:
-        return "Yes."
-    return "No, it lost." if row["high"] < 0 else "Not shown."
-
-
-def _target_first(report: RoundReport) -> list[tuple[str, Mapping[str, Any]]]:
+def target_first(report: RoundReport) -> list[tuple[str, Mapping[str, Any]]]:
+    """Task and figures, the target before the others by name."""
     return sorted(report.tasks.items(), key=lambda item: (item[0] != report.target, item[0]))
-
-
-def _quoted(label: str, text: str | None) -> str:
-    lines = (text or "").splitlines() or [""]
-    return "\n".join([f"{label}:", "", *(f"    {line}" for line in lines), ""])
 
 
 def gate_table(document: Mapping[str, Any], target: str) -> Table:

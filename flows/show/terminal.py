@@ -232,7 +232,9 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
     drawn.add_column("pid")
     for each in status["services"]:
         drawn.add_row(each["name"], each["state"], str(each["pid"] or "-"))
-    for name in ("mlflow", "prefect", "sign_in"):
+    page = status.get("model_page") or status["mlflow"]
+    drawn.add_row("mlflow", str(page or "-"), "")
+    for name in ("prefect", "sign_in"):
         drawn.add_row(name.replace("_", " "), str(status[name] or "-"), "")
     drawn.add_row("champion", (status["champion"] or "-")[:DIGEST], "")
     learning = status.get("learning")

@@ -69,7 +69,7 @@ def test_up_answers_and_down_leaves_nobody(home: Home) -> None:
     status = stack.up(home, load(), SERVED, make=small, progress=lambda *a: told.append(a))
     assert [name for name, _ in told[:2]] == [BLUE, "gateway"]
     assert {name for name, state in told[2:] if state.startswith("ready")} == {BLUE, "gateway"}
-    names = {"endpoint", "mlflow", "prefect", "sign_in", "champion", "services"}
+    names = {"endpoint", "mlflow", "model_page", "prefect", "sign_in", "champion", "services"}
     assert set(status) == names
     assert str(home.root / "password") in str(status["sign_in"])
     assert status["champion"] == SERVED.digest

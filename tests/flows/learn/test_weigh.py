@@ -19,7 +19,7 @@ from flows.learn.collect import evaluation_pool
 from flows.learn.weigh import weigh
 from flows.serve.promote import act
 from flows.session import Session
-from flows.show.report import markdown
+from flows.show.review import markdown
 from flows.show.terminal import Silent
 from tests.flows.conftest import Unshown
 

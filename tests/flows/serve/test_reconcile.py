@@ -273,6 +273,71 @@ def test_what_nobody_signed_is_put_back_with_a_note(make_desk: Any, act: str) ->
     assert REVIEW not in tags
 
 
+@pytest.mark.parametrize(("key", "value"), [(REVIEW, "Approved"), ("Approval_Check", "approved")])
+def test_other_words_of_approval_count(make_desk: Any, key: str, value: str) -> None:
+    """As people write it, and as the approval step of a Databricks deployment job does."""
+    desk = make_desk("manual")
+    digest = desk.judged(1, "HOLD")
+    promote.act(desk.session, digest)
+    sign(desk.home, f"{desk.number(digest)} approve", "ann")
+    desk.client.set_model_version_tag("anchorage", desk.number(digest), key, value)
+    poll(desk.session)
+    assert desk.agree() == digest
+
+
+@pytest.mark.parametrize(
+    ("state", "word", "answer"),
+    [
+        ("PASSED", "aproved", "anchorage.review = 'aproved'; allowed: approve, reject"),
+        ("REJECT", "approve", "it is REJECT; only AWAIT_REVIEW is reviewed"),
+    ],
+)
+def test_a_tag_that_decides_nothing_is_answered_on_the_version(
+    make_desk: Any, state: str, word: str, answer: str
+) -> None:
+    desk = make_desk("manual")
+    digest = desk.judged(1, state)
+    promote.act(desk.session, digest)
+    desk.tag(digest, word)
+    poll(desk.session)
+    tags = desk.client.get_model_version("anchorage", desk.number(digest)).tags
+    assert answer in tags[NOTE]
+    assert REVIEW not in tags
+    assert desk.agree() == desk.digests[0]
+
+
+def test_a_held_version_is_not_approved_by_the_alias_and_its_page_says_how(make_desk: Any) -> None:
+    desk = make_desk("manual")
+    digest = desk.judged(1, "HOLD")
+    promote.act(desk.session, digest)
+    desk.move(digest)
+    poll(desk.session)
+    assert desk.agree() == desk.digests[0]
+    version = desk.service.registry.version(digest)
+    assert version is not None
+    assert f"review approve {digest[:12]}" in version.head
+    note = desk.client.get_model_version("anchorage", desk.number(digest)).tags[NOTE]
+    assert f"put back; it waits for the tag {REVIEW}" in note
+
+
+def test_what_to_do_follows_the_ledger_and_the_report_below_it_stays(make_desk: Any) -> None:
+    desk = make_desk()
+    digest = desk.judged(1, "PASSED")
+    desk.client.update_model_version("anchorage", desk.number(digest), "# Round 1: a report")
+    catch_up(desk.service)
+
+    def page() -> str:
+        return str(desk.client.get_model_version("anchorage", desk.number(digest)).description)
+
+    assert "`anchorage promote" in page()
+    promote.promote(desk.session, digest)
+    catch_up(desk.service)
+    assert "`anchorage rollback" in page()
+    assert "`anchorage promote" not in page()
+    assert page().count("# Round 1: a report") == page().count("## What to do") == 1
+    assert catch_up(desk.service) == []
+
+
 def test_an_approval_in_mlflow_is_in_history_under_the_users_name(make_desk: Any) -> None:
     desk = make_desk("manual")
     digest = desk.judged(1, "PASSED")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from agent.registry import ANSWERS
 from flows.commands.runs import replay_now
 from flows.learn import loop
 from flows.learn.weigh import weigh
@@ -32,9 +33,22 @@ def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
     assert version is not None
     assert version.state == back.service.ledger.state(learnt.digest)
     assert registry.aliases()["champion"].digest == back.service.origin.digest
+    assert version.head.startswith("## What to do")
+    assert f"# Round {learnt.run_id}" in version.description
+    for who in ("champion", "candidate"):  # fixed and broken rows as traces of an evaluation run
+        named = f"tags.`{ANSWERS}` = '{learnt.run_id} {who}'"
+        (answers,) = registry._client.search_runs([registry._experiment], named)
+        traces = registry._client.search_traces(
+            [registry._experiment], f"attributes.run_id = '{answers.info.run_id}'"
+        )
+        assert 0 < len(traces) <= 10
+        found = {each.name: each.value for each in traces[0].info.assessments}
+        fixed = traces[0].info.tags["change"] == "fixed"
+        assert found["reward"] == float(fixed is (who == "candidate"))
+        assert found["expected_response"]
     assert catch_up(back.service) == []
     (back.service.home.runs / learnt.run_id / "shown.json").unlink()  # as if it had died there
-    assert len(catch_up(back.service)) == 3
+    assert len(catch_up(back.service)) == 3 + 1  # and the head of the page, written again
     assert len(registry._client.get_metric_history(run.info.run_id, "norm")) == 2
     assert len([each for each in registry.versions() if each.digest == learnt.digest]) == 1
 

@@ -11,8 +11,8 @@ from agent.gateway.metrics import Metrics
 from flows.show.watch import figures, reading, view
 
 STATUS: dict[str, Any] = {
-    "endpoint": "http://x", "mlflow": None, "prefect": None, "sign_in": None, "champion": "c",
-    "services": [],
+    "endpoint": "http://x", "mlflow": None, "model_page": None, "prefect": None, "sign_in": None,
+    "champion": "c", "services": [],
 }  # fmt: skip
 
 
