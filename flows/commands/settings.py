@@ -25,8 +25,14 @@ Made by `anchorage settings --markdown > docs/settings.md`; a test checks that i
 
 Settings are read once per process. Order of authority: options of a command, environment
 variables, `anchorage.toml` in the working directory (or the file that `--config` names), the
-profile of the model, the defaults below. An unknown key or a value out of range ends a command with
-one line. `anchorage settings` prints what holds in a home.
+profile of the model, the defaults below. An unknown key, an unknown `ANCHORAGE_` variable, a task
+that does not exist or a value out of range ends a command with one line.
+
+A home keeps what it was started with; `anchorage settings` prints it, and a command names what file
+and environment say differently. `anchorage up` reads all again: the file that the last `up` read
+(or `--config`, or `anchorage.toml`), the environment, and the options of earlier `up`s where
+nothing else is said. It shows what changed and takes it; another model than the home began with is
+refused.
 
 A key `key` of the section `section` is written
 

@@ -53,6 +53,7 @@ def check_task(
         ask_model: Whether the home's base model answers rows of the task.
         progress: Receives progress.
     """
+    # An own file is loaded as it is; a built-in task is asked with the home's prompts and rows.
     service = _service(home)
     own = ":" in spec
     task = plugins.load(spec, hidden=[service.home.root]) if own else service.task(spec)

@@ -31,6 +31,7 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from agent.home import Home
 from flows.deployments import Runner
+from flows.learn.loop import RowTrigger
 logging.getLogger("anchorage").setLevel(logging.INFO)
 def command(home, name, run_id):
     return [sys.executable, "-c", CHILD, str(home), str(run_id)]
@@ -48,8 +49,12 @@ with reported(UUID(sys.argv[2])):
     with log.open("a") as file:
         file.write(json.dumps([sys.argv[2], "ends", time.time(), given]) + chr(10))
 '''
+def count():
+    path = Path(sys.argv[1]) / "new_rows"
+    return int(path.read_text()) if path.exists() else 0
 with get_client(sync_client=True) as client:
-    runner = Runner(Home(Path(sys.argv[1])), float(sys.argv[2]), client, command)
+    rows = RowTrigger(50, count)
+    runner = Runner(Home(Path(sys.argv[1])), float(sys.argv[2]), client, command, rows)
     try:
         for _ in runner.looks():
             time.sleep(1.0)
@@ -160,6 +165,21 @@ def test_loops_never_overlap_and_after_a_pause_one_catches_up(desk: Desk, scale:
     skipped = [run for run in desk.runs() if run["state_name"] == "Skipped"]
     assert any("a round is running" in run["state"]["message"] for run in skipped)
     assert any("catches up" in run["state"]["message"] for run in skipped)
+
+
+def test_new_rows_start_one_round_beside_the_schedule(desk: Desk, scale: Scale) -> None:
+    if scale(0, 1) == 0:
+        pytest.skip("waits for a round to end: in the soak; `RowTrigger` has unit tests")
+
+    def asked() -> list[dict[str, Any]]:
+        body = {"flows": {"name": {"any_": ["loop"]}}}
+        found = desk.ask("POST", "/flow_runs/filter", body)
+        return [run for run in found if not run["auto_scheduled"]]
+
+    (desk.home.root / "new_rows").write_text("50")
+    wait(lambda: [run for run in asked() if run["state_type"] == "COMPLETED"])
+    (desk.home.root / "new_rows").write_text("0")  # the round was opened
+    assert len(asked()) == 1
 
 
 SHELL = "prefect.deployments.steps.run_shell_script"
