@@ -9,10 +9,14 @@ LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 LOCK := requirements-$(EXTRA).lock
 
-.PHONY: demo test soak lint venv smollm2 lock clean
+.PHONY: demo demo-real test soak lint venv smollm2 lock clean
 
 demo: venv
 	$(BIN)/anchorage demo
+
+# The same on a real model, SmolLM2-135M-Instruct: an hour on two cores.
+demo-real: smollm2
+	$(BIN)/anchorage demo --model smollm2
 
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 test: venv

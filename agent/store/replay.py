@@ -4,8 +4,9 @@ A snapshot of delta is a file ``<delta hash>.safetensors``. One whose content ha
 ignored, so a snapshot can save time and never change a result.
 """
 
+import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,23 @@ def replay(
         if parameters.apply(generation.step).delta_hash != generation.delta_hash:
             raise DamagedError(generation.run_id, generation.generation, "delta_hash")
     _check_end(journal, anchor, digest_or_run, parameters)
+    return parameters
+
+
+def random_walk(
+    journal: Journal, anchor: Anchor, digest: str, importance: Path | None = None, seed: int = 0
+) -> Parameters:
+    """A candidate's control: its steps with the coefficients of each shuffled among its pairs.
+
+    Steps of equal length in equal noise that no reward chose: what it gains or loses is what moving
+    as far by chance gains or loses.
+    """
+    parameters = Parameters.zeros(anchor, importance)
+    for place, generation in enumerate(lineage(journal, anchor, digest)):
+        step = generation.step
+        shuffled = list(step.coefficients)
+        random.Random(f"{seed} {place}").shuffle(shuffled)
+        parameters.apply(replace(step, coefficients=tuple(shuffled)))
     return parameters
 
 

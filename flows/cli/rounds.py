@@ -166,6 +166,10 @@ def evaluate(
     export: Annotated[
         Path | None, typer.Option(help="Folder for samples in lm-evaluation-harness's format.")
     ] = None,
+    control: Annotated[
+        int | None,
+        typer.Option(help="Seed: also measure a walk of as many equal steps that no reward chose."),
+    ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="Model name for requests to a URL. Default: model.name.")
     ] = None,
@@ -183,9 +187,18 @@ def evaluate(
     endpoint = RemoteModel(model_name, key_env)
     with reporter() as bars:
         document = evaluate_model(
-            home, model, names, limit, bars, endpoint=endpoint, twice=twice, into=export
+            home,
+            model,
+            names,
+            limit,
+            bars,
+            endpoint=endpoint,
+            twice=twice,
+            into=export,
+            control=control,
         )
-    show(document, as_json, summary_table(document), *measured_lines(document))
+    beside = [summary_table(document["control"])] if control is not None else []
+    show(document, as_json, summary_table(document), *beside, *measured_lines(document))
 
 
 @app.command()

@@ -17,13 +17,19 @@ service_app = typer.Typer(help="The service under systemd.", no_args_is_help=Tru
 
 
 @app.command()
-def demo(home: Home = None, as_json: AsJson = False) -> None:
+def demo(
+    home: Home = None,
+    model: Annotated[
+        str, typer.Option(help="Another model than the embedded one, such as smollm2: an hour.")
+    ] = "embedded",
+    as_json: AsJson = False,
+) -> None:
     """Run the whole loop once: serve, train, judge, promote, reject, roll back. Takes minutes."""
     from flows.lab.demo import run_demo
     from flows.show.report import demo_tables
 
     with reporter() as bars:
-        document = run_demo(home, bars)
+        document = run_demo(home, bars, model)
     show(document, as_json, *demo_tables(document))
 
 

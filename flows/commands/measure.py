@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from agent.errors import UserError
-from agent.home import Home, write_atomically
+from agent.home import Home, remove_tree, write_atomically
+from agent.store.replay import random_walk
 from agent.store.weights import digest_of
+from agent.store.weights import export as export_weights
 from evaluators.openai_client import openai_generate
 from evaluators.runner import (
     Generate,
@@ -50,6 +53,7 @@ def evaluate_model(
     endpoint: RemoteModel | None = None,
     twice: bool = False,
     into: Path | None = None,
+    control: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a model with intervals.
 
@@ -65,6 +69,7 @@ def evaluate_model(
         endpoint: Options where ``model`` is a URL.
         twice: Whether to ask again and keep the A/A discordance beside the table.
         into: Folder for the samples in lm-evaluation-harness's format.
+        control: Seed of a random walk of the same step lengths (``random_walk``), asked beside it.
     """
     with session(Home.at(home).root, progress) as opened:
         service = opened.service
@@ -83,9 +88,38 @@ def evaluate_model(
         report |= {"tasks": _summaries(samples)}
         if twice:
             report |= {"discordance": _asked_again(opened, questions, generate, digest, out)}
+        if control is not None:
+            report |= {"control": _control(opened, questions, model, control)}
         if into is not None:
             report |= {"exported": [str(path) for path in export(samples, service.tasks, into)]}
     return report
+
+
+def _control(opened: Session, questions: Questions, model: str, seed: int) -> dict[str, Any]:
+    """Accuracy of a version's random-walk control on the same questions; its weights go again.
+
+    Raises:
+        UserError: A model that no round made.
+    """
+    service = opened.service
+    if is_url(model) or Path(model).is_dir():
+        raise UserError(f"model {model!r}: a control needs the journal of the round that made it")
+    digest = service.find(model)
+    run = service.journal.candidate(digest)
+    anchor = service.open_anchor(run.anchor_digest)
+    walk = random_walk(service.journal, anchor, digest, service.home.importance, seed)
+    with TemporaryDirectory(dir=service.home.root) as scratch:
+        directory = export_weights(walk, Path(scratch))
+        out = service.home.evaluations / directory.name / f"asked-{questions.harness[:12]}.parquet"
+        generate = _of_weights(opened, directory, directory.name)
+        _ask(opened, questions, generate, directory.name, out)
+        remove_tree(directory)  # its folder is read-only: the scratch folder could not go
+    name = f"random walk {seed}"
+    return {
+        "model": name,
+        "digest": directory.name,
+        "tasks": _summaries(read_samples(out)),
+    }
 
 
 def rescore_table(home: Path | None, table: Path, out: Path | None) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from agent.learner.calibrate import GRID
 from agent.learner.choose import T
 from agent.population.pool import Population
 from agent.store.journal import DamagedError
-from agent.store.replay import batch_places, replay, steps_without
+from agent.store.replay import batch_places, random_walk, replay, steps_without
 from flows.commands.forget import _without
+from flows.commands.measure import evaluate_model
 from flows.learn.collect import evaluation_pool
 from flows.learn.improve import Round, run_round
 from flows.learn.tuning import Selection
 from flows.round_files import RoundFiles
-from flows.session import Session
+from flows.session import _OPEN, Session
 from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.proof
@@ -171,3 +172,28 @@ def test_a_round_without_some_of_its_rows_takes_the_same_point_of_the_line(
     assert (after.generations, after.t) == (before.generations, before.t)
     assert after.delta_hash != before.delta_hash
     assert replay(journal, service.anchor, digest).delta_hash() == after.delta_hash
+
+
+def test_a_random_walk_is_as_long_as_the_candidate_and_asked_beside_it(
+    planted: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = planted(learner={**CHOICE, "selection": 0})
+    service, made = session.service, learn(session)
+    run, anchor = service.journal.run(made.run_id), service.anchor
+    walk, again = (random_walk(service.journal, anchor, made.digest) for _ in range(2))
+    assert walk.delta_hash() == again.delta_hash()
+    lengths = [
+        sum(np.sum(each.astype(np.float64) ** 2) for each in parameters.delta.values()) ** 0.5
+        for parameters in (walk, replay(service.journal, anchor, made.digest))
+    ]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
+    monkeypatch.setitem(_OPEN, service.home.root.resolve(), session)
+    root = service.home.root
+    report = evaluate_model(root, made.digest, ["gsm8k"], 40, Silent(), control=0)
+    control = report["control"]
+    assert control["digest"] == walk.digest()
+    assert control["digest"] not in service.kept()
+    assert control["tasks"]["gsm8k"]["n"] == report["tasks"]["gsm8k"]["n"] == 40
+    assert control["tasks"]["gsm8k"]["accuracy"] < report["tasks"]["gsm8k"]["accuracy"]
+    with pytest.raises(UserError, match="no finished run made it"):
+        evaluate_model(root, run.anchor_digest, ["gsm8k"], 40, Silent(), control=0)
