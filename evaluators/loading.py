@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import islice
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -109,7 +110,9 @@ def examples(task: Task, *, data_dir: Path | None = None) -> Callable[[Row], lis
 
     def shots(row: Row) -> list[Row]:
         group, key = group_of(row), task.key(row)
-        chosen = [shot for shot in groups[group] if task.key(shot) != key][: task.shots]
+        # Lazy: an own task's key is a call of its process, and a group may be the whole split.
+        others = (shot for shot in groups[group] if task.key(shot) != key)
+        chosen = list(islice(others, task.shots))
         if len(chosen) < task.shots:
             raise UserError(
                 f"task {task.name}: {len(chosen)} worked examples for {group!r}; "

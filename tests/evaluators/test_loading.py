@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from agent.errors import UserError
-from evaluators.loading import EVAL_SHARE, in_eval_share, rows
+from evaluators.loading import EVAL_SHARE, examples, in_eval_share, rows
 from evaluators.plugins import pinned
 from evaluators.task import Row, Source
 from evaluators.tasks import TASKS
@@ -196,3 +196,21 @@ def test_an_unreachable_hub_is_one_line_that_names_the_way_out() -> None:
 def test_every_hub_source_is_pinned_to_a_commit_where_one_is_known() -> None:
     pinned = {name for name, task in TASKS.items() if len(task.source.revision) == 40}
     assert pinned == set(TASKS) - {"proofwriter", "refusal"}
+
+
+def test_worked_examples_ask_for_few_keys_however_long_the_split(tmp_path: Path) -> None:
+    """A key of an own task is a call of another process: 500 rows x 2 examples, not 500 x 500."""
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    own = problems(500)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    asked: list[Row] = []
+
+    def key(row: Row) -> str:
+        asked.append(row)
+        return str(row["question"])
+
+    shots = examples(replace(GSM8K, shots=2, key=key), data_dir=tmp_path)
+    assert [shot["question"] for shot in shots(own[0])] == ["Question 1?", "Question 2?"]
+    assert [shot["question"] for shot in shots(own[9])] == ["Question 0?", "Question 1?"]
+    assert len(asked) == (1 + 3) + (1 + 2)
