@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 EMBEDDED = "embedded"
 SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, from the hub or an installed package
+INSTRUCT = "instruct"  # the profile of instruct models of 0.5 to 3 B
 PLAIN = "plain"
 PLAIN_TEMPLATE = (  # of models without one: turns as text, each answer closed by the model's eos
     "{{ bos_token }}"
@@ -60,6 +61,11 @@ class ModelSettings(Section):
     path: str = Field(
         EMBEDDED,
         description="'embedded', 'smollm2', a directory, a .gguf file, or a Hugging Face id.",
+    )
+    profile: Literal["embedded", "smollm2", "instruct"] | None = Field(
+        None,
+        description="Whose defaults count; not set: those of `path`. 'instruct' suits instruct "
+        "models of 0.5 to 3 B.",
     )
     revision: str | None = Field(None, description="Commit of a Hugging Face id, to pin it.")
     name: str = Field("anchorage", description="The name clients ask for and MLflow registers.")

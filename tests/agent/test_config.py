@@ -150,3 +150,13 @@ def test_a_size_is_a_number_above_0_or_auto(value: object) -> None:
         config.load(None, learner={"sigma": value})
     assert config.load(None, learner={"sigma": "auto"}).learner.sigma == "auto"
     assert config.load(None, learner={"sigma": "0.25"}).learner.sigma == 0.25
+
+
+def test_a_profile_may_be_named_for_a_model_of_ones_own(tmp_path: Path) -> None:
+    text = "[model]\npath = '/models/mine'\nprofile = 'instruct'\n[learner]\nbatch = 48\n"
+    settings = config.load(write(tmp_path, text))
+    assert (settings.learner.batch, settings.learner.prompts) == (48, 2048)
+    assert (settings.learner.sigma, settings.review.mode) == ("auto", "manual")
+    with pytest.raises(UserError, match=r"model\.profile = 'large'"):
+        config.load(None, model={"profile": "large"})
+    assert set(config.PROFILES) == {"embedded", "smollm2", "instruct"}
