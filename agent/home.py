@@ -115,6 +115,7 @@ class Home:
     aliases_json = _In("aliases.json")
     aliases_lock = _In("aliases.lock")  # held while aliases are set, or compared with aliases.json
     shown_json = _In("shown.json")  # how much of the ledger MLflow has been given
+    announced_json = _In("announced.json")  # how much of the ledger Prefect has as events
     shown_lock = _In("shown.lock")  # held by the process that writes to MLflow
 
     demo = _In("demo")  # the demo's own home, inside this one

@@ -24,7 +24,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect import flow, states
+from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
@@ -43,6 +43,17 @@ from flows.serve.reconcile import poll, repair
 from flows.service import Service
 from flows.session import Session, session
 from flows.show.catch_up import Display
+from flows.show.prefect import (
+    CURRENT,
+    RunState,
+    ShownProgress,
+    announce,
+    ending,
+    reported,
+    server_answers,
+    show_page,
+    tell,
+)
 from flows.show.terminal import Silent
 
 LOG = logging.getLogger("anchorage.flows")
@@ -53,7 +64,7 @@ POLL_S = 5.0  # between two looks for runs that are due
 @flow(name="collect")
 def collect_flow(home: str, target: str | None = None) -> dict[str, Any]:
     """The rows the next round would train on."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         service = opened.service
         name = service.target(target).name
         return collect_rows(service, name, service.settings.learner.prompts).to_json()
@@ -64,7 +75,7 @@ def improve_flow(
     home: str, target: str | None = None, changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """One round from the champion to a candidate."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         made = loop.learn(opened, opened.service.target(target).name, changes)
         return {"round": made.run_id, "digest": made.digest, "ended": made.outcome.reason}
 
@@ -72,35 +83,37 @@ def improve_flow(
 @flow(name="evaluate")
 def evaluate_flow(home: str, run_id: str, serve: bool = False) -> dict[str, Any]:
     """Anchor, champion and candidate on every task, and the gate's verdict."""
-    with session(Path(home)) as opened:
-        return weigh(opened, run_id, serve=serve).report.to_json()
+    with working(home) as opened:
+        report = weigh(opened, run_id, serve=serve).report
+        show_page(opened.service, report)
+        return report.to_json()
 
 
 @flow(name="promote")
 def promote_flow(home: str, digest: str) -> dict[str, Any]:
     """Serve a passed candidate; a swap that fails ends in the version before it."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         return promote.promote(opened, opened.service.find(digest)).to_json()
 
 
 @flow(name="rollback")
 def rollback_flow(home: str, digest: str, reason: str) -> dict[str, Any]:
     """Serve an earlier version again."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         return swaps.rollback(opened, opened.service.find(digest), reason).to_json()
 
 
 @flow(name="bake")
 def bake_flow(home: str) -> dict[str, Any]:
     """Judge a fresh promotion by its live traffic; roll back one that is worse."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         return bake(opened)
 
 
 @flow(name="reconcile")
 def reconcile_flow(home: str) -> list[str]:
     """Make alias and served digest what the ledger says; what was done."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         return repair(opened)
 
 
@@ -109,7 +122,7 @@ def loop_flow(
     home: str, target: str | None = None, changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Collect, improve, evaluate, and act on the verdict."""
-    with session(Path(home)) as opened:
+    with working(home) as opened:
         name = opened.service.target(target).name
         collected = run_flow("collect", home, name)
         made = run_flow("improve", home, name, changes)
@@ -129,56 +142,36 @@ FLOWS: dict[str, Any] = {each.name: each for each in (*PARTS, reconcile_flow, lo
 def run_flow(name: str, *arguments: Any) -> Any:
     """Run a flow's function in this process, shown as a run where the Prefect server answers.
 
-    Without one the same function runs unseen: Prefect never stands in the way of the work.
+    Without one the same function runs unseen: Prefect never stands in the way of the work. Inside
+    another shown run it is one of that run's tasks, as a subflow is.
     """
     function = FLOWS[name].fn
     if not server_answers():
         return function(*arguments)
-    parameters = inspect.signature(function).bind(*arguments).arguments
+    parameters = dict(inspect.signature(function).bind(*arguments).arguments)
+    outer = CURRENT.get(None)
+    task = outer.begin_task(name) if outer else None
+    parent = UUID(task) if task else None
     with get_client(sync_client=True) as client:
-        made = client.create_flow_run(FLOWS[name], parameters=dict(parameters))
-    with reported(made.id):
-        return function(*arguments)
+        made = client.create_flow_run(FLOWS[name], parameters=parameters, parent_task_run_id=parent)
+    with reported(made.id, name, parameters) as finish:
+        result = finish(function(*arguments))
+    if outer:
+        outer.end_task(task, ending(result))
+    return result
 
 
 @contextmanager
-def reported(run_id: UUID) -> Iterator[None]:
-    """Tell Prefect that a run is running while the block is, and how it ended."""
-    tell(run_id, states.Running())
-    try:
-        yield
-    except Exception as error:
-        tell(run_id, states.Failed(message=" ".join(f"{type(error).__name__}: {error}".split())))
-        raise
-    except BaseException as end:  # a signal, or Ctrl-C
-        tell(run_id, states.Crashed(message=f"ended by {type(end).__name__}"))
-        raise
-    tell(run_id, states.Completed())
-
-
-def tell(run_id: UUID, state: Any) -> None:
-    """Set a run's state; a server that is away changes nothing for the work."""
-    try:
-        with get_client(sync_client=True) as client:
-            client.set_flow_run_state(run_id, state, force=True)
-    except Exception as error:
-        LOG.warning("Prefect: run %s is not shown as %s: %s", run_id, state.name, error)
-
-
-def server_answers(wait_s: float = 0.0) -> bool:
-    """Whether the Prefect server that the environment names is up, waiting for it if asked."""
-    url = os.environ.get("PREFECT_API_URL")
-    until = time.monotonic() + wait_s
-    while url is not None:
+def working(home: str) -> Iterator[Session]:
+    """The home's session; what it reports is shown on the page of the run too."""
+    with session(Path(home)) as opened:
+        before = opened.progress
+        if not isinstance(before, ShownProgress):
+            opened.progress = ShownProgress(before)
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == httpx.codes.OK:
-                return True
-        except httpx.HTTPError:
-            pass
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.5)
-    return False
+            yield opened
+        finally:
+            opened.progress = before
 
 
 def process_of(home: Path, name: str, run_id: UUID) -> list[str]:
@@ -282,7 +275,7 @@ class Runner:
         for run_id, why in decide(due, running, is_locked(self._home.round_lock)).items():
             if why:
                 LOG.info("run %s: %s", run_id, why)
-                tell(run_id, states.Cancelled(name="Skipped", message=why))
+                tell(run_id, RunState("CANCELLED", "Skipped", why))
             else:
                 self._start(*allowed[run_id])
 
@@ -301,14 +294,14 @@ class Runner:
         if why is None:
             return name
         LOG.error("run %s of %s is refused: %s", run.id, name, why)
-        tell(run.id, states.Cancelled(name="Refused", message=f"refused: {why}"))
+        tell(run.id, RunState("CANCELLED", "Refused", f"refused: {why}"))
         self._note(name, why)
         self.register()
         return None
 
     def _start(self, name: str, run: Any) -> None:
         """A process of its own; what was compared is handed over, not read from Prefect again."""
-        tell(run.id, states.Pending())  # not due any more
+        tell(run.id, RunState("PENDING", "Pending"))  # not due any more
         command = self._command(self._home.root, name, run.id)
         child = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         assert child.stdin is not None
@@ -323,12 +316,14 @@ class Runner:
         if state is not None and state.is_cancelling():
             child.terminate()
             child.wait()
-            tell(run_id, states.Cancelled(message="cancelled in Prefect"))
+            tell(run_id, RunState("CANCELLED", "Cancelled", "cancelled in Prefect"))
         if child.poll() is None:
             return
         del self._running[run_id]
         if state is not None and not state.is_final() and not state.is_cancelling():
-            tell(run_id, states.Crashed(message=f"its process ended with {child.returncode}"))
+            tell(
+                run_id, RunState("CRASHED", "Crashed", f"its process ended with {child.returncode}")
+            )
         if name == "loop":
             self._plan_next()
 
@@ -354,8 +349,8 @@ def _from_now(every: timedelta) -> IntervalSchedule:
 
 def run_one(name: str, run_id: str, parameters: Mapping[str, Any]) -> None:
     """The process of one run: its function, shown under the run's id."""
-    with reported(UUID(run_id)):
-        FLOWS[name].fn(**parameters)
+    with reported(UUID(run_id), name, parameters) as finish:
+        finish(FLOWS[name].fn(**parameters))
 
 
 def serve_flows(service: Service) -> None:
@@ -389,6 +384,7 @@ def watch(service: Service) -> None:
     while True:
         time.sleep(service.settings.projection.reconcile_seconds)
         poll(opened, lambda: _settle(str(service.home.root)))
+        announce(opened.service)
 
 
 def _settle(home: str) -> None:

@@ -157,7 +157,8 @@ def stopping(place: Home) -> Iterator[None]:
 
 
 def _story(opened: Session, status: dict[str, Any], progress: Reporter) -> dict[str, Any]:
-    from flows.deployments import run_flow, server_answers
+    from flows.deployments import run_flow
+    from flows.show.prefect import server_answers
 
     service, endpoint = opened.service, str(status["endpoint"])
     home, target = str(service.home.root), service.settings.tasks.target

@@ -39,7 +39,7 @@ CHILD = '''
 import json, sys, time
 from pathlib import Path
 from uuid import UUID
-from flows.deployments import reported
+from flows.show.prefect import reported
 log = Path(sys.argv[1]) / "rounds.jsonl"
 with reported(UUID(sys.argv[2])):
     given = json.load(sys.stdin)
