@@ -19,6 +19,8 @@ from agent.store import feedback
 from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.feedback import Feedback
 from deploy.stack import choose_ports
+from evaluators.task import judge, row_problem
+from evaluators.tasks import TASKS
 from flows.commands.measure import rescore_table
 from flows.commands.runs import improve_now
 from flows.serve.outlook import overview, waiting
@@ -109,6 +111,9 @@ FRICTIONS = {
     ),
     "the reason of a promotion began with a prior task": (
         f"{SHOW}::test_a_promotion_is_explained_by_its_target_first",
+    ),
+    "the README's first request was answered wrongly before and after learning": (
+        f"{HERE}::test_the_readmes_request_teaches_and_its_first_answer_is_as_it_says",
     ),
     "key times were numbers, digests were cut": (
         f"{SHOW}::test_times_of_keys_are_dates",
@@ -269,3 +274,26 @@ def test_ports_stay_while_they_are_free() -> None:
 def test_rescore_names_a_table_that_is_not_there(service: Service, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.parquet"):
         rescore_table(service.home.root, tmp_path / "none.parquet", None)
+
+
+@pytest.mark.proof
+def test_the_readmes_request_teaches_and_its_first_answer_is_as_it_says(service: Service) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = (TESTS.parent / "README.md").read_text("utf-8")
+    said = re.search(r'^question = "(.*)"$', text, re.MULTILINE)
+    assert said is not None
+    task = TASKS["gsm8k"]
+    row = {"question": said[1], "answer": "#### 11"}
+    (message,) = task.messages(row)
+    assert row_problem(task, row) is None
+    assert message["content"].replace("\n", "\\n").removeprefix(said[1]) in text
+    model = AutoModelForCausalLM.from_pretrained(service.origin.directory)
+    tokenizer = AutoTokenizer.from_pretrained(service.origin.directory)
+    ids = tokenizer.apply_chat_template(
+        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**ids, max_new_tokens=task.max_tokens, do_sample=False)[0]
+    words = tokenizer.decode(answer[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert f"answered `{words}` by the embedded model" in text
+    assert judge(task, words, row).reward == 0
