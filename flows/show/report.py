@@ -60,7 +60,7 @@ class RoundReport:
 def table(report: RoundReport) -> Table:
     """Task, n, the three accuracies, difference with interval, and what the gate said."""
     title = f"round {report.round_id}: {report.target}, candidate {short(report.digest)}"
-    drawn = Table(title=f"{title} -> {report.verdict}", title_justify="left")
+    drawn = Table(title=f"{title}, verdict: {report.verdict}", title_justify="left")
     drawn.add_column("task")
     for column in ("n", "anchor %", "champion %", "candidate %", "difference (interval), points"):
         drawn.add_column(column, justify="right")

@@ -114,13 +114,13 @@ class Bars:
                 printed, noted = now, bool(note) or noted
                 line = f"  {what}: {done}/{total} after {now - began:.0f} s"
                 line = ", ".join(filter(None, (line, remaining, note)))
-                self._console.print(line, highlight=False)
+                self._console.print(line, highlight=False, soft_wrap=True)
 
         return advance
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self._bars.console.print(text, highlight=False)
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
 
 
 class Left:
