@@ -29,7 +29,7 @@ from flows.serve.stack import learning
 from flows.service import Service
 from flows.session import Session
 from flows.show.report import round_table
-from flows.show.terminal import Silent, round_line
+from flows.show.terminal import Silent, round_line, status_tables
 
 TESTS = Path(__file__).parents[1]
 SHOW, SERVE = "flows/show/test_next_steps.py", "flows/serve/test_up_settings.py"
@@ -79,6 +79,23 @@ FRICTIONS = {
     "promote of a waiting candidate denied that it passed; nobody listed it": (
         f"{HERE}::test_promote_of_a_waiting_candidate_names_the_review",
         f"{HERE}::test_who_decided_is_a_name",
+    ),
+    "the tag to set stood in the source only; approved and MLflow's button did nothing": (
+        "flows/show/test_review.py::test_a_waiting_version_names_tag_and_command_and_their_effects",
+        "flows/serve/test_reconcile.py::test_other_words_of_approval_count",
+        "flows/serve/test_reconcile.py::test_a_tag_that_decides_nothing_is_answered_on_the_version",
+        "flows/serve/test_reconcile.py::"
+        "test_a_held_version_is_not_approved_by_the_alias_and_its_page_says_how",
+    ),
+    "Prefect's runs had no names, logs, tasks or artifacts; hold and promote were both green": (
+        "flows/show/test_prefect.py::test_a_run_ends_in_the_state_of_its_verdict",
+        "flows/show/test_prefect.py::test_a_run_is_called_by_its_round_and_digest",
+        "flows/show/test_prefect.py::test_a_run_shows_its_name_lines_tasks_and_end",
+        "flows/show/test_prefect.py::test_the_page_of_a_round_has_its_table_and_its_plots",
+    ),
+    "MLflow's address was a welcome page; examples had no question and no gold answer": (
+        "flows/show/test_review.py::test_fixed_and_broken_rows_stand_side_by_side_as_data",
+        f"{HERE}::test_status_names_the_page_of_the_versions",
     ),
     "nothing read feedback": (f"{HERE}::test_status_counts_traffic_and_feedback",),
     "a long command with --json was silent": (
@@ -297,3 +314,13 @@ def test_the_readmes_request_teaches_and_its_first_answer_is_as_it_says(service:
     words = tokenizer.decode(answer[ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert f"answered `{words}` by the embedded model" in text
     assert judge(task, words, row).reward == 0
+
+
+def test_status_names_the_page_of_the_versions() -> None:
+    status = {"endpoint": "http://e", "services": [], "prefect": None, "sign_in": None}
+    status |= {"mlflow": "http://m", "champion": None}
+    page = "http://m/#/models/mine"
+    (drawn,) = status_tables(status | {"model_page": page})
+    assert page in list(drawn.columns[1].cells)
+    (drawn,) = status_tables(status | {"model_page": None, "mlflow": None})
+    assert page not in list(drawn.columns[1].cells)
