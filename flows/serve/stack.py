@@ -165,18 +165,25 @@ def read_settings(
             before = kept(home)
     file = settings_file(_chosen_file(last, config))
     said = given(file)
-    sections = before.model_dump(mode="json") if before and last is None else {}
-    earlier: dict[str, dict[str, Any]] = {}
-    for name, values in (last.options if last else {}).items():
-        earlier[name] = {k: v for k, v in values.items() if f"{name}.{k}" not in said}
-    if sections:  # nothing of these was said to an `up`
-        for key, value in said.items():
-            section, _, name = key.partition(".")
-            sections[section][name] = value
-    merged = _over(_over(sections, earlier), options)
-    settings = load(file, **merged)
-    now = Started(str(file) if file else None, _over(earlier, options))
+    known = last.options if last else _own_values(before, file) if before and not config else {}
+    earlier = {
+        section: {key: v for key, v in values.items() if f"{section}.{key}" not in said}
+        for section, values in known.items()
+    }
+    chosen = _over(earlier, options)
+    settings = load(file, **chosen)
+    now = Started(str(file) if file else None, chosen)
     return settings, now, changes(before, settings) if before else []
+
+
+def _own_values(before: Settings, file: Path | None) -> dict[str, dict[str, Any]]:
+    """What a home that was made without `up` has and the defaults of its model do not say."""
+    model = {"path": before.model.path}
+    own: dict[str, dict[str, Any]] = {"model": dict(model)}
+    for change in changes(load(file, model=model), before):
+        section, _, key = change.key.partition(".")
+        own.setdefault(section, {})[key] = change.after
+    return own
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

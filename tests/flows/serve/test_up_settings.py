@@ -89,7 +89,11 @@ def test_a_home_that_was_made_without_up_keeps_its_values(
     config.keep(home, load(learner={"population": 4}, tasks={"rows": 24}))
     monkeypatch.setenv("ANCHORAGE_TASKS__ROWS", "25")
     assert up(home) == {"tasks.rows": (24, 25)}
+    assert up(home) == {}, "nor at the next one"
     assert now(home).learner.population == 4
+    monkeypatch.delenv("ANCHORAGE_TASKS__ROWS")
+    Path("anchorage.toml").write_text("[learner]\npopulation = 6\n")
+    assert up(home)["learner.population"] == (4, 6)
 
 
 def test_damaged_settings_are_replaced_by_a_named_file_only(home: Home, tmp_path: Path) -> None:
