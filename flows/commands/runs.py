@@ -173,6 +173,7 @@ def export_now(home: Path | None, candidate: str, into: Path) -> dict[str, Any]:
         service.journal, _anchor(service, name), name, importance=service.home.importance
     )
     directory = export(parameters, into)
+    directory.chmod(0o755)  # a person's to move or delete
     return {"digest": directory.name, "directory": str(directory)}
 
 

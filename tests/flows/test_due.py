@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
-from flows.learn.loop import Due, RowTrigger, decide, refusal, registered
+from agent.config import load
+from agent.home import Home
+from flows.learn.loop import Due, RowTrigger, decide, note_refusals, refusal, registered
+from flows.service import Service
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOME = "/homes/a"
@@ -128,3 +132,16 @@ def test_new_rows_start_one_round_and_again_as_many_the_next() -> None:
     new = 53
     assert trigger.due()
     assert not RowTrigger(0, lambda: 1000).due()
+
+
+def test_a_refused_run_is_a_row_of_the_ledger_once_for_the_same_reason(tmp_path: Path) -> None:
+    """About the champion, whose state it leaves as it is."""
+    service = Service(Home.at(tmp_path), load(None))
+    champion, note = service.champion(), note_refusals(service)
+    for name, why in (("collect", "its steps"), ("collect", "its steps"), ("loop", "its steps")):
+        note(name, why)
+    rows = service.ledger.history()[::-1]
+    assert [row.state for row in rows] == ["ANCHOR", "REFUSED", "REFUSED"]
+    assert [row.digest for row in rows] == [champion] * 3
+    assert rows[1].why == "a run of collect from Prefect: its steps"
+    assert service.ledger.state(champion) == "ANCHOR"
