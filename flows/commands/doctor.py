@@ -361,9 +361,10 @@ class HomeChecks:
             record_of(self.home, directory).restore()
 
     def _recorded(self) -> list[Path]:
-        directory = self._original()
-        beside = companions(directory).values() if directory else ()
-        return [*beside, *(path for path in self.home.originals.glob("*/*") if path.is_file())]
+        if (directory := self._original()) is None:
+            return []
+        copies = sorted(self.home.original(directory).glob("*"))
+        return [*companions(directory).values(), *copies]
 
     def _shards(self) -> list[Path]:
         directory = self._original()

@@ -10,7 +10,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,13 +23,14 @@ import pytest
 from typer.testing import CliRunner
 
 from agent.config import Settings, keep, kept
-from agent.home import Home, secret, sign_file
+from agent.errors import UserError
+from agent.home import Home, remove_tree, secret, sign_file
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.companions import companions
 from agent.store.replay import snapshot_path
 from agent.store.weights import Parameters, export
-from deploy.serving.intact import Probes, write_probes
+from deploy.serving.intact import Probes, intact, write_probes
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, write_served
 from evaluators.sandbox import protections
@@ -388,6 +389,51 @@ def test_every_kept_file_belongs_to_a_check(patient: Patient) -> None:
     assert {path for path in found if patient.home.root not in path.parents} == set(
         Service.at(patient.home.root).origin.directory.iterdir()
     )
+
+
+# SQLite checks the structure of its pages (ledger and journal their own rows, wherever in the
+# file a bit may be free), and these documents are read as they are.
+UNHASHED = (".db", "-wal", "curve.json")
+# What only a copy of a person's can bring back, or is a person's to delete.
+LEFT = {"secret salt", "ledger", "journal", "anchor", "documents", "importance"}
+
+
+@pytest.mark.proof
+def test_one_flipped_bit_in_any_kept_file_reaches_no_engine(patient: Patient) -> None:
+    """What an engine would load is the version, whole, or nothing; doctor names what was damaged.
+
+    The long test does the same to a running service.
+    """
+    home, anchor = patient.home, patient.home.root.parent / "anchor"
+    shutil.copytree(Service.at(home.root).origin.directory, anchor)
+    keep(home, Settings.model_validate({"model": {"path": str(anchor)}}))
+    for state in ("PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"):
+        Service.at(home.root).record(patient.candidate, state, "a test")
+    served = Served(patient.candidate, str(home.weights / patient.candidate))
+    write_served(home, served)
+    assert wrong(patient) == {}
+    kept_as = {path.name: path.read_bytes() for path in Path(served.directory).iterdir()}
+    for path, check in doctor.kept_files(home.root).items():
+        before, saved = path.read_bytes(), patient.home.root.parent / "saved"
+        if not before:  # a log of SQLite's that was merged
+            continue
+        shutil.copytree(home.root, saved, symlinks=True)
+        flip(path)
+        with suppress(UserError):
+            assert intact(home, "engine") == served, path
+            loaded = {each.name: each.read_bytes() for each in Path(served.directory).iterdir()}
+            assert loaded == kept_as, path
+        failed = wrong(patient)
+        if path.read_bytes() != before and not path.name.endswith(UNHASHED):
+            assert check in failed, (path, failed)
+        doctor.repair(home.root)
+        if path != home.settings_json:  # without it hardly anything can be looked at
+            assert set(wrong(patient)) <= LEFT, path
+        remove_tree(home.root)
+        saved.rename(home.root)
+        if anchor in path.parents:
+            path.write_bytes(before)
+        assert wrong(patient) == {}, path
 
 
 @pytest.mark.parametrize("name", ["memory", "disk", "vLLM", "descriptors"])
