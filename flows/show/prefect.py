@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flows.show.report import RoundReport
     from flows.show.terminal import Advance, Reporter
 
-LOG = logging.getLogger("anchorage.flows")
+LOG = logging.getLogger("anchorage.prefect")
 TIMEOUT_S = 10.0
 BUSY_TRIES, BUSY_S = 5, 0.3
 QUIET_S = 60.0  # after a failure nothing more of a run's work is sent for so long
@@ -267,13 +267,19 @@ CURRENT: ContextVar[ShownRun | None] = ContextVar("the run that this thread work
 
 
 class RunLog(logging.Handler):
-    """Sends what the thread that works for a run logs to the run's page."""
+    """Sends what the thread that works for a run logs to the run's page.
+
+    Not what a run inside it logs, which has a handler of its own on the same logger.
+    """
+
+    def __init__(self, shown: ShownRun) -> None:
+        super().__init__()
+        self._shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; what this module itself says would come back to it."""
-        shown = CURRENT.get(None)
-        if shown is not None and record.name != LOG.name:
-            shown.line(record.getMessage(), record.name, record.levelno)
+        if CURRENT.get(None) is self._shown and record.name != LOG.name:
+            self._shown.line(record.getMessage(), record.name, record.levelno)
 
 
 class ShownProgress:
@@ -326,7 +332,7 @@ def reported(
     shown, results = ShownRun(run_id), list[Any]()
     tell(run_id, RUNNING)
     _rename(run_id, flow, parameters)
-    logger, handler, token = logging.getLogger("anchorage"), RunLog(), CURRENT.set(shown)
+    logger, handler, token = logging.getLogger("anchorage"), RunLog(shown), CURRENT.set(shown)
     logger.addHandler(handler)
 
     def ended(state: RunState) -> None:

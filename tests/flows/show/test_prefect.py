@@ -1,6 +1,7 @@
 """How runs look in Prefect: names and states by what became of them, events, the round's page."""
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -197,6 +198,22 @@ def test_a_run_shows_its_name_lines_tasks_and_end(server: Server) -> None:
     assert {task["flow_run_id"] for task in tasks} == {str(RUN)}
     ended = [path for _, path, _ in server.asked if "/task_runs/" in path and "set_state" in path]
     assert len(ended) == 2
+
+
+def test_what_is_logged_is_on_the_page_of_the_innermost_run_once(server: Server) -> None:
+    log, inner = logging.getLogger("anchorage.a_test"), UUID(int=8)
+    with reported(RUN), reported(inner):
+        log.warning("of the inner run")
+    with reported(RUN):
+        log.warning("of the outer run")
+        threading.Thread(target=log.warning, args=["of nobody"]).start()
+    lines = [line for body in server.bodies("POST", "/logs/") for line in body]
+    assert [(line["flow_run_id"], line["message"]) for line in lines] == [
+        (str(inner), "of the inner run"),
+        (str(RUN), "of the outer run"),
+    ]
+    left = logging.getLogger("anchorage").handlers
+    assert not [each for each in left if isinstance(each, prefect.RunLog)]
 
 
 def test_an_error_is_the_last_state_and_travels(server: Server) -> None:
