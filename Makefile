@@ -32,6 +32,15 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/site. Built from a copy in which pages and what they link to keep their places,
+# because mkdocs takes pages from one folder only.
+docs: venv
+	$(INSTALL) --group docs
+	rm -rf build/docs && mkdir -p build/docs/tree
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs agent evaluators deploy flows build/docs/tree
+	cp docs/mkdocs.yml build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f build/docs/mkdocs.yml -d ../site
+
 venv: $(VENV)/.made
 
 # torch's CPU build comes from pip's configured find-links, else from PyTorch's own CPU index.

@@ -51,6 +51,14 @@ def settings(
         print(to_toml(values))  # noqa: T201  to be read by people and by `--config`
 
 
+@app.command(hidden=True)
+def commands(context: typer.Context) -> None:
+    """Print the reference of all commands as Markdown."""
+    from flows.commands.settings import command_reference
+
+    print(command_reference(context.find_root().command), end="")  # noqa: T201
+
+
 @app.command()
 def replay(
     candidate: Annotated[str, typer.Argument(help="Digest of a candidate, or id of a round.")],

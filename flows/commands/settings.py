@@ -1,4 +1,4 @@
-"""The settings in words: those of a home as TOML, and the reference of all of them as Markdown."""
+"""Settings and commands in words: those of a home as TOML, the references of all as Markdown."""
 
 import json
 import re
@@ -88,6 +88,55 @@ def reference() -> str:
             prompts = f"{PromptSettings.__doc__}\n\n{_table(PromptSettings)}"
             sections.append(f"### tasks.prompts.TASK\n\n{prompts}")
     return "\n".join([*sections, _profiles()])
+
+
+COMMANDS_HEAD = """\
+# Commands
+
+Made by `anchorage commands > docs/commands.md`; a test checks that it is current.
+
+`anchorage --verbose COMMAND` shows tracebacks of errors. Exit codes: 0 done, 1 not done or a check
+that found something, 2 an error of the input (one line on stderr), 130 and 143 interrupted.
+Progress goes to stderr; `--json` leaves stdout to one JSON document.
+"""
+
+
+def command_reference(program: Any) -> str:
+    """Every command in Markdown, from typer's own tree: what it does, arguments, options.
+
+    Args:
+        program: The root command: ``name``, ``commands``, and of each ``help`` and ``params``.
+    """
+    sections = (
+        f"## {name}\n\n{_paragraphs(command.help)}\n\n{_parameters(command.params)}".rstrip()
+        for name, command in _leaves(program, "anchorage")
+    )
+    return "\n\n".join([COMMANDS_HEAD.rstrip(), *sections]) + "\n"
+
+
+def _leaves(group: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Commands that are no groups and not hidden, with their whole name, in the help's order."""
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command, f"{name} {word}")
+        elif not command.hidden:
+            yield f"{name} {word}", command
+
+
+def _paragraphs(text: str) -> str:
+    """A docstring's paragraphs, each on one line."""
+    return "\n\n".join(" ".join(each.split()) for each in text.split("\n\n")).replace("<", r"\<")
+
+
+def _parameters(parameters: Iterable[Any]) -> str:
+    rows = []
+    for each in parameters:
+        value = "" if getattr(each, "is_flag", False) else f" {each.name.upper()}"
+        names = [f"`{name}{value}`" for name in (*each.opts, *each.secondary_opts)]
+        shown = ", ".join(names) if each.opts[0].startswith("-") else f"`{each.name.upper()}`"
+        default = "" if each.default in (None, False) else f"`{each.default}`"
+        rows.append((shown, "required" if each.required else default, each.help or ""))
+    return _markdown(("argument or option", "default", "what it is for"), rows) if rows else ""
 
 
 def _table(section: type[BaseModel]) -> str:
