@@ -62,6 +62,9 @@ files = ["my_tasks/stock.py:TASK"]
 priors = ["arc_challenge", "piqa", "proofwriter"]
 rows = 200
 
+[learner]
+generations = 6
+
 [projection]
 loop_minutes = 0    # rounds begin by command only
 TOML

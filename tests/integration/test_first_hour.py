@@ -18,7 +18,7 @@ def test_the_first_hour_ends_in_a_promoted_version_of_an_own_task(
     tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
     if scale(0, 1) == 0:
-        pytest.skip("a whole round of 15 generations: in the soak; test_docs.py compares the texts")
+        pytest.skip("a stack and a whole round: in the soak; test_docs.py compares the texts")
     environment = {name: value for name, value in os.environ.items() if "ANCHORAGE_" not in name}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
