@@ -194,11 +194,10 @@ def certify(
         finally:
             engine.close()
         bad = [check.text() for check in checks if not check.passed(allowed(spread))]
+        refused += [f"{way} way, {text}" for text in bad]
         if not bad or way == "long":
             break
-        refused += [f"{way} way, {text}" for text in bad]
         way = "long"
-    refused += [f"{way} way, {text}" for text in bad]
     way = "fresh" if bad else way
     return Certificate(family_of(directory), way, spread, checks, tuple(refused))
 
@@ -231,10 +230,10 @@ def _checks(
         ("load", lambda: engine.load(other[0]), None, other[1]),
         ("reload", lambda: engine.load(anchor[0]), None, anchor[1]),
     ]
-    for what, put, asked, cold in steps:
+    for what, put, who, cold in steps:
         try:
             put()
-            reply = ProbeReply.of(engine, asked, prompts)
+            reply = ProbeReply.of(engine, who, prompts)
         except UserError:
             raise
         except Exception as error:  # the boundary of an engine: recorded against the way
@@ -340,11 +339,11 @@ class FreshEngine:
         noise: NoiseKind = "normal",
     ) -> list[Completion]:
         """See ``Engine``."""
-        return self._asked(member, noise).generate(prompts, max_tokens)
+        return self._started(member, noise).generate(prompts, max_tokens)
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
         """See ``Engine``."""
-        return self._asked().sample(prompts, max_tokens, seed)
+        return self._started().sample(prompts, max_tokens, seed)
 
     def top_logprobs(
         self,
@@ -354,13 +353,13 @@ class FreshEngine:
         member: Member | None = None,
     ) -> list[list[Logprobs]]:
         """See ``Engine``."""
-        return self._asked(member).top_logprobs(prompts, k, positions)
+        return self._started(member).top_logprobs(prompts, k, positions)
 
     def prompt_logprobs(
         self, prompts: Sequence[Messages], continuations: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         """See ``Engine``."""
-        return self._asked().prompt_logprobs(prompts, continuations)
+        return self._started().prompt_logprobs(prompts, continuations)
 
     def state(self) -> dict[str, str | None]:
         """See ``Engine``."""
@@ -382,7 +381,7 @@ class FreshEngine:
         self._engine, self._on = None, None
         remove_tree(self._scratch, ignore_errors=True)
 
-    def _asked(self, member: Member | None = None, noise: NoiseKind = "normal") -> Engine:
+    def _started(self, member: Member | None = None, noise: NoiseKind = "normal") -> Engine:
         """The engine of a member, of the directory, or of theta; the one before it ends first."""
         if member is None and self._directory is not None:
             wanted = self._directory

@@ -292,8 +292,9 @@ def run_engine(connection: socket.socket, options: EngineOptions) -> None:
     try:
         engine = _start(options)
     except Exception as error:  # the boundary of the process: the caller reports it
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())[:300]
-        channel.send({"error": f"engine: {type(error).__name__}: {reason}", "user": True})
+        channel.send({"error": f"engine: {kind}{reason}", "user": True})
         raise
     channel.send({"result": None})
     with suppress(EOFError, OSError):

@@ -45,13 +45,21 @@ def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
     return {"enable_chunked_prefill": False, **least}
 
 
-def text_only(model: Path) -> dict[str, Any]:
-    """Engine arguments with which a model that also reads pictures or sound is only its text part.
+def model_arguments(model: Path) -> dict[str, Any]:
+    """Engine arguments that follow from a model's config.json.
 
-    The rest is neither loaded nor learnt, and needs no image processor.
+    Of a model that also reads pictures or sound only the text part is used: the rest is neither
+    loaded nor learnt, and needs no image processor. Recurrent layers (Qwen3.5) keep no shared
+    starts of prompts on the CPU: vLLM does so only where prompts are read in pieces.
     """
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return {"language_model_only": True} if {"vision_config", "audio_config"} & set(config) else {}
+    layers = (config.get("text_config") or config).get("layer_types") or ()
+    arguments = {}
+    if {"vision_config", "audio_config"} & set(config):
+        arguments["language_model_only"] = True
+    if on_cpu() and "linear_attention" in layers:
+        arguments["enable_prefix_caching"] = False
+    return arguments
 
 
 def import_model_class(model: Path) -> None:
@@ -112,6 +120,7 @@ class VllmEngine:
 
     def __init__(self, options: EngineOptions):
         self._llm = _start(options)
+        self._rpc("anchorage_check")
         self._options = options
         tokenizer = self._llm.get_tokenizer()
         self._limit_tokens = int(self._llm.model_config.max_model_len)
@@ -334,13 +343,12 @@ def _start(options: EngineOptions) -> Any:
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         **(whole_prompts(options.max_model_len) if cpu else {}),
-        **text_only(options.model),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
         gpu_memory_utilization=options.gpu_memory_utilization,
         kv_cache_memory_bytes=options.kv_cache_mib << 20 if cpu else None,
         enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
-        enable_prefix_caching=options.prefix_caching,
+        **({"enable_prefix_caching": options.prefix_caching} | model_arguments(options.model)),
         max_logprobs=options.max_logprobs,
         **generation_config(options.generation_config),
         seed=options.seed,

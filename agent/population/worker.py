@@ -167,6 +167,12 @@ class WeightsExtension:
     _anchorage_importance: Path | None = None
     _anchorage_served: str = "start"
 
+    def anchorage_check(self) -> None:
+        """Refuse an engine that answers with weights that no file holds; asked after its start."""
+        anchor = Anchor.open(Path(self.model_runner.model_config.model))
+        if anchor.tied:
+            refuse_head_of_its_own(self.model_runner.get_model())
+
     def anchorage_open(
         self,
         anchor_dir: str,
@@ -290,6 +296,22 @@ def heads(model: "torch.nn.Module") -> "list[Any]":
     """
     kept = [m for m in model.modules() if _method(m) == "UnquantizedEmbeddingMethod"]
     return [m for m in kept if "ParallelLMHead" in (c.__name__ for c in type(m).__mro__)] or kept
+
+
+def refuse_head_of_its_own(model: "torch.nn.Module") -> None:
+    """UserError for a head beside the embedding where the anchor's head is the embedding.
+
+    vLLM 0.32 does not tie the two in OLMoE and GPT-OSS: nothing is loaded into such a head, and it
+    answers from whatever its memory held; with NaN in it an engine may never end an answer.
+    """
+    kept: list[Any] = [m for m in model.modules() if _method(m) == "UnquantizedEmbeddingMethod"]
+    own = {id(m) for m in heads(model)}
+    embeddings = {m.weight.data_ptr() for m in kept if id(m) not in own}
+    if embeddings and any(m.weight.data_ptr() not in embeddings for m in kept if id(m) in own):
+        raise UserError(
+            f"{type(model).__name__}: tie_word_embeddings is true, and this version of vLLM gives "
+            "the model a head that is not the embedding; allowed: a model saved with its own head"
+        )
 
 
 def forget_packed_experts(model: "torch.nn.Module") -> None:

@@ -25,7 +25,7 @@ from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.population.decoding import generation_config
 from agent.population.placement import OFFLINE, available_cores, on_cpu, serving_cores
-from agent.population.vllm import EXTENSION, import_model_class, text_only, whole_prompts
+from agent.population.vllm import EXTENSION, import_model_class, model_arguments, whole_prompts
 from agent.store.weights import identity
 from deploy.serving.intact import intact, require_version
 from deploy.serving.served import BLUE, Served
@@ -151,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
     served = intact(home, given.slot)
     path = private_socket(home.engine_socket(given.slot))
-    text = [_flag(name, value) for name, value in text_only(Path(served.directory)).items()]
-    _run(home, [f"--model={served.directory}", f"--uds={path}", *text, *foreign], served)
+    own = [_flag(name, value) for name, value in model_arguments(Path(served.directory)).items()]
+    # The model's own last: of a flag that is given twice vLLM takes the last.
+    _run(home, [f"--model={served.directory}", f"--uds={path}", *foreign, *own], served)
 
 
 def _settings(home: Home) -> Settings:

@@ -106,9 +106,12 @@ def certify_command(
         raise UserError("certify: give a model, --all-tiny or --family")
     with reporter() as bars:
         if model is not None:
-            key, told = certify_model(model, bars)
-            lines = [f"{told.family}: {told.way}", *(check.text() for check in told.checks)]
-            show({key: told.to_json()}, as_json, *lines, *told.refused)
+            key, certificate = certify_model(model, bars)
+            lines = [
+                f"{certificate.family}: {certificate.way}",
+                *(check.text() for check in certificate.checks),
+            ]
+            show({key: certificate.to_json()}, as_json, *lines, *certificate.refused)
             return
         trials = {}
         for name, each in certify_tiny(family or [], bars):

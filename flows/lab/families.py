@@ -286,9 +286,9 @@ class Trial:
 
     def passed(self, what: str) -> bool:
         """Whether a check (member, theta, load, reload) equals a cold start."""
-        told = self.certificate
-        return told is not None and all(
-            check.passed(told.allowed) for check in told.checks if check.what == what
+        measured = self.certificate
+        return measured is not None and all(
+            check.passed(measured.allowed) for check in measured.checks if check.what == what
         )
 
 
@@ -343,10 +343,10 @@ def _tried(launcher: EngineLauncher, name: str, tied: bool, dtype: torch.dtype) 
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny(Path(scratch) / "model", name, tied=tied, dtype=dtype)
         try:
-            told = certify(start, model, Path(scratch) / "members")
+            certificate = certify(start, model, Path(scratch) / "members")
         except UserError as error:  # the engine does not start: that is the finding
             return Trial(tied, dtype_name(dtype), None, str(error))
-        return Trial(tied, dtype_name(dtype), told)
+        return Trial(tied, dtype_name(dtype), certificate)
 
 
 def certify_model(path: str, progress: Reporter) -> tuple[str, Certificate]:
@@ -369,7 +369,10 @@ def row(name: str, trials: Sequence[Trial]) -> str:
 
     ways = sorted({trial.certificate.way for trial in trials if trial.certificate})
     exact = sum(all(map(trial.passed, ("member", "theta", "load", "reload"))) for trial in trials)
-    errors = sorted({f"{trial.dtype}: {trial.error}" for trial in trials if trial.error})
+    errors = [
+        f"{', '.join(_kind(trial) for trial in trials if trial.error == error)}: {error}"
+        for error in sorted({trial.error for trial in trials} - {""})
+    ]
     cells = [
         name,
         "experts" if family.moe else "dense",
@@ -385,6 +388,10 @@ def row(name: str, trials: Sequence[Trial]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
+def _kind(trial: Trial) -> str:
+    return f"{'tied' if trial.tied else 'untied'} {trial.dtype}"
+
+
 def update_table(path: Path, trials: dict[str, list[Trial]]) -> None:
     """Write the rows of these families into the table of a document; other rows stay.
 
@@ -396,9 +403,9 @@ def update_table(path: Path, trials: dict[str, list[Trial]]) -> None:
     table, end, after = rest.partition(END_MARK)
     if not start or not end:
         raise UserError(f"{path}: {START_MARK} ... {END_MARK} is missing")
-    rows = {found[1]: found[0] for found in re.finditer(r"^\| (\w+) \|.*$", table, re.MULTILINE)}
+    rows = {line[1]: line[0] for line in re.finditer(r"^\| (\w+) \|.*$", table, re.MULTILINE)}
     rows |= {name: row(name, each) for name, each in trials.items()}
     known = [rows[name] for name in FAMILIES if name in rows]
-    told = f"vLLM {vllm_version()}, {datetime.now(UTC):%Y-%m-%d}, float32 and bfloat16."
-    lines = [told, "", HEAD, "|---" * HEAD.count(" |") + "|", *known]
+    measured = f"vLLM {vllm_version()}, {datetime.now(UTC):%Y-%m-%d}, float32 and bfloat16."
+    lines = [measured, "", HEAD, "|---" * HEAD.count(" |") + "|", *known]
     write_atomically(path, before + start + "\n" + "\n".join(lines) + "\n" + end + after)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent.errors import UserError
-from agent.population.placement import EngineOptions, environment
-from agent.population.vllm import text_only, torchvision_for_import
+from agent.population.placement import EngineOptions, environment, on_cpu
+from agent.population.vllm import model_arguments, torchvision_for_import
 
 
 def test_options_travel_as_json() -> None:
@@ -91,9 +91,19 @@ def test_the_callers_side_imports_neither_torch_nor_vllm() -> None:
 def test_a_model_that_also_sees_is_started_as_its_text_part(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"text_config": {}, "vision_config": {}}')
-    assert text_only(tmp_path) == {"language_model_only": True}
+    assert model_arguments(tmp_path) == {"language_model_only": True}
     config.write_text('{"model_type": "qwen3_5_text"}')
-    assert text_only(tmp_path) == {}
+    assert model_arguments(tmp_path) == {}
+
+
+@pytest.mark.skipif(not on_cpu(), reason="an accelerator reads prompts in pieces")
+@pytest.mark.parametrize("nested", [True, False])
+def test_recurrent_layers_keep_no_shared_starts_on_the_cpu(tmp_path: Path, nested: bool) -> None:
+    """Where an attention is recurrent vLLM refuses the two settings together."""
+    text = {"layer_types": ["linear_attention", "full_attention"]}
+    whole = {"text_config": text} if nested else text
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert model_arguments(tmp_path) == {"enable_prefix_caching": False}
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="a build of torchvision is there")

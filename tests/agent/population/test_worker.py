@@ -14,7 +14,11 @@ from agent.errors import UserError
 from agent.learner.es import Step, members, step
 from agent.learner.noise import Address, normal
 from agent.learner.penalty import Penalty
-from agent.population.worker import WeightsExtension, forget_packed_experts
+from agent.population.worker import (
+    WeightsExtension,
+    forget_packed_experts,
+    refuse_head_of_its_own,
+)
 from agent.store.weights import Anchor, Parameters
 
 SHAPES = {
@@ -237,3 +241,21 @@ def test_two_tensor_parallel_ranks_hold_the_bits_of_the_whole(
         delta = theta.delta[name].reshape(rows, columns)[at]
         rendered = anchor + (delta + np.float32(scale) * eps)
         assert torch.equal(torch.from_numpy(rendered).bfloat16(), whole[at])
+
+
+@pytest.mark.parametrize("kind", [ParallelLMHead, VocabParallelEmbedding])
+def test_a_tied_head_that_vllm_does_not_tie_is_refused(
+    kind: type[VocabParallelEmbedding],
+) -> None:
+    """Nothing is loaded into it; where there is no head beside the embedding, nothing is wrong."""
+    embedding, head = VocabParallelEmbedding({}), kind({})
+    embedding.weight = torch.nn.Parameter(torch.zeros(12, 8))
+    head.weight = embedding.weight
+    refuse_head_of_its_own(torch.nn.ModuleList([embedding, head]))
+    head.weight = torch.nn.Parameter(torch.zeros(12, 8))
+    both = torch.nn.ModuleList([embedding, head])
+    if kind is ParallelLMHead:
+        with pytest.raises(UserError, match="a head that is not the embedding; allowed: "):
+            refuse_head_of_its_own(both)
+    else:
+        refuse_head_of_its_own(both)

@@ -37,7 +37,9 @@ def test_a_row_counts_what_equals_a_cold_start() -> None:
     assert row("gemma2", [trial(), trial(stale, "fresh")]).split(" | ")[3:8] == [
         "1 of 2", "1 of 2", "2 of 2", "2 of 2", "fresh, short",
     ]  # fmt: skip
-    assert "0 of 1 | 0 of 1 | 0 of 1 | 0 of 1 | bfloat16: engine: a/b" in row("gemma2", [refused])
+    assert "0 of 1 | 0 of 1 | 0 of 1 | 0 of 1 | tied bfloat16: engine: a/b" in row(
+        "gemma2", [refused]
+    )
 
 
 def test_rows_of_other_families_stay(tmp_path: Path) -> None:
