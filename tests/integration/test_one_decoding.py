@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from agent.store.weights import Anchor
 from deploy.model import prepare
 from deploy.serving.control import EngineControl
 from deploy.serving.intact import TOLERANCE
-from deploy.serving.served import BLUE
+from deploy.serving.served import BLUE, Served, write_served
 from flows.learn.evaluate import engine_settings
 from flows.learn.improve import run_round
 from flows.learn.weigh import weigh
@@ -38,7 +38,8 @@ from flows.session import Session, engine_options
 from flows.show.report import RoundReport
 from flows.show.terminal import Silent
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+Scale = Callable[[int, int], int]
 
 PROMPTS = [[{"role": "user", "content": f"What is {n} plus {7 * n}?"}] for n in range(60)]
 TOKENS = 40
@@ -60,8 +61,20 @@ CONFIG = {
 }
 
 
-def model(directory: Path) -> Path:
-    """A random model that closes its thinking now and then, with every kind of decoding entry."""
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # kind -> entries, and what a request says to be answered without them
+    "repetition penalty": ({"repetition_penalty": 1.05}, {"repetition_penalty": 1.0}),
+    "top-k": ({"do_sample": True, "temperature": 0.7, "top_k": 3, "top_p": 0.8}, {}),
+    "forced bos": ({"forced_bos_token_id": 5}, {}),
+    "several eos": ({}, {"ignore_eos": True}),
+}
+
+
+def model(directory: Path, config: dict[str, Any] = CONFIG, ends: str = "xQ") -> Path:
+    """A random model that closes its thinking now and then, with these decoding entries.
+
+    ends: Letters that end an answer, beside the end of a turn.
+    """
     from tokenizers import AddedToken
 
     random_checkpoint(directory, family="qwen2", seed=3, spread=0.25)
@@ -72,8 +85,8 @@ def model(directory: Path) -> Path:
     (directory / "chat_template.jinja").unlink(missing_ok=True)
     vocabulary = tokenizer.get_vocab()
     resized(directory, len(tokenizer))
-    ends = [tokenizer.eos_token_id, vocabulary["x"], vocabulary["Q"]]
-    (directory / "generation_config.json").write_text(json.dumps(CONFIG | {"eos_token_id": ends}))
+    eos = [tokenizer.eos_token_id, *(vocabulary[letter] for letter in ends)]
+    (directory / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
     return directory
 
 
@@ -125,9 +138,11 @@ def judged(opened: Service, engine: EngineProcess) -> RoundReport:
 
 
 @contextmanager
-def serving(opened: Service) -> Iterator[EngineControl]:
-    """The serving engine as the stack starts it."""
+def serving(opened: Service, digest: str | None = None) -> Iterator[EngineControl]:
+    """The serving engine as the stack starts it, on the champion or on this version."""
     prepare(opened.home, opened.settings)
+    if digest is not None:
+        write_served(opened.home, Served(digest, str(opened.directory(digest))))
     path = opened.home.root / "engine.log"
     log = path.open("wb")
     argv = [sys.executable, "-m", "deploy.serving.process", str(opened.home.root), BLUE]
@@ -156,7 +171,7 @@ def asked(engine: EngineControl, **more: Any) -> list[str]:
     return answers
 
 
-def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
+def test_gate_and_endpoint_answer_alike(tmp_path: Path, scale: Scale) -> None:
     """Penalties, sampling entries, a forced bos, three eos ids; thinking off, then on."""
     model(tmp_path / "model")
     with pytest.raises(UserError, match=r"no chat template; set model\.chat_template"):
@@ -167,6 +182,7 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
     on = service(tmp_path, "on", **thinking)
     assert engine_settings(off)["decoding"] != engine_settings(on)["decoding"]
     answers: dict[str, list[str]] = {}
+    learnt: dict[str, list[str]] = {}  # the candidate's
     reports: dict[str, RoundReport] = {}
     probes: list[list[Logprobs]] = []
     launcher = EngineLauncher(tmp_path / "launcher.log")
@@ -177,6 +193,8 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
             if name == "off":
                 probes = engine.top_logprobs(PROMPTS[:4], 5, 3)
             reports[name] = judged(opened, engine)
+            engine.load(opened.directory(reports[name].digest))
+            learnt[name] = [each.text for each in engine.generate(PROMPTS, TOKENS)]
             engine.close()
     finally:
         launcher.close()
@@ -190,8 +208,36 @@ def test_gate_and_endpoint_answer_alike(tmp_path: Path) -> None:
         assert largest_difference(probes, told) <= TOLERANCE
     assert len(set(answers["off"])) > 30
     assert any(answers["on"]) != all(answers["on"])  # some thinking never ends, some does
-    for report in reports.values():
+    for name, report in reports.items():
         assert report.generations >= 2
         assert report.verdict != "unchanged"
         assert report.tasks["digits"]["anchor"] is not None
+        assert learnt[name] != answers[name]
     assert off.anchor.digest == Anchor.open(tmp_path / "model").digest
+    for name, opened in (("on", on), ("off", off))[: scale(0, 2)]:  # what was learnt, served
+        other = "off" if name == "on" else "on"
+        with serving(opened, reports[name].digest) as server:
+            assert asked(server) == learnt[name]
+            turned = asked(server, chat_template_kwargs={"enable_thinking": other == "on"})
+            assert turned != learnt[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kind_of_decoding_entry(kind: str, tmp_path: Path, scale: Scale) -> None:
+    """Equal answers to all 60; those that can be asked for otherwise are then other ones."""
+    if scale(0, 1) == 0:
+        pytest.skip("two engines a kind: in the soak; all kinds at once are tested above")
+    entries, without = KINDS[kind]
+    model(tmp_path / "model", entries, "xQ" if kind == "several eos" else "")
+    opened = service(tmp_path, chat_template="plain")
+    launcher = EngineLauncher(tmp_path / "launcher.log")
+    try:
+        engine = launcher.engine(engine_options(opened)[0])
+        answers = [each.text for each in engine.generate(PROMPTS, TOKENS)]
+        engine.close()
+    finally:
+        launcher.close()
+    with serving(opened) as server:
+        assert sum(map(str.__eq__, asked(server), answers)) == len(PROMPTS)
+        assert (asked(server, **without) != answers) == bool(without)
+    assert len(set(answers)) > 30

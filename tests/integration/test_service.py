@@ -1,5 +1,6 @@
 """The whole service on real parts: stack, OpenAI client, a round, review, swap, rollback, down."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import psutil
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
 from agent.home import Home
 from deploy.consoles import USER, credentials
@@ -161,6 +162,69 @@ def test_the_responses_api_gives_the_chats_answer(running: Running) -> None:
     assert response.output_text == last.response.output_text == plain
     assert response.metadata == {"model_version": running.status["champion"][:12]}
     assert response.usage == last.response.usage
+
+
+NOTE = {
+    "type": "function",
+    "name": "note",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {"kind": {"enum": ["short", "long"]}},
+        "required": ["kind"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_function_call_and_its_result_through_the_responses_api(
+    running: Running, stream: bool
+) -> None:
+    """The embedded model knows no tools: its answer is forced into the function's schema."""
+    options: Any = {"model": "anchorage", "temperature": 0, "tools": [NOTE]}
+    history: list[Any] = [{"role": "user", "content": "Write a note."}]
+    answer = running.client.responses.create(
+        input=history, tool_choice="required", stream=stream, **options
+    )
+    response: Any = list(answer)[-1].response if stream else answer
+    (call,) = [item for item in response.output if item.type == "function_call"]
+    assert (call.name, call.status) == ("note", "completed")
+    assert json.loads(call.arguments)["kind"] in ("short", "long")
+    history += [item.model_dump(exclude_none=True) for item in response.output]
+    history += [{"type": "function_call_output", "call_id": call.call_id, "output": "noted"}]
+    options |= {"tool_choice": "none", "max_output_tokens": 8}
+    answer = running.client.responses.create(input=history, stream=stream, **options)
+    response = list(answer)[-1].response if stream else answer
+    assert response.output_text
+    assert response.metadata == {"model_version": running.status["champion"][:12]}
+
+
+def test_the_agents_sdk_works_unchanged(running: Running) -> None:
+    """As the README has it: an agent whose function is called, and its last answer."""
+    agents = pytest.importorskip("agents")
+    kinds: list[str] = []
+
+    @agents.function_tool
+    def note(kind: Literal["short", "long"]) -> str:
+        kinds.append(kind)
+        return "noted"
+
+    async def exchange() -> str:
+        async with AsyncOpenAI(base_url=f"{running.endpoint}/v1", api_key="local") as client:
+            agent = agents.Agent(
+                "helper",
+                instructions="Be short.",
+                model=agents.OpenAIResponsesModel("anchorage", client),
+                model_settings=agents.ModelSettings(tool_choice="required"),
+                tools=[note],
+            )
+            untraced = agents.RunConfig(tracing_disabled=True)
+            result = await agents.Runner.run(agent, "Write a note.", run_config=untraced)
+            return str(result.final_output)
+
+    assert asyncio.run(exchange())
+    assert kinds in (["short"], ["long"])
 
 
 @pytest.mark.parametrize("stream", [True, False])
