@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -29,9 +30,9 @@ RUNNER = """
 import logging, sys, time
 from pathlib import Path
 from prefect.client.orchestration import get_client
-from agent.home import Home
 from flows.deployments import Runner
-from flows.learn.loop import RowTrigger
+from flows.learn.loop import RowTrigger, note_refusals
+from flows.service import Service
 logging.getLogger("anchorage").setLevel(logging.INFO)
 def command(home, name, run_id):
     return [sys.executable, "-c", CHILD, str(home), str(run_id)]
@@ -53,8 +54,9 @@ def count():
     path = Path(sys.argv[1]) / "new_rows"
     return int(path.read_text()) if path.exists() else 0
 with get_client(sync_client=True) as client:
-    rows = RowTrigger(50, count)
-    runner = Runner(Home(Path(sys.argv[1])), float(sys.argv[2]), client, command, rows)
+    service = Service.at(Path(sys.argv[1]))
+    rows, note = RowTrigger(50, count), note_refusals(service)
+    runner = Runner(service.home, float(sys.argv[2]), client, command, rows, note)
     try:
         for _ in runner.looks():
             time.sleep(1.0)
@@ -115,6 +117,16 @@ class Desk:
         except httpx.HTTPStatusError:
             return False
 
+    def is_as_registered(self, name: str) -> bool:
+        """Whether a deployment is what the runner makes; for a moment there may be none."""
+        try:
+            found = self.ask("GET", f"/deployments/{self.deployment(name)}")
+        except httpx.HTTPStatusError:
+            return False
+        wanted = (f"flows/deployments.py:{name}_flow", {"home": str(self.home.root)}, {})
+        made = (found["entrypoint"], found["parameters"], found["job_variables"])
+        return made == wanted and not found["pull_steps"]
+
     def runs(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.ask("POST", "/flow_runs/filter", {})
         return [run for run in found if run["state_type"] != "SCHEDULED"]
@@ -123,6 +135,13 @@ class Desk:
         path = self.home.root / "rounds.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return [tuple(json.loads(line)[:3]) for line in lines]
+
+    def newest_row(self) -> str:
+        """State and reason of the ledger's newest row, as `anchorage history` prints them."""
+        command = [sys.executable, "-m", "flows.cli", "history", "--json", "--home"]
+        told = subprocess.run([*command, str(self.home.root)], capture_output=True, text=True)
+        row = json.loads(told.stdout)[0]
+        return f"{row['state']} {row['why']}"
 
     def log(self) -> str:
         return self.home.log("flows").read_text()
@@ -182,6 +201,14 @@ def test_new_rows_start_one_round_beside_the_schedule(desk: Desk, scale: Scale) 
     assert len(asked()) == 1
 
 
+def look(url: str) -> str:
+    """The words of a page, by the tool that a reader can run."""
+    tool = Path(__file__).parents[1] / "tools" / "look.py"
+    told = subprocess.run([sys.executable, str(tool), url], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    return told.stdout.strip()
+
+
 SHELL = "prefect.deployments.steps.run_shell_script"
 
 
@@ -213,15 +240,24 @@ def test_a_run_that_was_changed_in_prefect_is_refused_and_nothing_runs(
             return {"name": "gone"}
 
     wait(lambda: state()["name"] == "Refused")
-    assert "registered" in state()["message"]
+    reason = str(state()["message"]).removeprefix("refused: ")
+    assert "registered" in reason
     assert f"run {made} of collect is refused" in desk.log()
-    wait(lambda: desk.log().count("collect") and desk.deployment("collect"))
-    again = desk.ask("GET", f"/deployments/{desk.deployment('collect')}")
-    assert not again["pull_steps"]
-    assert again["entrypoint"] == "flows/deployments.py:collect_flow"
-    assert again["parameters"] == {"home": str(desk.home.root)}
+    wait(lambda: desk.newest_row() == f"REFUSED a run of collect from Prefect: {reason}")
+    wait(lambda: desk.is_as_registered("collect"))
     assert not canary.exists()
     assert made not in {line[0] for line in desk.rounds()}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
+def test_the_owner_reads_prefects_pages_in_a_browser(desk: Desk) -> None:
+    """The page's scripts sign in with what the browser was told, and fill the page."""
+    user, password = desk.owner
+    address = desk.api.removeprefix("http://127.0.0.1").removesuffix("/api")
+    signed_in = look(f"http://{user}:{password}@localhost{address}/deployments")
+    assert "Deployments" in signed_in
+    assert all(name in signed_in for name in ("collect", "improve", "rollback"))
+    assert "Deployments" not in look(f"http://127.0.0.1{address}/deployments")
 
 
 def test_a_run_that_a_person_asks_for_gets_their_parameters(desk: Desk) -> None:
