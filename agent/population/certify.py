@@ -95,6 +95,11 @@ class ProbeReply:
         """The same with its prompts in the other order."""
         return ProbeReply(self.texts[::-1], self.logprobs[::-1])
 
+    def is_finite(self) -> bool:
+        """Whether every log p is a finite number."""
+        places = (place for row in self.logprobs for place in row)
+        return all(math.isfinite(value) for place in places for value in place.values())
+
     def difference(self, other: "ProbeReply") -> float:
         """max |log p - log q| in nats; infinite where the likeliest tokens differ."""
         return largest_difference(other.logprobs, self.logprobs)
@@ -205,12 +210,15 @@ def certify(
 def _cold(engine: Engine, directory: Path, prompts: Sequence[Messages]) -> ProbeReply:
     """The reply of an engine that was given nothing; one that cannot answer refuses the model."""
     try:
-        return ProbeReply.of(engine, prompts=prompts)
+        reply = ProbeReply.of(engine, prompts=prompts)
     except UserError:
         raise
     except Exception as error:  # the boundary of an engine
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{family_of(directory)}: an engine does not answer: {why}") from error
+    if not reply.is_finite():  # nothing can be compared with it, in whatever way it was put
+        raise UserError(f"{family_of(directory)}: a cold engine's log p are not all finite numbers")
+    return reply
 
 
 def _checks(

@@ -115,6 +115,17 @@ def sound(name: str, tensor: torch.Tensor, first: Tensors) -> None:
     """Every tensor is what was put there."""
 
 
+def test_a_model_whose_cold_engine_answers_no_numbers_is_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    class Blind(ReferenceEngine):
+        def _logprobs(self, ids):
+            return super()._logprobs(ids) * float("nan")
+
+    with pytest.raises(UserError, match="LlamaForCausalLM: a cold engine's log p are not all"):
+        certify(lambda directory, way: Blind(directory), models["llama"], tmp_path, PROBES)
+
+
 def test_a_sound_engine_passes_by_the_first_way(models: dict[str, Path], tmp_path: Path) -> None:
     told = certify(lambda d, way: Broken(d, way, sound), models["llama"], tmp_path, PROBES)
     assert (told.way, told.family, told.refused) == ("short", "LlamaForCausalLM", ())
