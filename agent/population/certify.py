@@ -238,15 +238,17 @@ def _checks(
         ("load", lambda: engine.load(other[0]), None, other[1]),
         ("reload", lambda: engine.load(anchor[0]), None, anchor[1]),
     ]
-    for what, put, who, cold in steps:
+    for at, (what, put, who, cold) in enumerate(steps):
         try:
             put()
             reply = ProbeReply.of(engine, who, prompts)
         except UserError:
             raise
         except Exception as error:  # the boundary of an engine: recorded against the way
-            why = " ".join(str(error).split())[:200]
-            yield WayCheck(what, math.inf, 0, len(prompts), why)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            # Nothing more is asked of it: after an error within vLLM an answer may never end.
+            yield from (WayCheck(left[0], math.inf, 0, len(prompts), why) for left in steps[at:])
+            return
         else:
             yield WayCheck(what, reply.difference(cold), reply.equal(cold), len(prompts))
 

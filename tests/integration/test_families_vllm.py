@@ -37,6 +37,7 @@ REFUSED = {  # vLLM's build for the CPU has no kernel; vLLM does not tie what is
     **{(n, t, "float32"): "requires BF16" for n in ("qwen3_5_text", "qwen3_5") for t in TIES},
     **{(n, True, each): HEAD for n in ("olmoe", "gpt_oss") for each in ("float32", "bfloat16")},
 }
+SLOW = {"gpt_oss"}  # vLLM's reload does not pack its experts: an engine for every member
 FEW = ["gpt2", "qwen3_moe"]  # other names, experts; Gemma 2 has a test of its own
 
 
@@ -48,7 +49,9 @@ def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
                 assert REFUSED[name, trial.tied, trial.dtype] in trial.error
                 continue
             assert trial.certificate is not None, (name, trial.error)
-            assert trial.certificate.way != "fresh", (name, trial)
+            assert (trial.certificate.way == "fresh") == (name in SLOW), (name, trial)
+            if name in SLOW:
+                continue
             assert {check.difference for check in trial.certificate.checks} == {0.0}, (name, trial)
 
 

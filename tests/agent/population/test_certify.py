@@ -115,6 +115,27 @@ def sound(name: str, tensor: torch.Tensor, first: Tensors) -> None:
     """Every tensor is what was put there."""
 
 
+def test_an_engine_that_breaks_is_asked_nothing_more(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each check that is left fails: vLLM's engine may never answer after an error of its own."""
+    asked: list[str] = []
+
+    class Breaking(Broken):
+        def generate(self, prompts, max_tokens, member=None, noise="normal"):
+            asked.append("member" if member else "base")
+            if member:
+                raise AssertionError
+            return super().generate(prompts, max_tokens, member, noise)
+
+    certificate = certify(
+        lambda directory, way: Breaking(directory, way, sound), models["llama"], tmp_path, PROBES
+    )
+    assert certificate.way == "fresh"
+    assert [check.error for check in certificate.checks] == ["AssertionError:"] * 4
+    assert asked == ["base", "base", "base", "member", "base", "base", "member"]
+
+
 def test_a_model_whose_cold_engine_answers_no_numbers_is_refused(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -145,7 +166,7 @@ def test_an_engine_that_breaks_fails_and_one_that_refuses_ends_it(
 
     told = certify(lambda d, way: Broken(d, way, breaks), models["llama"], tmp_path / "one", PROBES)
     assert told.way == "fresh"
-    assert told.refused[0] == "short way, member: the kernel is gone"
+    assert told.refused[0] == "short way, member: RuntimeError: the kernel is gone"
     with pytest.raises(UserError, match="x is unknown"):
         certify(lambda d, way: Broken(d, way, refuses), models["llama"], tmp_path / "two", PROBES)
 
