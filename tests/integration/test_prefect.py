@@ -18,9 +18,12 @@ import pytest
 
 from agent.config import load
 from agent.home import Home
+from agent.store.ledger import Entry
 from deploy.consoles import USER, credentials
 from deploy.stack import choose_ports, client_environment
 from deploy.supervise import Probe, answers
+from flows.show.prefect import ShownProgress, event_of, reported
+from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.integration
 Scale = Callable[[int, int], int]
@@ -269,3 +272,53 @@ def test_a_run_that_a_person_asks_for_gets_their_parameters(desk: Desk) -> None:
     lines = (desk.home.root / "rounds.jsonl").read_text().splitlines()
     assert parameters in [given for run, _, _, given in map(json.loads, lines) if run == made]
     assert UUID(made)
+
+
+@pytest.fixture
+def signed_in(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, desk.environment[name])
+    return desk
+
+
+def test_a_run_has_its_name_its_lines_and_the_state_of_its_verdict(signed_in: Desk) -> None:
+    flow = signed_in.ask("POST", "/flows/", {"name": "a test"})["id"]
+    made = signed_in.ask("POST", "/flow_runs/", {"flow_id": flow})["id"]
+    report = {"round": "0003-gsm8k", "digest": "d" * 64, "verdict": "hold", "reasons": ["unsure"]}
+    with reported(UUID(made), "loop", {"target": "gsm8k"}) as finish:
+        ShownProgress(Silent()).say("a line for the page")
+        finish({"report": report, "outcome": {"state": "hold"}})
+    run = signed_in.ask("GET", f"/flow_runs/{made}")
+    assert run["name"] == "loop 0003-gsm8k dddddddddddd"
+    assert (run["state_type"], run["state_name"]) == ("CANCELLED", "Held")
+    assert run["state"]["message"] == "unsure"
+    of_run = {"flow_run_id": {"any_": [made]}}
+    wait(lambda: signed_in.ask("POST", "/logs/filter", {"logs": of_run}))
+    lines = [line["message"] for line in signed_in.ask("POST", "/logs/filter", {"logs": of_run})]
+    assert "a line for the page" in lines
+
+
+def test_a_decision_sets_off_the_automation_of_the_documentation(
+    signed_in: Desk, tmp_path: Path
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/review.md").read_text(encoding="utf-8")
+    script = tmp_path / "automation.py"
+    script.write_text(text.split("```python\n")[1].split("```")[0])
+    subprocess.run([sys.executable, str(script)], env=signed_in.environment, check=True)
+    (automation,) = signed_in.ask("POST", "/automations/filter", {})
+    assert automation["name"] == "review wanted"
+    row = Entry(
+        7, time.time(), 3, "ann", "d" * 64, "AWAIT_REVIEW", "why", {}, None, "d" * 64, "hash"
+    )
+    event = event_of(row)
+    for _ in range(2):  # sent twice, as after a crash
+        signed_in.ask("POST", "/events", [event])
+    kinds = ["anchorage.review.wanted", "prefect.automation.triggered"]
+
+    def seen() -> Counter[str]:
+        body = {"filter": {"event": {"name": kinds}}}
+        found = signed_in.ask("POST", "/events/filter", body)["events"]
+        return Counter(each["event"] for each in found)
+
+    wait(lambda: len(seen()) == 2)
+    assert seen()["anchorage.review.wanted"] == 1
