@@ -269,6 +269,12 @@ def points(result: Mapping[str, Any]) -> float:
     return float(100 * (after - before))
 
 
+def _points_alike(result: Mapping[str, Any]) -> float | None:
+    """The same among rows whose answers kept their format and length; None without such a row."""
+    pair = result["tasks"][result["trial"]["target"]]["alike_accuracy"]
+    return None if pair is None else float(100 * (pair[1] - pair[0]))
+
+
 def _compared(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each target and system: medians over seeds, and the ratio to the published one."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -288,6 +294,7 @@ def _compared(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "system": system,
                 "seeds": len(own),
                 "points": [points(each) for each in own],
+                "points_alike": [_points_alike(each) for each in own],
                 "largest_p": max(each["tasks"][target]["p"] for each in own),
                 "points_per_million_tokens": median(map(_efficiency, own)),
                 "ratio_to_published": median(ratios) if ratios else None,
@@ -314,7 +321,15 @@ def learning_table(document: Mapping[str, Any]) -> Table:
     drawn = Table(title="points gained on held-out rows, seed by seed", title_justify="left")
     drawn.add_column("target")
     drawn.add_column("system")
-    columns = ("points by seed", "largest p", "tokens", "points / million", "/ published", "priors")
+    columns = (
+        "points by seed",
+        "of unchanged form",
+        "largest p",
+        "tokens",
+        "points / million",
+        "/ published",
+        "priors",
+    )
     for column in columns:
         drawn.add_column(column, justify="right")
     for row in document["systems"]:
@@ -323,6 +338,7 @@ def learning_table(document: Mapping[str, Any]) -> Table:
             row["target"],
             row["system"],
             " ".join(f"{each:+.1f}" for each in row["points"]),
+            " ".join("-" if each is None else f"{each:+.1f}" for each in row["points_alike"]),
             f"{row['largest_p']:.2g}",
             f"{row['tokens']:,.0f}",
             f"{row['points_per_million_tokens']:.0f}",

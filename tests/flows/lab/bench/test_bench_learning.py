@@ -88,7 +88,7 @@ def test_a_trial_leaves_a_file_and_is_not_run_again(
 
 
 def result(system: str, seed: int, after: float, tokens: int) -> dict[str, Any]:
-    task = {"accuracy": (0.2, after), "p": 0.001}
+    task = {"accuracy": (0.2, after), "alike_accuracy": (0.3, 0.31), "p": 0.001}
     prior = {"accuracy": (0.5, 0.49), "p": 0.5}
     trial = {"model": "m", "target": "t", "system": system, "seed": seed}
     return {"trial": trial, "tokens": tokens, "tasks": {"t": task, "u": prior}}
@@ -103,6 +103,7 @@ def test_the_report_pairs_seeds_and_needs_no_model(tmp_path: Path) -> None:
     ours = document["systems"][0]
     assert ours["system"] == "ours"
     assert ours["points"] == pytest.approx([10.0, 20.0])
+    assert ours["points_alike"] == pytest.approx([1.0, 1.0])
     assert ours["points_per_million_tokens"] == pytest.approx(15_000)
     assert ours["ratio_to_published"] == pytest.approx(15.0)  # 10 and 20 times: the median
     assert ours["priors"] == pytest.approx(-1.0)
