@@ -177,7 +177,7 @@ def server_answers(wait_s: float = 0.0) -> bool:
 
 
 def ask(method: str, path: str, body: object = None) -> Any:
-    """One request to the server that the environment names; {} where the reply is empty.
+    """One request to the server that the environment names; {} for an empty reply or null.
 
     Raises:
         httpx.HTTPError: The server is away or refuses it.
@@ -191,7 +191,8 @@ def ask(method: str, path: str, body: object = None) -> Any:
                 break
             time.sleep(BUSY_S)  # what Prefect answers while its SQLite is locked
     reply.raise_for_status()
-    return reply.json() if reply.content else {}
+    document = reply.json() if reply.content else None
+    return {} if document is None else document  # /logs/ answers null
 
 
 def told(method: str, path: str, body: object) -> Any:

@@ -22,7 +22,7 @@ from agent.store.ledger import Entry
 from deploy.consoles import USER, credentials
 from deploy.stack import choose_ports, client_environment
 from deploy.supervise import Probe, answers
-from flows.show.prefect import ShownProgress, event_of, reported
+from flows.show.prefect import CURRENT, ShownProgress, event_of, reported
 from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.integration
@@ -281,12 +281,17 @@ def signed_in(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return desk
 
 
-def test_a_run_has_its_name_its_lines_and_the_state_of_its_verdict(signed_in: Desk) -> None:
+def test_what_a_run_shows_is_on_its_page(signed_in: Desk) -> None:
     flow = signed_in.ask("POST", "/flows/", {"name": "a test"})["id"]
     made = signed_in.ask("POST", "/flow_runs/", {"flow_id": flow})["id"]
     report = {"round": "0003-gsm8k", "digest": "d" * 64, "verdict": "hold", "reasons": ["unsure"]}
     with reported(UUID(made), "loop", {"target": "gsm8k"}) as finish:
-        ShownProgress(Silent()).say("a line for the page")
+        progress = ShownProgress(Silent())
+        progress.say("a line for the page")
+        progress.track("evaluate dddddddddddd", 2)(2)
+        shown = CURRENT.get()
+        assert shown is not None
+        shown.artifact("Round 0003-arc_challenge", "# a page", "round 3")
         finish({"report": report, "outcome": {"state": "hold"}})
     run = signed_in.ask("GET", f"/flow_runs/{made}")
     assert run["name"] == "loop 0003-gsm8k dddddddddddd"
@@ -296,6 +301,11 @@ def test_a_run_has_its_name_its_lines_and_the_state_of_its_verdict(signed_in: De
     wait(lambda: signed_in.ask("POST", "/logs/filter", {"logs": of_run}))
     lines = [line["message"] for line in signed_in.ask("POST", "/logs/filter", {"logs": of_run})]
     assert "a line for the page" in lines
+    own = {"flow_runs": {"id": {"any_": [made]}}}
+    (task,) = signed_in.ask("POST", "/task_runs/filter", own)
+    assert (task["name"], task["state_name"]) == ("evaluate dddddddddddd", "Completed")
+    (page,) = signed_in.ask("POST", "/artifacts/filter", own)
+    assert (page["key"], page["data"]) == ("round-0003-arc-challenge", "# a page")
 
 
 def test_a_decision_sets_off_the_automation_of_the_documentation(

@@ -162,6 +162,8 @@ def test_a_reviewer_finds_all_of_it_in_the_ui(studied: Studied, tmp_path: Path) 
         assert f"Version {version.number}" in page
         assert "What to do" in page
         assert "Fixed: " in page
+        answers = look(f"{url}/#/experiments/1/evaluation-runs")
+        assert f"{row['round']} candidate" in answers
         assert f"Round {row['round']}: promote Did it learn? Yes. {row['target']}" in page
         plots = f"runs/{version.run_id}/artifacts/plots/accuracy.png"
         picture = tmp_path / "run.png"
