@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from agent.store.migrations import ONE_AT_A_TIME
+
 Alias = Literal["champion", "challenger", "previous", "anchor"]
 
 DIGEST = "anchorage.digest"
@@ -107,8 +109,9 @@ class Registry:
         self.name, self.uri = name, uri
         mlflow.set_tracking_uri(uri)  # a process has one registry: logging a model reads globals
         mlflow.set_registry_uri(uri)
-        self._client = mlflow.MlflowClient()
-        self._experiment = self._ensure_experiment(artifacts)
+        with ONE_AT_A_TIME:  # the first look at a SQLite store migrates it, by Alembic
+            self._client = mlflow.MlflowClient()
+            self._experiment = self._ensure_experiment(artifacts)
         self._ensure_model()
 
     # -- rounds -----------------------------------------------------------------------------

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 History = Literal["state", "experience"]
-_ONE_AT_A_TIME = threading.Lock()
+# Alembic keeps a running upgrade in globals of the process, MLflow's own upgrades included: two
+# databases that are opened by two threads would share it, and one of them fails.
+ONE_AT_A_TIME = threading.Lock()
 
 
 @cache
@@ -39,7 +41,5 @@ def upgrade(connection: "Connection", history: History, to: str = "head") -> Non
     config.set_main_option("script_location", "agent.store:migrations")
     config.set_main_option("version_locations", f"agent.store:migrations/{history}")
     config.attributes["connection"] = connection
-    # Alembic keeps the running upgrade in a global of the process: two databases that are opened
-    # by two threads would share it.
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         command.upgrade(config, to)
