@@ -16,6 +16,7 @@ from typing import Any
 
 from agent.config import Settings
 from agent.errors import UserError
+from agent.home import read_sealed
 from agent.population.schedule import Logprobs, Messages
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")  # change greedy answers
@@ -30,10 +31,10 @@ def decoding(settings: Settings, directory: Path) -> dict[str, Any]:
     first; the longest answer is the task's.
 
     Raises:
-        UserError: The model has no chat template and none is set.
+        UserError: The model has no chat template and none is set, or a file of it is damaged.
     """
     path = directory / "generation_config.json"
-    model = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    model = read_sealed(path) if path.is_file() else {}
     used = settings.tasks.generation_config == "model"
     return {
         "temperature": 0.0,
@@ -55,7 +56,7 @@ def _template(settings: Settings, directory: Path) -> bytes:
         return settings.model.template.encode()
     found = [path.read_bytes() for path in sorted(directory.glob("chat_template.*"))]
     path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_sealed(path) if path.is_file() else {}
     if inside := config.get("chat_template"):
         found.append(json.dumps(inside).encode())
     if not found:

@@ -149,7 +149,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
+    fresh = "numba" not in sys.modules
     served = intact(home, given.slot)
+    if fresh and "numba" in sys.modules:
+        # Weights were rebuilt, with Numba, whose modules vLLM's CPU build fails on when it looks
+        # for its kernels in everything imported. The same process begins again; all is whole now.
+        words = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", "deploy.serving.process", *words])  # noqa: S606
     path = private_socket(home.engine_socket(given.slot))
     own = [_flag(name, value) for name, value in model_arguments(Path(served.directory)).items()]
     # The model's own last: of a flag that is given twice vLLM takes the last.

@@ -202,6 +202,8 @@ def test_a_flipped_bit_is_never_answered_from_and_is_mended(stack: Stack) -> Non
     print(f"right answers again {time.monotonic() - began:.1f} s after the kill")  # noqa: T201
     assert seen | {stack.ask()} == {right}
     require(stack.home.weights / stack.champion, stack.champion)
+    starts = stack.home.log("supervisord").read_text().count("spawned: 'engine'")
+    assert starts == 2  # the one that rebuilt them answers
     assert "rebuilt from the anchor and the journal" in stack.home.log("engine").read_text()
 
 

@@ -68,6 +68,15 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, template: ob
     assert decoding(load(), model)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_the_model_is_one_line(tmp_path: Path, name: str) -> None:
+    """Such as `status` leaves to `doctor`."""
+    model = directory(tmp_path)
+    (model / name).write_text('{"a"; 1}')
+    with pytest.raises(UserError, match=f"{name}: is damaged"):
+        decoding(load(), model)
+
+
 def test_a_service_keeps_the_template_it_was_started_with(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages }}")
