@@ -173,7 +173,7 @@ class HomeChecks:
         yield Check(
             "documents",
             lambda: checks.documents(home),
-            "delete the file; it is written anew",
+            "delete the file; it is written anew (stack.json: anchorage down, then up)",
             files=checks.all_documents(home),
         )
         for name, sound in (

@@ -81,6 +81,9 @@ class Stack:
         assert told.stdout, told.stderr[-2000:]
         return json.loads(told.stdout)
 
+    def up(self) -> None:
+        self.endpoint = str(self.run("up")["endpoint"])
+
     def pid(self, name: str) -> int:
         services = self.run("status")["services"]
         return int(next(each["pid"] for each in services if each["name"] == name))
@@ -93,9 +96,8 @@ class Stack:
             "max_tokens": 12,
             "temperature": 0,
         }
-        endpoint = json.loads(self.home.stack_json.read_text())["endpoint"]
         try:
-            reply = httpx.post(f"{endpoint}/v1/chat/completions", json=body, timeout=30)
+            reply = httpx.post(f"{self.endpoint}/v1/chat/completions", json=body, timeout=30)
         except httpx.HTTPError:
             return None
         if reply.status_code != 200:
@@ -117,13 +119,13 @@ class Stack:
         Returns:
             seconds until then; who mended the file; what `doctor` found, "" where it saw nothing.
         """
-        right, whole = self.ask(), path.read_bytes()
+        right, whole, engine = self.ask(), path.read_bytes(), self.pid("engine")
         assert right is not None
         place = len(whole) * 3 // 5
         overwrite(path, place, whole[place] ^ 1)
         began = time.monotonic()
-        pids = {self.engine().pid}
-        os.kill(self.pid("engine"), signal.SIGKILL)
+        pids: set[int | None] = {engine}
+        os.kill(engine, signal.SIGKILL)
         while self.ask() is not None:  # the connection may outlive the signal by a moment
             time.sleep(0.05)
 
@@ -183,7 +185,7 @@ def overwrite(path: Path, place: int, byte: int) -> None:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     made = Stack(tmp_path_factory.mktemp("damage") / "h")
-    made.run("up")
+    made.up()
     yield made
     made.run("down")
 
