@@ -108,3 +108,16 @@ def test_the_report_pairs_seeds_and_needs_no_model(tmp_path: Path) -> None:
     assert ours["ratio_to_published"] == pytest.approx(15.0)  # 10 and 20 times: the median
     assert ours["priors"] == pytest.approx(-1.0)
     assert learning_table(document).row_count == 2
+
+
+def test_the_committed_results_are_those_of_the_documents() -> None:
+    root = Path(__file__).parents[4]
+    page = (root / "docs" / "learning.md").read_text()
+    results = report(root / "docs" / "results", "smollm2")["trials"]
+    assert results
+    for each in results:
+        target = each["trial"]["target"]
+        before, after = (f"{100 * share:.1f}" for share in each["tasks"][target]["accuracy"])
+        row = f"| {target} | {each['trial']['seed']} | {each['tasks'][target]['n']} | {before} | "
+        assert f"{row}{after} |" in page
+        assert f"{each['tokens']:,}" in page
