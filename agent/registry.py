@@ -8,7 +8,7 @@ runs are searched by tag before they are made, so that every call can be repeate
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +109,8 @@ class Registry:
         self.name, self.uri = name, uri
         mlflow.set_tracking_uri(uri)  # a process has one registry: logging a model reads globals
         mlflow.set_registry_uri(uri)
-        with ONE_AT_A_TIME:  # the first look at a SQLite store migrates it, by Alembic
+        # The first look at a SQLite store migrates it, by Alembic; a server may never answer.
+        with ONE_AT_A_TIME if uri.startswith("sqlite") else nullcontext():
             self._client = mlflow.MlflowClient()
             self._experiment = self._ensure_experiment(artifacts)
         self._ensure_model()
