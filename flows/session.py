@@ -14,8 +14,9 @@ from typing import Any
 
 from agent.errors import UserError
 from agent.home import read_sealed, remove_tree, write_sealed
-from agent.population.certify import Certificate, FreshEngine, certify, key_of
+from agent.population.certify import Certificate, certify, key_of
 from agent.population.decoding import decoding
+from agent.population.fresh import FreshEngine
 from agent.population.placement import (
     ALONE,
     EngineOptions,

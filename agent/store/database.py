@@ -167,17 +167,17 @@ def _migrate(path: Path) -> None:
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces; a number that is not finite is undefined: null."""
-    return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
-    """The same value with NaN and infinities as None, tuples as lists."""
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities, which JSON has not, as None; tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

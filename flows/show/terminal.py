@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from agent.store.database import finite
+
 DIGEST = 12  # characters of a digest, which every command takes for the whole
 SHOWN = 6  # finished bars that stay
 LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
@@ -163,9 +165,9 @@ def reporter() -> Iterator[Reporter]:
 
 
 def show(document: Any, as_json: bool, *tables: Any) -> None:
-    """The document as JSON, or the tables drawn for people."""
+    """The document as JSON, a number that is not finite as null, or the tables drawn for people."""
     if as_json:
-        print(json.dumps(document, indent=1, default=str, allow_nan=False))  # noqa: T201
+        print(json.dumps(finite(document), indent=1, default=str, allow_nan=False))  # noqa: T201
     else:
         for each in tables:  # a text is not wrapped: its paths and commands are copied
             console().print(each, soft_wrap=isinstance(each, str), highlight=False)

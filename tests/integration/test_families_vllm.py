@@ -14,7 +14,8 @@ import torch
 
 from agent.home import Home
 from agent.learner.noise import Address
-from agent.population.certify import ANSWER, PROMPTS, FreshEngine, ProbeReply
+from agent.population.certify import ANSWER, PROMPTS, ProbeReply
+from agent.population.fresh import FreshEngine
 from agent.population.process import EngineLauncher
 from agent.population.vllm import EngineOptions
 from deploy.model import EMBEDDED_CERTIFICATES

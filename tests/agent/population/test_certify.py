@@ -1,5 +1,7 @@
 """Certification on plain transformers: engines with planted faults are caught, sound ones pass."""
 
+import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +19,13 @@ from agent.population.certify import (
     MEMBER,
     PROMPTS,
     Certificate,
-    FreshEngine,
     ProbeReply,
+    WayCheck,
     certify,
     key_of,
     typical,
 )
+from agent.population.fresh import FreshEngine
 from agent.store.weights import Anchor, Parameters
 from flows.lab.families import make_tiny
 
@@ -153,6 +156,15 @@ def test_a_sound_engine_passes_by_the_first_way(models: dict[str, Path], tmp_pat
     assert {check.what for check in told.checks} == {"member", "theta", "load", "reload"}
     assert all(check.passed(told.allowed) for check in told.checks)
     assert Certificate.from_json(told.to_json()) == told
+
+
+def test_an_infinite_difference_is_null_in_json() -> None:
+    """JSON has no infinity, and other programs read certificates and `certify --json`."""
+    checks = (WayCheck("member", math.inf, 0, 12, "broken"), WayCheck("theta", 0.0, 12, 12))
+    certificate = Certificate("X", "fresh", 0.0, checks)
+    text = json.dumps(certificate.to_json(), allow_nan=False)
+    assert json.loads(text)["checks"][0]["difference"] is None
+    assert Certificate.from_json(json.loads(text)) == certificate
 
 
 def test_an_engine_that_breaks_fails_and_one_that_refuses_ends_it(

@@ -1,5 +1,8 @@
 """The table of families: rows from trials, kept where a family was not tried again."""
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from flows.lab.families import (
     row,
     update_table,
 )
-from flows.show.terminal import Silent
+from flows.show.terminal import Silent, show
 
 WHATS = ("member", "theta", "load", "reload")
 SOUND = tuple(WayCheck(what, 0.0, 12, 12) for what in WHATS)
@@ -63,6 +66,13 @@ def test_what_is_not_listed_is_one_line(tmp_path: Path) -> None:
         list(certify_tiny(["lama"], Silent()))
     with pytest.raises(UserError, match="'gemma2': tied False, allowed: True"):
         make_tiny(tmp_path, "gemma2", tied=False)
+
+
+def test_trials_of_an_engine_that_broke_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = trial((WayCheck("member", math.inf, 0, 12, "broken"), *SOUND[1:]), "fresh")
+    show({"gpt_oss": [asdict(broken)]}, True)
+    document = json.loads(capsys.readouterr().out)
+    assert document["gpt_oss"][0]["certificate"]["checks"][0]["difference"] is None
 
 
 @pytest.mark.proof
