@@ -9,7 +9,6 @@ run again, and one that was killed goes on where it was, so the whole grows over
     efficiency = points gained on the target / million generated tokens of the round
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,14 +21,15 @@ from rich.table import Table
 
 from agent.config import keep, load
 from agent.errors import UserError
-from agent.home import Home, locked, write_atomically
+from agent.home import Home
 from agent.sections import LearnerSettings
 from evaluators import examples
 from evaluators.runner import read_samples
 from evaluators.stats import mcnemar_exact
 from evaluators.summary import gain
+from flows.lab.trials import PairedRun, Result, paired, results, run_missing
 from flows.learn.evaluate import first_stage, table
-from flows.learn.improve import run_round
+from flows.learn.improve import run_round, unweighed
 from flows.round_files import RoundFiles
 from flows.session import Session, session
 from flows.show.terminal import Reporter
@@ -46,6 +46,7 @@ PUBLISHED = {  # arXiv 2605.30148, its settings at 3B, in our exact arithmetic
     "mirrored": False,
 }
 _EXAMPLES = Path(examples.__file__).parent / "extraction.py"
+KEYS = ("trial", "tokens", "tasks")  # of a result
 EXTRACTION = {"orders": f"{_EXAMPLES}:ORDERS", "dates": f"{_EXAMPLES}:DATES"}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -61,21 +62,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PairedRun:
-    """One round of one system."""
-
-    model: str
-    target: str
-    system: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The stem of its file."""
-        return f"{Path(self.model).name}-{self.target}-{self.system}-{self.seed}"
-
-
-@dataclass(frozen=True, slots=True)
 class LearningBench:
     """What is compared: every system on every target with every seed, ``answers`` a trial."""
 
@@ -88,12 +74,7 @@ class LearningBench:
 
     def trials(self) -> list[PairedRun]:
         """Seed by seed, so that pairs are complete early."""
-        return [
-            PairedRun(self.model, target, system, seed)
-            for seed in range(1, self.seeds + 1)
-            for target in self.targets
-            for system in self.systems
-        ]
+        return paired(self.model, self.targets, self.systems, self.seeds)
 
 
 Opened = Callable[[Path, Reporter], AbstractContextManager[Session]]
@@ -118,47 +99,24 @@ def bench_learning(
         opened: Makes the session of a trial's home.
 
     Raises:
-        UserError: An unknown system or target, or a file that is no result.
+        UserError: An unknown system or target.
     """
     for name in bench.systems:
         if name not in SYSTEMS:
             raise UserError(f"system {name!r} is not known; allowed: {', '.join(SYSTEMS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    trials = bench.trials()
-    advance = progress.track("trials", len(trials))
-    for done, trial in enumerate(trials, start=1):
-        path = out / f"{trial.name}.json"
-        if not path.is_file():
-            place = work / trial.name
-            place.mkdir(parents=True, exist_ok=True)
-            taken = f"{path}: another process is at this trial"
-            with locked(place / "trial.lock", taken=taken, wait_s=0):
-                result = _run(bench, trial, config, work, progress, opened)
-            write_atomically(path, json.dumps(result, indent=1) + "\n")
-        advance(done)
+
+    def run(trial: PairedRun, _place: Path) -> Result:
+        return _run(bench, trial, config, work, progress, opened)
+
+    for busy in run_missing(bench.trials(), out, work, KEYS, progress, run):
+        progress.say(f"trial {busy.name}: another process is at it")
     return report(out, bench.model)
 
 
 def report(out: Path, model: str) -> dict[str, Any]:
     """The comparison of every result file of a model: {"trials": [...], "systems": [...]}."""
-    name = Path(model).name
-    results = [read(path) for path in sorted(out.glob(f"{name}-*.json"))]
-    return {"trials": results, "systems": _compared(results)}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """One result.
-
-    Raises:
-        UserError: A damaged file; deleted, its trial runs again.
-    """
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if result.keys() < {"trial", "tokens", "tasks"}:
-            raise ValueError("keys")
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: is no result of a trial; delete it to run it again") from None
-    return result
+    trials = results(out, model, KEYS)
+    return {"trials": trials, "systems": _compared(trials)}
 
 
 def _run(
@@ -179,7 +137,10 @@ def _run(
         service = trying.service
         learner = changes(service.settings.learner, trial, bench.answers)
         progress.say(f"trial {trial.name}: {learner['generations']} generations")
-        made = run_round(service, trying.population, trial.target, progress, learner)
+        # A trial that was killed after its round, or whose file was damaged, has the round already.
+        made = unweighed(service, trial.target, learner) or run_round(
+            service, trying.population, trial.target, progress, learner
+        )
         return _measured(trying, trial, made.run_id, made.digest)
 
 

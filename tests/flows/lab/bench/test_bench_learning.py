@@ -13,12 +13,12 @@ from agent.sections import LearnerSettings
 from flows.lab.bench.learning import (
     SYSTEMS,
     LearningBench,
-    PairedRun,
     bench_learning,
     changes,
     learning_table,
     report,
 )
+from flows.lab.trials import PairedRun
 from flows.session import Session
 from flows.show.terminal import Reporter, Silent
 
@@ -83,8 +83,10 @@ def test_a_trial_leaves_a_file_and_is_not_run_again(
     file = tmp_path / "out" / "embedded-gsm8k-ours-1.json"
     assert file.stat().st_size < 200_000
     file.write_text("{")
-    with pytest.raises(UserError, match=r"embedded-gsm8k-ours-1\.json: is no result"):
-        run()
+    with pytest.raises(UserError, match=r"embedded-gsm8k-ours-1\.json: is damaged"):
+        report(tmp_path / "out", "embedded")
+    assert run()["systems"] == document["systems"]
+    assert len(begun) == 3
 
 
 def result(system: str, seed: int, after: float, tokens: int) -> dict[str, Any]:
