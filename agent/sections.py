@@ -399,8 +399,10 @@ class EngineSettings(Section):
         description="Whether a population engine computes what prompts of one member's evaluation "
         "have in common at their start (a system message, examples) once.",
     )
-    master_device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="Where delta lies: host memory, or 4 bytes a parameter of GPU memory."
+    master_device: Literal["auto", "cpu", "cuda"] = Field(
+        AUTO,
+        description="Where anchor and delta lie: host memory, or GPU memory (2 + 4 bytes a "
+        "parameter for bfloat16); 'auto': on the GPU where they fit beside the engine.",
     )
     swap: Literal["in_place", "blue_green"] = Field(
         "in_place",
@@ -412,6 +414,11 @@ class EngineSettings(Section):
     def population_ranks(self) -> int:
         """Tensor-parallel ranks of each population engine."""
         return self.population_tensor_parallel_size or self.tensor_parallel_size
+
+    def device(self, on_cpu: bool) -> Literal["cpu", "cuda"]:
+        """Where delta lies if it fits; ``on_cpu``: whether vLLM's CPU build is installed."""
+        on_host = self.master_device == "cpu" or (self.master_device == AUTO and on_cpu)
+        return "cpu" if on_host else "cuda"
 
 
 class ProjectionSettings(Section):

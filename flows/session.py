@@ -12,17 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agent.config import Settings
 from agent.errors import UserError
 from agent.home import read_sealed, remove_tree, write_sealed
+from agent.population.capacity import (
+    Device,
+    Machine,
+    gib,
+    gpu_bytes,
+    host_bytes,
+    refuse_small,
+    size_of,
+)
 from agent.population.certify import Certificate, certify, key_of
 from agent.population.decoding import decoding
 from agent.population.fresh import FreshEngine
 from agent.population.placement import (
     ALONE,
     EngineOptions,
-    available_cores,
     cpus_each,
-    gpu_count,
     gpu_places,
     on_cpu,
     serving_cores,
@@ -31,7 +39,8 @@ from agent.population.pool import Population
 from agent.population.process import EngineLauncher
 from agent.population.schedule import Engine, Way
 from agent.population.vllm import vllm_version
-from agent.sections import EngineSettings
+from agent.sections import AUTO
+from agent.store.anchor import Anchor
 from deploy.model import EMBEDDED_CERTIFICATES
 from deploy.serving.engines import is_up
 from flows.service import Service
@@ -169,7 +178,7 @@ def certificate_key(service: Service) -> str:
     options = {
         "dtype": service.settings.model.dtype,
         "tensor_parallel": chosen.population_ranks,
-        "master_device": chosen.master_device,
+        "master_device": chosen.device(on_cpu()),
     }
     return key_of(service.anchor, vllm_version(), options)
 
@@ -184,14 +193,18 @@ def kept_certificate(service: Service) -> Certificate | None:
     return Certificate.from_json(shipped) if shipped else None
 
 
-def engine_options(service: Service) -> list[EngineOptions]:
+def engine_options(service: Service, machine: Machine | None = None) -> list[EngineOptions]:
     """One set of options an engine: all alike but for the cores and GPUs of each.
 
+    Args:
+        machine: Where local engines run; None: this machine.
+
     Raises:
-        UserError: More engines than the GPUs of this machine hold, or a device that is not there.
+        UserError: More engines than this machine holds, or a device that is not there.
     """
     chosen, model = service.settings.engines, service.settings.model
-    if chosen.master_device == "cuda" and chosen.placement == "local" and on_cpu():
+    here = machine or Machine.here()
+    if chosen.master_device == "cuda" and chosen.placement == "local" and here.on_cpu:
         raise UserError("engines.master_device: 'cuda', allowed here: cpu (vLLM's CPU build)")
     decoding(service.settings, service.origin.directory)  # refused before an engine starts
     common = EngineOptions(
@@ -201,51 +214,94 @@ def engine_options(service: Service) -> list[EngineOptions]:
         max_num_seqs=chosen.max_num_seqs,
         prefix_caching=chosen.prefix_caching,
         tensor_parallel=chosen.population_ranks,
-        master_device=chosen.master_device,
+        weighted=service.settings.learner.importance is not None,
         importance=service.home.importance,
         generation_config=service.settings.tasks.generation_config == "model",
         chat_template=model.template,
         chat_template_kwargs=model.chat_template_kwargs,
         reasoning_parser=model.reasoning_parser,
     )
-    placed = _local if chosen.placement == "local" else _on_ray
-    places = placed(chosen, is_up(service.home))
+    placed = local_places if chosen.placement == "local" else _ray_places
+    places = placed(service.settings, service.anchor, here, is_up(service.home))
     return [
         replace(common, log=service.home.log(f"population-{index}"), **place)
         for index, place in enumerate(places)
     ]
 
 
-def _local(engines: EngineSettings, serving: bool) -> list[dict[str, Any]]:
-    """Options of each engine on this machine: all its cores, or those that serving leaves."""
+def local_places(
+    settings: Settings, anchor: Anchor, machine: Machine, serving: bool
+) -> list[dict[str, Any]]:
+    """Options of each engine on one machine: all its cores and GPUs, or those serving leaves.
+
+    Raises:
+        UserError: They do not fit, with the numbers.
+    """
+    engines = settings.engines
     count = engines.population
-    if on_cpu():
-        kept = serving_cores(len(available_cores())) if serving else 0
+    if machine.on_cpu:
+        kept = serving_cores(machine.cores) if serving else 0
+        _refuse_host(settings, anchor, machine, "cpu")
         return [{"place": place, "places": count, "kept_cores": kept} for place in range(count)]
     gpus = gpu_places(
-        gpu_count(),
+        machine.gpus,
         count,
         engines.population_ranks,
         engines.population_gpu_memory_utilization,
         engines.tensor_parallel_size if serving else 0,
         engines.gpu_memory_utilization if serving else 0.0,
     )
-    return [{"devices": devices, "gpu_memory_utilization": memory} for devices, memory in gpus]
+    device = _device(settings, anchor, machine, gpus[0][1])
+    _refuse_host(settings, anchor, machine, device)
+    return [
+        {"devices": devices, "gpu_memory_utilization": memory, "master_device": device}
+        for devices, memory in gpus
+    ]
 
 
-def _on_ray(engines: EngineSettings, serving: bool) -> list[dict[str, Any]]:
+def _device(settings: Settings, anchor: Anchor, machine: Machine, share: float) -> Device:
+    """Where delta lies beside engines that take this share of their GPUs.
+
+    Raises:
+        UserError: The engine does not fit; where delta may lie on the host, not even so.
+    """
+    ranks, wanted = settings.engines.population_ranks, settings.engines.master_device
+    size, weighted = size_of(anchor), settings.learner.importance is not None
+    device: Device = settings.engines.device(machine.on_cpu)
+    if machine.gpu_memory is None:
+        return device
+    room = share * machine.gpu_memory
+    tokens = settings.model.max_model_len
+    need = gpu_bytes(size, ranks, device, tokens, weighted)
+    if wanted == AUTO and sum(need.values()) > room:
+        device, need = "cpu", gpu_bytes(size, ranks, "cpu", tokens)
+    has = f"{share:g} of a GPU of {gib(machine.gpu_memory)}, {ranks} to an engine"
+    refuse_small(f"engines.master_device: {wanted!r}: a GPU", need, room, has)
+    return device
+
+
+def _refuse_host(settings: Settings, anchor: Anchor, machine: Machine, device: Device) -> None:
+    """One line where the engines would not fit into the machine's memory."""
+    engines, size = settings.engines, size_of(anchor)
+    count, ranks = engines.population, engines.population_ranks
+    need = host_bytes(size, count, ranks, device, not machine.on_cpu)
+    refuse_small(f"engines.population: {count}", need, machine.memory, "memory of this machine")
+
+
+def _ray_places(
+    settings: Settings, _anchor: Anchor, machine: Machine, serving: bool
+) -> list[dict[str, Any]]:
     """Options of each engine on the cluster, which is told what the serving engine holds here."""
     from agent.population.ray import Placement, attach
 
-    cpu = on_cpu()
+    engines, cpu = settings.engines, machine.on_cpu
     held = Placement(
-        cpus=float(serving_cores(len(available_cores()))),
+        cpus=float(serving_cores(machine.cores)),
         gpus=0.0 if cpu else float(engines.tensor_parallel_size),
     )
     nodes = attach(engines.ray_address, held if serving else None)
-    place: dict[str, Any] = (
-        {"threads": cpus_each(nodes, engines.population)}
-        if cpu
-        else {"gpu_memory_utilization": engines.population_gpu_memory_utilization or ALONE}
-    )
+    place: dict[str, Any] = {"threads": cpus_each(nodes, engines.population)}
+    if not cpu:
+        share = engines.population_gpu_memory_utilization or ALONE
+        place = {"gpu_memory_utilization": share, "master_device": engines.device(cpu)}
     return [place] * engines.population

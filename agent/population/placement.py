@@ -157,6 +157,7 @@ class EngineOptions:
     enforce_eager: bool | None = None  # None: eager on the CPU, CUDA graphs on a GPU
     max_logprobs: int = 20
     master_device: str = "cpu"  # where delta lies: cpu (the host), or cuda
+    weighted: bool = False  # whether penalties have importance weights: 4 bytes a parameter more
     importance: Path | None = None  # folder of the weights that penalties may name
     generation_config: bool = True  # whether the penalties of the model's own file hold
     chat_template: str | None = None  # its text; None: the model's own

@@ -21,6 +21,14 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
+from agent.population.capacity import (
+    gib,
+    gpu_bytes,
+    gpu_memory,
+    refuse_small,
+    size_of,
+    vllm_share,
+)
 from agent.population.decoding import PENALTIES, Chat, generation_config
 from agent.population.placement import EngineOptions, on_cpu
 from agent.population.schedule import Completion, Logprobs, Messages
@@ -330,6 +338,20 @@ def _reader(options: EngineOptions, tokenizer: Any) -> tuple[Callable[[], Any] |
     return reader, bool(request.skip_special_tokens)
 
 
+def _vllm_share(options: EngineOptions) -> float:
+    """vLLM's part of the engine's share of a GPU: what theta takes is not vLLM's to fill."""
+    from agent.store.anchor import Anchor
+
+    memory = gpu_memory()
+    if options.master_device == "cpu" or memory is None:
+        return options.gpu_memory_utilization
+    size, weighted = size_of(Anchor.open(options.model)), options.weighted
+    need = gpu_bytes(size, options.tensor_parallel, "cuda", 1, weighted)
+    room = options.gpu_memory_utilization * memory
+    refuse_small("engines.master_device: 'cuda': a GPU", need, room, f"of {gib(memory)}")
+    return vllm_share(options.gpu_memory_utilization, size, memory, weighted)
+
+
 def _start(options: EngineOptions) -> Any:
     """``vllm.LLM`` for a population: one process unless ranks need their own."""
     from vllm import LLM
@@ -345,7 +367,7 @@ def _start(options: EngineOptions) -> Any:
         **(whole_prompts(options.max_model_len) if cpu else {}),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
-        gpu_memory_utilization=options.gpu_memory_utilization,
+        gpu_memory_utilization=_vllm_share(options),
         kv_cache_memory_bytes=options.kv_cache_mib << 20 if cpu else None,
         enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
         **({"enable_prefix_caching": options.prefix_caching} | model_arguments(options.model)),

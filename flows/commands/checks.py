@@ -14,17 +14,22 @@ from urllib.parse import quote
 
 import psutil
 
+from agent.config import Settings
 from agent.errors import UserError
 from agent.home import Home, is_as_signed, read_sealed, secret
+from agent.population.capacity import Machine
+from agent.store.anchor import Anchor
 from agent.store.tensorfile import sha256_of
 from agent.store.weights import short
 from deploy import stack
 from deploy.serving.control import listener_of
 from deploy.serving.controller import settle_offline
+from deploy.serving.engines import is_up
 from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, read_served
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
 from evaluators.sandbox import Protections
+from flows.session import local_places
 
 MAGIC = b"SQLite format 3\0"  # how every SQLite file begins
 
@@ -56,6 +61,16 @@ def memory(limits: MachineNeeds) -> str:
     if free < limits.memory_gib:
         raise RuntimeError(f"{free:.1f} GiB free; {limits.memory_gib} GiB wanted for two engines")
     return f"{free:.1f} GiB free, {psutil.cpu_count(logical=False)} cores"
+
+
+def engines(home: Home, settings: Settings, directory: Path | None) -> str:
+    """The engines of a round fit this machine; nothing is started, and no cluster is joined."""
+    count = settings.engines.population
+    if directory is None or settings.engines.placement == "ray":
+        return "no model yet" if directory is None else f"{count} on Ray, which looks for places"
+    places = local_places(settings, Anchor.open(directory), Machine.here(), is_up(home))
+    on = ", ".join(f"GPUs {each['devices']}" for each in places if "devices" in each)
+    return f"{count}, on {on or 'the CPU'}, delta in {places[0].get('master_device', 'cpu')} memory"
 
 
 def disk(root: Path, limits: MachineNeeds) -> str:

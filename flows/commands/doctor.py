@@ -102,6 +102,11 @@ class HomeChecks:
             "memory", lambda: checks.memory(limits), "end other programs, or choose a smaller model"
         )
         yield Check(
+            "engines",
+            lambda: checks.engines(home, self._kept_settings(), self._original()),
+            "change the settings of [engines], or choose a smaller model",
+        )
+        yield Check(
             "disk",
             lambda: checks.disk(home.root, limits),
             "delete what is not needed, or move the home",

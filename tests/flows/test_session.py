@@ -8,7 +8,8 @@ import pytest
 from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
-from agent.population.placement import available_cores, on_cpu, serving_cores
+from agent.population.capacity import GIB, Machine, gpu_bytes, size_of
+from agent.population.placement import EngineOptions, available_cores, on_cpu, serving_cores
 from agent.store.theta import DeviceParameters
 from flows.service import Service
 from flows.session import engine_options
@@ -54,6 +55,49 @@ def test_a_population_leaves_serving_its_cores_while_the_stack_is_up(
         gateway.listen()
         kept = serving_cores(len(available_cores()))
         assert {o.kept_cores for o in engine_options(opened)} == {kept} != {0}
+
+
+def on_gpus(root: Path, gpus: int, memory: int, **engines: object) -> list[EngineOptions]:
+    """Engines of the embedded model on a machine with so many GPUs of so many bytes."""
+    settings = load(engines=engines)
+    machine = Machine(False, 16, 64 * GIB, gpus, memory)
+    return engine_options(Service(Home.at(root / "home"), settings), machine)
+
+
+def test_on_gpus_delta_lies_there_and_every_engine_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = on_gpus(tmp_path, 8, 80 * GIB, population=8)
+    assert sorted(each.devices for each in options) == [(gpu,) for gpu in range(8)]
+    assert {each.gpu_memory_utilization for each in options} == {0.9}
+    assert {each.master_device for each in options} == {"cuda"}
+    assert {each.master_device for each in on_gpus(tmp_path, 1, 80 * GIB, master_device="cpu")} == {
+        "cpu"
+    }
+
+
+def test_delta_goes_to_the_host_where_a_gpu_has_no_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = size_of(Service(Home.at(tmp_path / "home"), load()).anchor)
+    tight = gpu_bytes(size, 1, "cpu", load().model.max_model_len)
+    memory = int((sum(tight.values()) + 1000) / 0.9)
+    assert on_gpus(tmp_path, 1, memory)[0].master_device == "cpu"
+    with pytest.raises(UserError, match=r"'cuda': a GPU: needs .*delta.*, allowed here: .* to an"):
+        on_gpus(tmp_path, 1, memory, master_device="cuda")
+    with pytest.raises(UserError, match=r"'auto': a GPU: needs .*weights"):
+        on_gpus(tmp_path, 1, GIB)
+
+
+def test_more_engines_than_the_host_has_memory_for_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    opened = Service(Home.at(tmp_path / "home"), load(engines={"population": 64}))
+    with pytest.raises(UserError, match=r"engines.population: 64: needs 6.*memory of this machine"):
+        engine_options(opened, Machine(True, 64, 16 * GIB))
 
 
 def test_settings_of_the_population_are_its_own() -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from agent.config import Settings, keep, kept
+from agent.config import Settings, keep, kept, load
 from agent.errors import UserError
 from agent.home import Home, remove_tree, secret, sign_file
 from agent.learner import es
@@ -30,12 +30,13 @@ from agent.learner.penalty import Penalty
 from agent.store.companions import companions
 from agent.store.replay import snapshot_path
 from agent.store.weights import Parameters, export
+from deploy.embedded import MODEL
 from deploy.serving.intact import Probes, intact, write_probes
 from deploy.serving.lease import Leases
 from deploy.serving.served import Served, write_served
 from evaluators.sandbox import protections
 from flows.cli import app
-from flows.commands import doctor
+from flows.commands import checks, doctor
 from flows.commands.checks import MachineNeeds
 from flows.service import Service
 
@@ -455,3 +456,10 @@ def test_a_new_home_has_nothing_wrong(tmp_path: Path) -> None:
     made = {path.name for path in (tmp_path / "fresh").iterdir()}
     assert made == set()  # looking makes nothing
     assert stat.S_IMODE((tmp_path / "fresh").stat().st_mode) == 0o700
+
+
+def test_engines_that_do_not_fit_are_a_fault(tmp_path: Path) -> None:
+    home, many = Home.at(tmp_path / "home"), load(engines={"population": 100_000})
+    assert "on the CPU" in checks.engines(home, load(), MODEL)
+    with pytest.raises(UserError, match=r"engines.population: 100000: needs .*, allowed here: "):
+        checks.engines(home, many, MODEL)
