@@ -134,6 +134,10 @@ class Home:
         """What the engine of a slot beside the active one has to load."""
         return self.root / f"{slot}.json"
 
+    def starts_json(self, slot: str) -> Path:
+        """How often the engine of a slot was started since it last answered."""
+        return self.root / f"{slot}-starts.json"
+
     def probes_json(self, digest: str) -> Path:
         """What a cold engine with this digest answered."""
         return self.probes / f"{digest}.json"

@@ -26,6 +26,7 @@ from deploy.consoles import LOOPBACK, USER, credentials
 from deploy.serving import process
 from deploy.serving.process import private_socket
 from deploy.serving.served import BLUE, GREEN, SLOTS, Served, read_served, write_served
+from deploy.serving.starts import forget_starts, starts
 from deploy.supervise import (
     Probe,
     Program,
@@ -148,6 +149,8 @@ def up(
         chosen = tuple(make(home, settings, ports))
         write_served(home, served)
         keep(home, settings)
+        for slot in SLOTS:
+            forget_starts(home, slot)
         _write_record(home, settings, ports)
         write_config(home, chosen, Path.cwd())
         try:
@@ -190,11 +193,18 @@ def status(home: Home) -> dict[str, Any]:
         "sign_in": f"user {USER}, password in {home.password}" if running else None,
         "champion": _champion(home),
         "services": [
-            {"name": each.name, "state": each.state, "pid": each.pid}
+            {"name": each.name, "state": _state(home, each), "pid": each.pid}
             for each in services_now
             if not (each.name in SLOTS and each.state == "stopped")
         ],
     }
+
+
+def _state(home: Home, service: State) -> str:
+    """supervisord's word; its "backoff" also where an engine itself waits after failed starts."""
+    count = starts(home, service.name) if service.name in SLOTS else None
+    waits = service.state == "running" and count is not None and count.next_at > time.time()
+    return "backoff" if waits else service.state
 
 
 def _unsupervised(home: Home) -> list[State]:

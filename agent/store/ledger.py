@@ -16,7 +16,8 @@ they are read as PASSED.)
 
 Remarks on a digest that has a state, which they leave as it is. UNCHANGED: a round that began from
 it ended with the same weights. REFUSED: while it was served, a run that Prefect's server returned
-was not what this installation registered.
+was not what this installation registered. STALLED: its engine ended several times before it
+answered.
 
 HOLD goes back to EVALUATED with more rows. A former champion, and a digest that was rolled back,
 may be swapped in again by a person. REJECT is the end.
@@ -48,7 +49,7 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "REJECT": frozenset(),
 }
 RENAMED = {"PROMOTE": "PASSED"}  # state in older rows -> state
-UNCHANGED, REFUSED = REMARKS = ("UNCHANGED", "REFUSED")
+UNCHANGED, REFUSED, STALLED = REMARKS = ("UNCHANGED", "REFUSED", "STALLED")
 SETTLED = ("CHAMPION", "ANCHOR")
 UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
 

@@ -9,6 +9,7 @@ import psutil
 from agent.home import Home
 from deploy.serving.control import ControlError, EngineControl, listener_of
 from deploy.serving.served import SLOTS
+from deploy.serving.starts import forget_starts
 from deploy.supervise import (
     end,
     kill_service,
@@ -68,18 +69,21 @@ class SupervisedEngines:
 
     def start(self, slot: str) -> None:
         """See ``Engines``."""
+        forget_starts(self._home, slot)  # on purpose: it waits for no failed start before
         start_service(self._home, slot)
         self._wait(slot, not_pid=None)
 
     def stop(self, slot: str) -> None:
         """See ``Engines``."""
         stop_service(self._home, slot)
+        forget_starts(self._home, slot)
 
     def restart(self, slot: str, instead_of: int | None) -> None:
         """See ``Engines``."""
         now = self.pid(slot)
         kill = instead_of in (None, now)
         if kill:
+            forget_starts(self._home, slot)
             kill_service(self._home, slot)
         start_service(self._home, slot)  # does nothing where supervisord has started it already
         self._wait(slot, not_pid=now if kill else None)

@@ -29,6 +29,7 @@ from agent.population.vllm import EXTENSION, import_model_class, model_arguments
 from agent.store.weights import identity
 from deploy.serving.intact import intact, require_version
 from deploy.serving.served import BLUE, Served
+from deploy.serving.starts import begin, forget_starts
 from deploy.supervise import end_leaderless
 
 LOOPBACK = "127.0.0.1"
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, value)  # before torch is imported
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
+    begin(home, given.slot)
     fresh = "numba" not in sys.modules
     served = intact(home, given.slot)
     if fresh and "numba" in sys.modules:
@@ -193,11 +195,15 @@ def _run(home: Home, foreign: Sequence[str], served: Served) -> None:
         if identity(model) != before:
             raise UserError(f"{model}: was changed while the engine loaded it")
 
-    uvloop.run(_serve(args, address, listener, check))
+    uvloop.run(_serve(args, address, listener, check, lambda: forget_starts(home, served.slot)))
 
 
 async def _serve(
-    args: Any, address: str, listener: socket.socket, check: Callable[[], None]
+    args: Any,
+    address: str,
+    listener: socket.socket,
+    check: Callable[[], None],
+    ready: Callable[[], None],
 ) -> None:
     """Start the engine core, check what it loaded, and answer until a signal."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -214,6 +220,7 @@ async def _serve(
     try:
         check()  # before anybody is answered
         shutdown = await build_and_serve(engine, address, listener, args)
+        ready()
         await shutdown
     finally:
         engine.shutdown()

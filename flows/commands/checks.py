@@ -27,6 +27,7 @@ from deploy.serving.controller import settle_offline
 from deploy.serving.engines import is_up
 from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, read_served
+from deploy.serving.starts import failing, forget_starts
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
 from evaluators.sandbox import Protections
 from flows.session import local_places
@@ -245,6 +246,19 @@ def revived(home: Home) -> None:
     """Start again what ended."""
     if not revive(home):
         raise UserError("a service ended; its log says why")
+
+
+def engine_starts(home: Home) -> str:
+    """No engine fails to start again and again."""
+    if faults := [each.text(slot) for slot, each in failing(home)]:
+        raise RuntimeError("; ".join(faults))
+    return "none failed since the engine last answered"
+
+
+def start_now(home: Home) -> None:
+    """End the wait of engines that failed to start: what they need may be there now."""
+    for slot in SLOTS:
+        forget_starts(home, slot)
 
 
 def sockets(home: Home) -> str:

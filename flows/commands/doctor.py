@@ -203,6 +203,14 @@ class HomeChecks:
             "anchorage repair, or down and up",
             lambda: checks.revived(home),
         )
+        yield Check(
+            "engine starts",
+            lambda: checks.engine_starts(home),
+            "see logs/engine.log; free memory, or restore what it names; anchorage repair ends the "
+            "wait and tries again now, anchorage rollback serves another version",
+            lambda: checks.start_now(home),
+            [path for slot in SLOTS if (path := home.starts_json(slot)).exists()],
+        )
         yield Check("sockets", lambda: checks.sockets(home), "anchorage down, then up")
         yield Check(
             "ports", lambda: checks.ports(home), "see the service's log, then anchorage down and up"

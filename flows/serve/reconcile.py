@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agent.registry import REVIEW
+from agent.store.ledger import STALLED
 from agent.store.weights import short
 from deploy.consoles import signer
 from deploy.serving.control import observe
+from deploy.serving.starts import failing
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
 from flows.service import Service
@@ -64,6 +66,7 @@ def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
         if service.ledger.unsettled() is not None:
             bake(session)
 
+    _each("engines", lambda: remark_stalled(service))
     _each("reconcile", lambda: reconcile(disagreements))
     _each("baking", judge_fresh)
     _each("MLflow", lambda: reconcile(wishes))
@@ -75,6 +78,17 @@ def _each(duty: str, act: Callable[[], Any]) -> None:
         act()
     except Exception as error:
         LOG.warning("%s: %s", duty, error)
+
+
+def remark_stalled(service: Service) -> None:
+    """One ledger row about the champion whose engine fails to start, until it has answered."""
+    champion = service.champion()
+    rows = service.ledger.of(champion)
+    remarked = {row.statistics.get("since") for row in rows if row.state == STALLED}
+    for slot, each in failing(service.home):
+        if each.since not in remarked:
+            why = f"{each.text(slot)}; `anchorage doctor` says what to do"
+            service.record(champion, STALLED, why, statistics={"since": each.since})
 
 
 def repair(session: Session) -> list[str]:

@@ -43,6 +43,7 @@ EVENTS = {
     "CHAMPION": "anchorage.champion",
     "ROLLED_BACK": "anchorage.rollback",
     "REFUSED": "anchorage.refused",
+    "STALLED": "anchorage.stalled",
 }
 ALARM = "anchorage.alarm"
 ALARMED = "norm grows"  # how the reason of a round begins that the drift alarm ended

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,9 +20,10 @@ import pytest
 from agent.config import Settings, load
 from agent.config import kept as settings_of
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, read_sealed
 from deploy import stack, supervise
 from deploy.serving.served import BLUE, Served, read_served
+from deploy.serving.starts import forget_starts
 from deploy.stack import Ports, services
 from deploy.supervise import Probe, Program, survivors
 
@@ -32,6 +35,22 @@ Make = Callable[[Home, Settings, Ports], Sequence[Program]]
 WEB = (
     "import sys; from http.server import HTTPServer, SimpleHTTPRequestHandler as Handler; "
     "HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()"
+)
+# An engine as far as its starts go: while a file is there it ends before it answers.
+FRAGILE = (
+    """
+import sys, time
+from pathlib import Path
+from agent.home import Home, read_sealed
+from deploy.serving.starts import begin, forget_starts
+home = Home(Path(sys.argv[2]))
+begin(home, "engine")
+time.sleep(1.2)  # longer than supervisord counts a start as failed
+if (home.root / "broken").exists():
+    sys.exit("no memory")
+forget_starts(home, "engine")
+"""
+    + WEB
 )
 # A child, and one with a session of its own, which no signal to the group reaches.
 FAMILY = "setsid sleep 987 & sleep 987 & wait"
@@ -87,6 +106,40 @@ def test_up_answers_and_down_leaves_nobody(home: Home) -> None:
     empty = stack.status(home)
     assert (empty["endpoint"], empty["services"]) == (None, [])
     assert list(home.sockets.iterdir()) == []
+
+
+def test_an_engine_that_cannot_start_waits_and_status_says_so(home: Home) -> None:
+    broken, script = home.root / "broken", home.root / "fragile.py"
+    script.write_text(FRAGILE)
+
+    def fragile(home: Home, settings: Settings, ports: Ports) -> Sequence[Program]:
+        first, *others = small(home, settings, ports)
+        argv = (sys.executable, str(script), first.argv[-1], str(home.root))
+        return [replace(first, argv=argv), *others]
+
+    up(home, fragile)
+    broken.touch()
+    supervise.kill_service(home, BLUE)
+    until = time.monotonic() + 60
+    while (state := engine(home)["state"]) != "backoff" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert state == "backoff"
+    pid = engine(home)["pid"]
+    broken.unlink()
+    assert engine(home)["pid"] == pid  # it waits
+    forget_starts(home, BLUE)  # as `anchorage repair` does
+    answering = Probe(f"http://127.0.0.1:{read_sealed(home.ports_json)['mlflow']}/")
+    while not supervise.answers(answering) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert engine(home) == {"name": BLUE, "state": "running", "pid": pid}
+    assert home.log("supervisord").read_text().count(f"spawned: '{BLUE}'") == 4
+
+
+def engine(home: Home) -> dict[str, Any]:
+    """What `status` says of the engine."""
+    services = stack.status(home)["services"]
+    found: dict[str, Any] = next(each for each in services if each["name"] == BLUE)
+    return found
 
 
 def test_the_record_leads_clients_to_the_stack(home: Home) -> None:

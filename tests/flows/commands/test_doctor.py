@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from agent.config import Settings, keep, kept, load
 from agent.errors import UserError
-from agent.home import Home, remove_tree, secret, sign_file
+from agent.home import Home, remove_tree, secret, sign_file, write_sealed
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.companions import companions
@@ -176,6 +176,12 @@ def overdue(patient: Patient) -> None:
     Leases(patient.home).begin(served, served, lease_s=1.0, now=1.0)
 
 
+def stalled(patient: Patient) -> None:
+    """Four starts, none of which answered."""
+    count = {"begun": 4, "since": 1.0, "pid": 1, "next_at": 9.0, "wrote": "no memory"}
+    write_sealed(patient.home.starts_json("engine"), count)
+
+
 def lost(path: str) -> Callable[[Patient], None]:
     return lambda patient: (patient.home.root / path).unlink()
 
@@ -229,6 +235,7 @@ BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
     ("snapshots", lambda p: flip(one(p.home.snapshots), 0.95), "another hash", "yes"),
     ("evaluations", lambda p: flip(one(p.home.evaluations, "*.parquet")), "not what", "yes"),
     ("importance", lambda p: flip(one(p.home.importance)), "another sha256", "no"),
+    ("engine starts", stalled, "3 starts ended before it answered", "yes"),
     ("processes", lambda p: p.home.stack_json.write_text("{}"), "supervisord is dead", "no"),
     ("sockets", lambda p: p.home.stack_json.write_text("{}"), "nobody listens", "no"),
     ("ports", lambda p: p.home.stack_json.write_text("{}"), "no answer", "no"),

@@ -1,5 +1,6 @@
 """Reconciliation and review against a real MLflow registry on SQLite; the stack is down."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from anchors import candidate_of, made_by_a_round, tiny_anchor
 
 from agent.config import Settings
 from agent.errors import UserError
-from agent.home import Home
+from agent.home import Home, write_sealed
 from agent.registry import DIGEST, NOTE, REVIEW
+from agent.store.ledger import STALLED
 from deploy.consoles import sign
 from deploy.serving.intact import Probes, write_probes
 from deploy.serving.served import Served, read_served, write_served
@@ -245,6 +247,25 @@ def test_an_approval_whose_digest_was_judged_again_is_not_carried_over(make_desk
     assert desk.agree() == desk.digests[0]
     with pytest.raises(UserError, match="allowed: AWAIT_REVIEW"):
         promote.review(desk.session, digest, "approve", "second thoughts", "ann")
+
+
+def test_an_engine_that_fails_to_start_is_remarked_once(make_desk: Any) -> None:
+    desk = make_desk()
+    write = partial(write_sealed, desk.home.starts_json("engine"))
+    count = {"begun": 4, "since": 5.0, "pid": 1, "next_at": 9.0, "wrote": "no memory"}
+    write(count | {"begun": 3})
+    poll(desk.session)
+    assert STALLED not in [row.state for row in desk.service.ledger.history()]
+    for begun in (4, 5):
+        write(count | {"begun": begun})
+        poll(desk.session)
+    [row] = [each for each in desk.service.ledger.history() if each.state == STALLED]
+    assert row.digest == row.after == desk.service.champion()
+    assert "engine: 3 starts ended before it answered" in row.why
+    assert "no memory; `anchorage doctor` says what to do" in row.why
+    write(count | {"since": 6.0})  # it answered in between
+    poll(desk.session)
+    assert [row.state for row in desk.service.ledger.history()].count(STALLED) == 2
 
 
 def test_rejection_by_a_tag_ends_the_candidate(make_desk: Any) -> None:

@@ -98,6 +98,7 @@ def row(state: str, why: str = "why", digest: str = "h") -> Entry:
         (row("AWAIT_REVIEW"), "anchorage.review.wanted"),
         (row("ROLLED_BACK"), "anchorage.rollback"),
         (row("REFUSED"), "anchorage.refused"),
+        (row("STALLED"), "anchorage.stalled"),
         (row("PROPOSED", "round 3 ended: norm grows, reward flat: in 10"), "anchorage.alarm"),
         (row("PROPOSED", "round 3 ended: completed"), None),
         (row("SWAPPED"), None),
