@@ -23,6 +23,9 @@ _S32: Final = np.uint64(32)
 _S16: Final = np.uint64(16)
 _ONE32: Final = np.uint32(1)
 _EXPONENT_OF_ONE: Final = np.uint32(0x3F800000)
+LEAF: Final = 1 << 16  # words of one leaf of a tree hash
+_G: Final = np.uint32(0x9E3779B9)
+_H: Final = np.uint32(0xBB67AE85)
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
 _inlined = njit(inline="always")
@@ -306,3 +309,32 @@ def sum_squares(values: Any) -> Any:
     squares, moves = np.zeros(LANES, np.float64), np.zeros(LANES, np.float64)
     _tally(squares, moves, values, values, 0, 0, values.size)
     return squares.sum()
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def leaves(out: Any, words: Any) -> None:
+    """out (leaves, 2) uint32: two sums, modulo 2^32, over each LEAF words (n,) uint32.
+
+        sum_i mixed(w_i + (2 i + 1) G)    and    sum_i mixed(w_i xor (2 i + 1) H)
+
+    i counts from 0 in each leaf, G and H are Philox's Weyl constants, mixed is the finaliser of
+    MurmurHash3 (public domain). A changed word always changes both sums; sums do not depend on
+    the order in which they are taken, so that any number of threads gives the same.
+    """
+    for leaf in range(out.shape[0]):
+        one, other = np.uint32(0), np.uint32(0)
+        first = leaf * LEAF
+        for i in range(min(LEAF, words.size - first)):
+            odd = np.uint32(2 * i + 1)
+            word = words[_place(first + i)]
+            one = np.uint32(one + _mixed(np.uint32(word + np.uint32(odd * _G))))
+            other = np.uint32(other + _mixed(np.uint32(word ^ np.uint32(odd * _H))))
+        out[leaf, 0], out[leaf, 1] = one, other
+
+
+@_inlined  # type: ignore[untyped-decorator]
+def _mixed(word: Any) -> Any:
+    """A bijection of 32-bit words under which every bit of the input moves half of the output."""
+    word = np.uint32((word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    word = np.uint32((word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(word ^ (word >> np.uint32(16)))

@@ -133,6 +133,7 @@ def update(
     table,
     strength,
     weights,
+    squares,
     first_block,
     start,
     count,
@@ -143,7 +144,11 @@ def update(
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """delta = penalised(delta + ((0 + c_0 eps_0) + c_1 eps_1) + ...); words (P, 4)."""
+    """delta = penalised(delta + ((0 + c_0 eps_0) + c_1 eps_1) + ...); words (P, 4).
+
+    squares (programs, 2) float64: this program's sums of delta^2 and of its move^2. Summed here,
+    because a copy of delta in float64 would be three times as large as delta itself.
+    """
     block, at, mask = _tile(first_block, start, count, BLOCKS, COLUMNS)
     # Pairs are added in order, as on the CPU: another order would round to other bits.
     acc = tl.zeros([BLOCKS, COLUMNS], tl.float32)
@@ -152,8 +157,14 @@ def update(
     t = tl.load(strength)
     if WEIGHTED:
         t = t * tl.load(weights + at, mask, other=0)
-    d = tl.load(delta + at, mask, other=0) + acc
-    tl.store(delta + at, _penalised(d, t, strength, PENALTY), mask)
+    before = tl.load(delta + at, mask, other=0)
+    after = _penalised(before + acc, t, strength, PENALTY)
+    tl.store(delta + at, after, mask)
+    now = tl.where(mask, after, 0.0).to(tl.float64)
+    move = tl.where(mask, after - before, 0.0).to(tl.float64)
+    place = squares + 2 * tl.program_id(0)
+    tl.store(place, tl.sum(tl.sum(now * now, 1), 0))
+    tl.store(place + 1, tl.sum(tl.sum(move * move, 1), 0))
 
 
 @triton.jit
@@ -177,3 +188,30 @@ def _soft(d, threshold):
     """sign(d) max(|d| - threshold, 0), +0 inside."""
     m = tl.abs(d) - threshold
     return tl.where(m > 0, tl.where(d > 0, m, -m), 0.0)
+
+
+@triton.jit
+def leaves(out, words, count, LEAF: tl.constexpr, TILE: tl.constexpr):
+    """out (leaves, 2) int32: the two sums of `compiled.leaves` over each LEAF words (n,) int32."""
+    first = tl.program_id(0).to(tl.int64) * LEAF
+    one = tl.zeros([TILE], tl.uint64)
+    other = tl.zeros([TILE], tl.uint64)
+    for chunk in range(LEAF // TILE):
+        place = chunk * TILE + tl.arange(0, TILE)
+        mask = first + place < count
+        word = tl.load(words + first + place, mask, other=0).to(tl.uint32, bitcast=True)
+        odd = place.to(tl.uint32) * 2 + 1
+        one += tl.where(mask, _mixed(word + odd * W0), 0).to(tl.uint64)
+        other += tl.where(mask, _mixed(word ^ odd * W1), 0).to(tl.uint64)
+    # Summed in 64 bits, of which 32 are kept: the order of additions cannot matter.
+    at = out + 2 * tl.program_id(0)
+    tl.store(at, tl.sum(one, 0).to(tl.uint32).to(tl.int32, bitcast=True))
+    tl.store(at + 1, tl.sum(other, 0).to(tl.uint32).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _mixed(word):
+    """`compiled._mixed` of uint32 words."""
+    word = (word ^ (word >> 16)) * 0x85EBCA6B
+    word = (word ^ (word >> 13)) * 0xC2B2AE35
+    return word ^ (word >> 16)

@@ -35,6 +35,7 @@ Result = TypeVar("Result")
 CORES: Final[int] = config.NUMBA_NUM_THREADS  # default number of threads: the cores of this process
 _UPDATE_TASK: Final = 1 << 16  # elements; part of the definition of the norms' partial sums
 _RENDER_TASK: Final = 1 << 19  # elements
+_LEAVES_TASK: Final = 16  # leaves
 _WORTH_THREADS: Final = 1 << 19  # numbers to draw below which starting threads costs more
 _BATCHES: Final = 16  # of tasks, per thread
 _NO_TABLE: Final = np.empty(0, np.float32)
@@ -168,6 +169,20 @@ def update_many(parts: Sequence[Update], step: Step, threads: int | None = None)
     for (n, _), partial in zip(tasks, sums, strict=True):
         squares[n].append(partial)
     return [Squares(fsum(s.delta for s in f), fsum(s.step for s in f)) for f in squares]
+
+
+def tree_leaves(values: Floats, threads: int | None = None) -> NDArray[np.uint32]:
+    """(leaves, 2) sums over the bits of float32 (n,): what a tree hash is made of."""
+    _check_arrays("values", values)
+    words = values.view(np.uint32)
+    out = np.empty((-(-values.size // compiled.LEAF), 2), np.uint32)
+
+    def add(span: Span) -> None:
+        low, high = (edge * compiled.LEAF for edge in span)
+        compiled.leaves(out[slice(*span)], words[low:high])
+
+    _spread(add, _cuts(0, len(out), _LEAVES_TASK), values.size, threads)
+    return out
 
 
 def _updated(parts: Sequence[Update], step: Step) -> Callable[[tuple[int, Span]], Squares]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from agent.learner import compiled_triton as compiled
 from agent.learner.es import Step
@@ -19,6 +20,8 @@ from agent.learner.noise import GROUP, LANES, Address, NoiseKind, normal_table, 
 from agent.learner.penalty import check, check_weights
 
 _BLOCKS: Final[dict[NoiseKind, int]] = {"normal": 4 * LANES, "rademacher": LANES}  # a program's
+_TILE: Final = 1024
+LEAF: Final = 1 << 16  # as in compiled
 _STORED: Final = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -27,7 +30,7 @@ def noise_into(
 ) -> None:
     """Fill float32 out (n,) with elements [start, start + n) of the noise at an address."""
     _check(tensor_name, out, {torch.float32}, out)
-    words = _words([address], tensor_name, out.device)
+    words = words_of([address], [tensor_name], out.device)[0]
     _launch(compiled.noise, kind, start, out, words, _table(out.device))
 
 
@@ -40,11 +43,16 @@ def render_into(
     start: int,
     scale: float,
     kind: NoiseKind,
+    words: torch.Tensor | None = None,
 ) -> None:
-    """Write out = anchor + (delta + scale * eps); out and anchor float32, bfloat16 or float16."""
+    """Write out = anchor + (delta + scale * eps); out and anchor float32, bfloat16 or float16.
+
+    ``words`` (1, 4), on the device: the tensor's of `words_of`, where they are already there.
+    """
     _check(tensor_name, delta, {anchor.dtype} & _STORED, out, anchor)
     noisy = address is not None and scale != 0
-    words = _words([address] if address is not None else [], tensor_name, delta.device)
+    if words is None:
+        words = words_of([address] if address else [], [tensor_name], delta.device)[0]
     factor = torch.tensor([scale], dtype=torch.float32, device=delta.device)
     bf16 = anchor.dtype == torch.bfloat16
     stored = [t.view(torch.int16) if bf16 else t for t in (out, anchor)]
@@ -60,42 +68,75 @@ def update_inplace(
     start: int,
     step: Step,
     weights: torch.Tensor | None = None,
-) -> None:
-    """Apply a step to one slice of float32 delta (n,); a no-op step changes nothing."""
+    words: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a step to one slice of float32 delta (n,); a no-op step changes nothing.
+
+    Returns (2,) float64 on the device: sum delta^2 afterwards, sum (delta after - before)^2.
+    ``words`` (P, 4) as in `render_into`.
+    """
     _check(tensor_name, delta, {torch.float32}, delta, *([] if weights is None else [weights]))
-    largest = 1.0 if weights is None else check_weights(weights.cpu().numpy(), delta.numel())
+    largest = 1.0 if weights is None else check_weights(_ends(weights), 2)
     check(step.penalty, step.alpha, largest)
-    if step.no_op is not None:
-        return
+    if step.no_op is not None or not delta.numel():
+        square = torch.linalg.vector_norm(delta, dtype=torch.float64) ** 2
+        return torch.stack([square, torch.zeros_like(square)])
     s, share = np.float32(step.alpha * step.penalty.lam), np.float32(step.penalty.l1_share)
     floats = np.array(
         [*step.coefficients, s, share, np.float32(1) - share, step.penalty.threshold], np.float32
     )
     numbers = torch.from_numpy(floats).to(delta.device)
     pairs = len(step.pairs)
+    if words is None:
+        words = words_of(step.addresses(), [tensor_name], delta.device)[0]
+    programs = _programs(step.noise, start, delta.numel())
+    squares = torch.empty((programs, 2), dtype=torch.float64, device=delta.device)
     _launch(
-        compiled.update, step.noise, start, delta, numbers[:pairs],
-        _words(step.addresses(), tensor_name, delta.device), _table(delta.device),
-        numbers[pairs:], delta if weights is None else weights,
+        compiled.update, step.noise, start, delta, numbers[:pairs], words, _table(delta.device),
+        numbers[pairs:], delta if weights is None else weights, squares,
         pairs=pairs, PENALTY=step.penalty.kind, WEIGHTED=weights is not None,
     )  # fmt: skip
+    return squares.sum(0)
+
+
+def tree_leaves(values: torch.Tensor) -> torch.Tensor:
+    """(leaves, 2) int32 on the device: the bits of kernels_cpu.tree_leaves of float32 (n,)."""
+    _check("values", values, {torch.float32}, values)
+    count = -(-values.numel() // LEAF)
+    out = torch.empty((count, 2), dtype=torch.int32, device=values.device)
+    if count:
+        words = values.view(torch.int32)
+        compiled.leaves[(count,)](out, words, values.numel(), LEAF=LEAF, TILE=_TILE)
+    return out
 
 
 def _launch(kernel: Any, kind: NoiseKind, start: int, *arguments: Any, **named: Any) -> None:
     """Run a kernel over the blocks that cover [start, start + n) of its first argument (n,)."""
     count, group, blocks = arguments[0].numel(), GROUP[kind], _BLOCKS[kind]
-    if start < 0:
-        raise ValueError(f"slice start {start} must be 0 or more")
+    programs = _programs(kind, start, count)
     if count == 0:
         return
-    first_block = start // group * LANES
-    end_block = -(-(start + count) // group) * LANES
-    kernel[(-(-(end_block - first_block) // blocks),)](
+    kernel[(programs,)](
         *arguments,
-        first_block=first_block, start=start, count=count,
+        first_block=start // group * LANES, start=start, count=count,
         NORMAL=kind == "normal", BLOCKS=blocks, COLUMNS=group // LANES,
         enable_fp_fusion=False, **named,
     )  # fmt: skip
+
+
+def _programs(kind: NoiseKind, start: int, count: int) -> int:
+    """How many programs cover [start, start + count)."""
+    if start < 0:
+        raise ValueError(f"slice start {start} must be 0 or more")
+    group = GROUP[kind]
+    blocks = (-(-(start + count) // group) - start // group) * LANES
+    return -(-blocks // _BLOCKS[kind])
+
+
+def _ends(weights: torch.Tensor) -> NDArray[np.float32]:
+    """(2,) the smallest and the largest weight: two numbers cross to the host, not all."""
+    ends: NDArray[np.float32] = torch.stack(torch.aminmax(weights)).cpu().numpy()
+    return ends
 
 
 @cache
@@ -104,9 +145,11 @@ def _table(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(normal_table().copy()).to(device)
 
 
-def _words(addresses: Sequence[Address], tensor_name: str, device: torch.device) -> torch.Tensor:
-    """(P, 4) stream words as int32 bits."""
-    return torch.from_numpy(streams(addresses, [tensor_name])[0].view(np.int32)).to(device)
+def words_of(
+    addresses: Sequence[Address], tensor_names: Sequence[str], device: torch.device
+) -> torch.Tensor:
+    """(T, P, 4) stream words as int32 bits, of all tensors in one copy to the device."""
+    return torch.from_numpy(streams(addresses, tensor_names).view(np.int32)).to(device)
 
 
 def _check(

@@ -8,13 +8,14 @@ packs Linear weights at load and keeps empty tensors in their place; the reload 
 tensor parallel workers each takes its part of the same full tensor) and packs again. ``Layout``
 does the same in less time for the members of a small dense model.
 
-``Layout`` knows where each Hugging Face tensor lies in a vLLM model on the CPU.
+``Layout`` knows where each Hugging Face tensor lies in a vLLM model.
 ``reload_weights`` finds it out again for every tensor of every member, which takes longer than
 rendering a small model. ``Layout`` finds it out once, from the model's own
 ``packed_modules_mapping`` (q, k, v and gate, up are rows of one matrix), and used only where it
 accounts for every parameter of the model to the row: a dense model, unquantised, whole in one
-worker. Everything else, and every directory that is to be served, takes the long way; both ways
-end in the same bits.
+worker. On a GPU nothing is packed, and the rows themselves are what a member is rendered to: the
+storage that CUDA graphs read stays, and no tensor is copied. Everything else, and every directory
+that is to be served, takes the long way; both ways end in the same bits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -84,18 +85,31 @@ class Layout:
     """The places of one model. ``put`` fills all of them."""
 
     def __init__(
-        self, model: torch.nn.Module, found: Mapping[str, ModuleSlice], dtype: torch.dtype
+        self,
+        model: torch.nn.Module,
+        found: Mapping[str, ModuleSlice],
+        dtype: torch.dtype,
+        packs: bool,
     ):
         self._modules: dict[str, Any] = dict(model.named_modules())
-        self._places, self._dtype = found, dtype
+        self._places, self._dtype, self._packs = found, dtype, packs
 
     @classmethod
-    def of(cls, model: Any, specs: Mapping[str, Spec], dtype: torch.dtype) -> "Layout | None":
-        """The layout of a model that computes in dtype; None where it is not sure of one."""
+    def of(
+        cls, model: Any, specs: Mapping[str, Spec], dtype: torch.dtype, packs: bool | None = None
+    ) -> "Layout | None":
+        """The layout of a model that computes in dtype; None where it is not sure of one.
+
+        ``packs``: whether Linear weights are kept packed; None: on the CPU, as vLLM does.
+        """
         packed = getattr(model, "packed_modules_mapping", None)
         if not isinstance(model, torch.nn.Module) or not isinstance(packed, dict):
             return None
-        layout = cls(model, places(specs, packed), dtype)
+        devices = {parameter.device.type for parameter in model.parameters()}
+        if devices not in ({"cpu"}, {"cuda"}):
+            return None
+        packs = devices == {"cpu"} if packs is None else packs
+        layout = cls(model, places(specs, packed), dtype, packs)
         held = {place.whole: place for place in layout._places.values()}
         shapes = {
             place.whole: (place.stop, *specs[name][0][1:])
@@ -108,13 +122,11 @@ class Layout:
         return layout if sure else None
 
     def _fits(self, place: ModuleSlice, parameter: torch.Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape is all of a parameter, on the CPU and not split."""
+        """Whether a tensor of this shape is all of a parameter, which is not split."""
         module = self._modules[place.module]
         if self._method(place) not in PLAIN or getattr(module, "tp_size", 1) != 1:
             return False
-        if parameter.device.type != "cpu":
-            return False
-        if self._is_linear(place):
+        if self._packs and self._is_linear(place):
             wanted = (module.output_size_per_partition, module.input_size_per_partition)
             return shape == wanted[: len(shape)]
         if hasattr(module, "org_vocab_size"):  # rows beyond the vocabulary are padding
@@ -133,14 +145,19 @@ class Layout:
     def put(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy all tensors to their places and pack each Linear layer once it is whole.
 
-        Needs the memory of a layer or two beyond the model's. A tied head is the caller's to pack.
+        Packing needs the memory of a layer or two beyond the model's. A tied head is the caller's
+        to pack. A tensor that already is the rows of ``slot`` is not copied.
         """
         waiting: dict[str, torch.Tensor] = {}
         rows: dict[str, int] = {}
         for name, tensor in tensors:
             place = self._places[name]
             module = self._modules[place.module]
-            if not self._is_linear(place) or place.parameter != "weight":
+            slot = self.slot(name)
+            if slot is not None and slot.data_ptr() == tensor.data_ptr():
+                continue
+            linear = self._packs and self._is_linear(place)
+            if not linear or place.parameter != "weight":
                 self._copy(getattr(module, place.parameter), place, tensor)
                 continue
             if place.module not in waiting:
@@ -151,6 +168,15 @@ class Layout:
             if rows[place.module] == module.output_size_per_partition:
                 module.weight = torch.nn.Parameter(waiting.pop(place.module), requires_grad=False)
                 module.quant_method.process_weights_after_loading(module)
+
+    def slot(self, name: str) -> torch.Tensor | None:
+        """The rows of a tensor in the model, flat, to be written in the model's dtype; None where
+        they are packed."""
+        place = self._places[name]
+        if self._packs:
+            return None
+        rows: torch.Tensor = getattr(self._modules[place.module], place.parameter).data
+        return rows[place.start : place.stop].view(-1)
 
     def _copy(self, into: torch.Tensor, place: ModuleSlice, tensor: torch.Tensor) -> None:
         """Fill the rows, rounded once, to the dtype the model computes in."""
@@ -163,8 +189,6 @@ class WeightsExtension:
     model_runner: Any
     _anchorage: Theta | None = None
     _anchorage_layout: Layout | None = None
-    _anchorage_device: str = "cpu"
-    _anchorage_importance: Path | None = None
     _anchorage_served: str = "start"
 
     def anchorage_check(self) -> None:
@@ -187,9 +211,8 @@ class WeightsExtension:
         """
         anchor = Anchor.open(Path(anchor_dir))
         refuse_other_tensors(anchor, self._anchorage_own())
-        self._anchorage_importance = Path(importance) if importance else None
-        self._anchorage_device = master_device
-        self._anchorage = held(anchor, master_device, self._anchorage_importance)
+        self._anchorage = None  # freed before the next one: an accelerator may not hold two
+        self._anchorage = held(anchor, master_device, Path(importance) if importance else None)
         runner = self.model_runner
         dtype = runner.model_config.dtype
         sure = Layout.of(runner.get_model(), anchor.specs, dtype) if way == "short" else None
@@ -198,12 +221,12 @@ class WeightsExtension:
 
     def anchorage_restore(self, snapshot: str | None, steps: list[dict[str, Any]]) -> str:
         """Delta = the snapshot (None: zero) and then every step; returns the hash of delta."""
-        anchor = self._anchorage_theta().anchor
-        path = Path(snapshot) if snapshot else None
-        theta = held(anchor, self._anchorage_device, self._anchorage_importance, path)
-        for step in steps:
-            theta.apply(Step.from_json(step))
-        self._anchorage = theta
+        theta, moves = self._anchorage_theta(), [Step.from_json(row) for row in steps]
+        for step in moves:  # all that may be refused comes before delta is touched
+            theta.require_weights(step.penalty)
+        theta.reset(Path(snapshot) if snapshot else None)
+        for step in moves:
+            theta.moved(step)
         return theta.delta_hash()
 
     def anchorage_apply(self, step: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +251,9 @@ class WeightsExtension:
         """Put cast(anchor + delta + scale * eps) into the engine; scale 0 is theta itself."""
         theta = self._anchorage_theta()
         address = Address(run_seed, generation, pair) if scale else None
-        self._anchorage_put(theta.rendered(address, scale, noise), repack_head)
+        layout = self._anchorage_layout
+        into = layout.slot if layout is not None and self._anchorage_same_dtype() else None
+        self._anchorage_put(theta.rendered(address, scale, noise, into=into), repack_head)
         self._anchorage_served = f"member {generation}/{pair}/{scale:+g}" if scale else "theta"
 
     def anchorage_load(self, directory: str, repack_head: bool = True) -> dict[str, str]:
@@ -263,6 +288,11 @@ class WeightsExtension:
         if self._anchorage is None:
             raise UserError("anchor: none is open in this engine, call anchorage_open first")
         return self._anchorage
+
+    def _anchorage_same_dtype(self) -> bool:
+        """Whether the engine computes in the dtype in which all of the anchor is published."""
+        dtypes = {dtype for _, dtype in self._anchorage_theta().anchor.specs.values()}
+        return dtypes == {self.model_runner.model_config.dtype}
 
     def _anchorage_own(self) -> "Mapping[str, Spec]":
         """Names, shapes and dtypes the engine was started with: all it may ever be given."""
@@ -334,18 +364,12 @@ def _method(module: "torch.nn.Module") -> str:
     return type(getattr(module, "quant_method", None)).__name__
 
 
-def held(
-    anchor: Anchor, device: str, importance: Path | None = None, snapshot: Path | None = None
-) -> Theta:
-    """The anchor and delta (zero, or a snapshot's) on a device; the bits are the same on all."""
+def held(anchor: Anchor, device: str, importance: Path | None = None) -> Theta:
+    """The anchor and delta = 0 on a device; the bits are the same on all."""
     if device == "cpu":
-        if snapshot:
-            return Parameters.load(anchor, snapshot, importance)
         return Parameters.zeros(anchor, importance)
-    from agent.store.theta import DeviceParameters
+    from agent.store.device import DeviceParameters
 
-    if snapshot:
-        return DeviceParameters.load(anchor, device, snapshot, importance)
     return DeviceParameters(anchor, device, importance=importance)
 
 

@@ -17,7 +17,7 @@ from agent.home import Home
 from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
 from agent.store.journal import DamagedError, Generation, Journal, Rewards
-from agent.store.theta import Parameters
+from agent.store.theta import TREE, Parameters
 from agent.store.weights import export
 
 
@@ -83,7 +83,7 @@ def route_along(
 def is_sound(anchor: Anchor, path: Path, delta_hash: str) -> bool:
     """Whether a snapshot holds the delta of its name."""
     try:
-        return Parameters.load(anchor, path).delta_hash() == delta_hash
+        return Parameters.load(anchor, path).delta_hash(delta_hash) == delta_hash
     except UserError:
         return False
 
@@ -103,14 +103,37 @@ def replay(
     a finished run must end at its digest.
     """
     path = route(journal, anchor, digest_or_run, snapshots)
-    parameters = Parameters.zeros(anchor, importance)
-    if path.snapshot:
-        parameters = Parameters.load(anchor, path.snapshot, importance)
-    for generation in path.generations:
-        if parameters.apply(generation.step).delta_hash != generation.delta_hash:
-            raise DamagedError(generation.run_id, generation.generation, "delta_hash")
+    parameters = _along(anchor, path, importance)
     _check_end(journal, anchor, digest_or_run, parameters)
     return parameters
+
+
+def _along(anchor: Anchor, path: ReplayRoute, importance: Path | None) -> Parameters:
+    """The end of a route; DamagedError names the row whose step gives another delta."""
+    parameters = Parameters.zeros(anchor, importance)
+    parameters.reset(path.snapshot)
+    for generation in path.generations:
+        wanted = generation.delta_hash
+        if parameters.apply(generation.step, wanted).delta_hash != wanted:
+            raise DamagedError(generation.run_id, generation.generation, "delta_hash")
+    return parameters
+
+
+def reached(
+    anchor: Anchor, path: ReplayRoute, wanted: str, found: str, importance: Path | None
+) -> bool:
+    """Whether engines that went a route hold the delta of its last row.
+
+    Engines whose hash of delta is of another kind than the journal's (the round began on another
+    kind of machine) are compared with the same route gone on this machine.
+
+    Args:
+        wanted: The hash in the row.
+        found: The engines' hash.
+    """
+    if found.startswith(TREE) == wanted.startswith(TREE):
+        return found == wanted
+    return _along(anchor, path, importance).delta_hash(found) == found
 
 
 def random_walk(

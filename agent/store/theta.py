@@ -4,8 +4,8 @@
     apply(step)          : delta <- penalty(delta + sum_p c_p eps_p)        float32, in place
 
 theta_0 the anchor's tensor, delta float32 in the same shape, eps the addressed noise, s = sign *
-sigma. ``Parameters`` holds delta on the host, ``DeviceParameters`` where an engine is;
-the bits are the same.
+sigma. ``Parameters`` holds delta on the host, ``device.DeviceParameters`` where an engine is; the
+bits are the same.
 
 Memory on the host: the mapped anchor (2 bytes a parameter for bfloat16, pages the system may
 drop), 4 bytes a parameter for delta, and the tensors rendered ahead (GROUP elements, or one
@@ -14,24 +14,19 @@ tensor that is larger) for as long as a reader holds them.
 The compiled kernels are imported where they are called. They load numba and llvmlite, and vLLM's
 search for kernels, at the start of a serving engine on the CPU, fails in a process that has
 llvmlite: such a process imports this module to check its weights before it starts.
-
-``DeviceParameters`` runs the Triton kernels over a delta in the accelerator's memory. It is asked
-for by naming a device (``master_device``); without it delta stays on the host and the accelerator
-holds nothing beyond the engine's own. Memory on the device: 4 bytes a parameter for delta, and
-one tensor of the anchor at a time while it is rendered or moved.
 """
 
+import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
@@ -47,9 +42,13 @@ from agent.store.tensorfile import (
 )
 
 GROUP = 1 << 24  # elements rendered at a time
+TREE = "tree-"  # how a tree hash of delta begins
 
 Moves = Mapping[str, tuple[float, float]]
 """Tensor name -> (sum delta^2 after a step, sum (delta after - before)^2), in float64."""
+
+Slot = Callable[[str], torch.Tensor | None]
+"""Tensor name -> where its values go: flat, in the anchor's dtype; None: memory of its own."""
 
 
 def layer_of(name: str) -> str:
@@ -63,6 +62,7 @@ class Theta(ABC):
 
     anchor: Anchor
     importance: Path | None = None  # folder of weights that penalties name (``importance``)
+    tree: bool = False  # whether a tree hash is what is cheap where delta lies
     _weights: tuple[str, Mapping[str, Floats]] = ("", {})
 
     @abstractmethod
@@ -73,11 +73,13 @@ class Theta(ABC):
         noise: NoiseKind = "normal",
         *,
         order: Iterable[str] | None = None,
+        into: Slot | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for every distinct tensor, by name or in the order given.
 
-        Every tensor has its own memory; a reader may keep it. Plain weights where delta is zero
-        are the anchor's, bit for bit.
+        Every tensor has its own memory; a reader may keep it. On an accelerator ``into`` may name
+        memory there instead, such as rows of an engine's fused parameter. Plain weights where delta
+        is zero are the anchor's, bit for bit.
         """
 
     @abstractmethod
@@ -85,20 +87,33 @@ class Theta(ABC):
         """Move delta by one step, in place, a no-op by nothing; the squares of every tensor."""
 
     @abstractmethod
+    def reset(self, snapshot: Path | None) -> None:
+        """Delta = the snapshot's (None: zero), in the memory that it has.
+
+        Raises:
+            UserError: The snapshot is damaged or of another anchor; delta is what it was.
+        """
+
+    @abstractmethod
+    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
+        """(leaves, 2) sums over the bits of one tensor of delta (``compiled.leaves``)."""
+
+    @abstractmethod
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, delta in its shape)."""
 
-    def apply(self, step: Step) -> Applied:
+    def apply(self, step: Step, like: str | None = None) -> Applied:
         """Move delta by one step, in place; a recorded no-op moves nothing.
 
-        Returns the hash of delta, ||delta||, the length of the move and ||delta|| by layer.
+        Returns the hash of delta (of the kind of ``like``), ||delta||, the length of the move and
+        ||delta|| by layer.
         """
         moves = self.moved(step)
         layers: dict[str, list[float]] = {}
         for name in self.anchor.names:
             layers.setdefault(layer_of(name), []).append(moves[name][0])
         return Applied(
-            delta_hash=self.delta_hash(),
+            delta_hash=self.delta_hash(like),
             norm=math.sqrt(math.fsum(square for square, _ in moves.values())),
             step_norm=math.sqrt(math.fsum(square for _, square in moves.values())),
             layer_norms={layer: math.sqrt(math.fsum(held)) for layer, held in layers.items()},
@@ -119,13 +134,29 @@ class Theta(ABC):
             self._weights = digest, read_importance(self.anchor, self.importance, digest)
         return self._weights[1]
 
+    def require_weights(self, penalty: Penalty) -> None:
+        """UserError unless the importance weights that a penalty names can be read."""
+        self.weights(penalty)
+
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of delta."""
         return {name: (shape, torch.float32) for name, (shape, _) in self.anchor.specs.items()}
 
-    def delta_hash(self) -> str:
-        """Hex sha256 of delta (``tensorfile.combined``); equal on every engine of a generation."""
-        return combined(self.specs(), hashed(self.deltas(self.anchor.names)))
+    def delta_hash(self, like: str | None = None) -> str:
+        """The hash of delta, equal on every engine of a generation.
+
+        Hex sha256 of all bytes (``tensorfile.combined``), or ``TREE`` and the sha256 of the leaves
+        of a tree hash, of which one number in 32,768 leaves an accelerator.
+
+        Args:
+            like: A hash that is to be compared with: its kind is taken. None: what is cheap where
+                delta lies.
+        """
+        if not (self.tree if like is None else like.startswith(TREE)):
+            return combined(self.specs(), hashed(self.deltas(self.anchor.names)))
+        leaves = {name: self.tree_leaves(name).astype("<u4") for name in self.anchor.names}
+        hashes = {name: hashlib.sha256(each.tobytes()).digest() for name, each in leaves.items()}
+        return TREE + combined(self.specs(), hashes)
 
     def digest(self) -> str:
         """Hex sha256 of the rendered weights, the name of a model everywhere."""
@@ -176,6 +207,7 @@ class Parameters(Theta):
         noise: NoiseKind = "normal",
         *,
         order: Iterable[str] | None = None,
+        into: Slot | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; a group of tensors is rendered at a time, on all cores."""
         from agent.learner.kernels_cpu import Render, render_many
@@ -220,6 +252,21 @@ class Parameters(Theta):
         moves = dict(zip(names, update_many(parts, step), strict=True))
         return moves | dict.fromkeys(fixed, (0.0, 0.0))
 
+    def reset(self, snapshot: Path | None) -> None:
+        """See ``Theta``; a snapshot is read beside delta, which it replaces."""
+        if snapshot is not None:
+            read = read_floats(self.anchor, snapshot)
+            self.delta = {name: read[name].reshape(-1) for name in self.anchor.names}
+            return
+        for values in self.delta.values():
+            values.fill(0)
+
+    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
+        """See ``Theta``; on all cores."""
+        from agent.learner.kernels_cpu import tree_leaves
+
+        return tree_leaves(self.delta[name])
+
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; shares memory with delta."""
         for name in names:
@@ -247,90 +294,3 @@ def stored(tensor: torch.Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
     bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
     array: NDArray[np.float32] | NDArray[np.uint16] = bits.numpy()
     return array
-
-
-class DeviceParameters(Theta):
-    """An anchor and a float32 delta on a device; arguments as in ``Parameters``."""
-
-    def __init__(
-        self,
-        anchor: Anchor,
-        device: torch.device | str,
-        delta: Mapping[str, Floats] | None = None,
-        importance: Path | None = None,
-    ):
-        self.anchor, self.importance = anchor, importance
-        self.device = _there_is(torch.device(device))
-        self.delta = {
-            name: torch.zeros(torch.Size(shape).numel(), device=self.device)
-            if delta is None
-            else self._there(torch.from_numpy(delta[name]))
-            for name, (shape, _) in anchor.specs.items()
-        }
-
-    @classmethod
-    def load(
-        cls,
-        anchor: Anchor,
-        device: torch.device | str,
-        path: Path,
-        importance: Path | None = None,
-    ) -> "DeviceParameters":
-        """Read a snapshot, written on whatever device; UserError when it is damaged."""
-        return cls(anchor, device, read_floats(anchor, path), importance)
-
-    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A flat copy on the device."""
-        return tensor.reshape(-1).to(self.device, copy=True)
-
-    def rendered(
-        self,
-        address: Address | None = None,
-        scale: float = 0.0,
-        noise: NoiseKind = "normal",
-        *,
-        order: Iterable[str] | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """See ``Theta``; tensors are on the device."""
-        from agent.learner.kernels_triton import render_into
-
-        for name in order or self.anchor.names:
-            base = self._there(self.anchor.tensor(name))
-            out = torch.empty_like(base)
-            at, scaled = self.noise_of(name, address, scale)
-            render_into(out, base, self.delta[name], at, name, 0, scaled, noise)
-            yield name, out.view(self.anchor.specs[name][0])
-
-    def moved(self, step: Step) -> Moves:
-        """See ``Theta``; the squares are summed on the device."""
-        return {name: self._move(name, step) for name in self.anchor.names}
-
-    def _move(self, name: str, step: Step) -> tuple[float, float]:
-        """One tensor's step."""
-        from agent.learner.kernels_triton import update_inplace
-
-        if name in self.anchor.fixed:
-            return 0.0, 0.0
-        delta, before = self.delta[name], self.delta[name].clone()
-        importance = self.weights(step.penalty).get(name)
-        weights = None if importance is None else self._there(torch.from_numpy(importance))
-        update_inplace(delta, name, 0, step, weights)
-        before.sub_(delta)
-        return _square(delta), _square(before)
-
-    def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """See ``Theta``; on the device."""
-        for name in names:
-            yield name, self.delta[name].view(self.anchor.specs[name][0])
-
-
-def _there_is(device: torch.device) -> torch.device:
-    """The device, or one line that this machine has none such."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"master_device: {str(device)!r}, allowed here: cpu (no GPU is there)")
-    return device
-
-
-def _square(values: torch.Tensor) -> float:
-    """sum values^2 in float64."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

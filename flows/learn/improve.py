@@ -22,7 +22,7 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
-from agent.store.replay import batch_places, prune, replay, route, snapshot_path
+from agent.store.replay import batch_places, prune, reached, replay, route, snapshot_path
 from agent.store.weights import export
 from evaluators.task import Task, judge, training_reward
 from flows.learn.collect import collect_rows, mark_used, sweep
@@ -319,7 +319,8 @@ class Driver:
         way = route(service.journal, self._anchor, self._run.run_id, service.home.snapshots)
         steps = [each.step for each in way.generations]
         delta_hash = self._population.restore(way.snapshot, steps)
-        if way.generations and delta_hash != way.generations[-1].delta_hash:
+        wanted = way.generations[-1].delta_hash if way.generations else delta_hash
+        if not reached(self._anchor, way, wanted, delta_hash, service.home.importance):
             raise DamagedError(self._run.run_id, way.generations[-1].generation, "delta_hash")
 
     def _evaluate(self, decision: Evaluate) -> Rewards:

@@ -19,7 +19,7 @@ from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.sections import AUTO, LearnerSettings
 from agent.store.journal import Chosen, DamagedError, Run
-from agent.store.replay import lineage, route, route_along, snapshot_path
+from agent.store.replay import lineage, reached, route, route_along, snapshot_path
 from evaluators.task import Row, Task, judge, training_reward
 from flows.learn.prompts import Asked, judging
 from flows.round_files import RoundFiles
@@ -162,7 +162,7 @@ class Selection:
         way = route_along(self._anchor, kept, service.home.snapshots)
         wanted = kept[-1].delta_hash
         delta_hash = self._population.restore(way.snapshot, [each.step for each in way.generations])
-        if delta_hash != wanted:
+        if not reached(self._anchor, way, wanted, delta_hash, service.home.importance):
             raise DamagedError(run_id, point.generation - 1, "delta_hash")
         if point.t == 1.0:
             return delta_hash

@@ -10,7 +10,7 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.population.capacity import GIB, Machine, gpu_bytes, size_of
 from agent.population.placement import EngineOptions, available_cores, on_cpu, serving_cores
-from agent.store.theta import DeviceParameters
+from agent.store.device import DeviceParameters
 from flows.service import Service
 from flows.session import engine_options
 

@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.learner.compiled import LEAF
 from agent.learner.es import Step, members, step
 from agent.learner.kernels_cpu import (
     Render,
     Update,
     render_into,
     render_many,
+    tree_leaves,
     update_inplace,
     update_many,
 )
@@ -227,3 +229,31 @@ def test_nothing_is_written_when_one_tensor_of_many_is_refused() -> None:
     with pytest.raises(ValueError, match="importance weights span"):
         update_many([Update("a", delta), Update("b", delta.copy(), -weights)], a_step("l2"))
     assert delta.tobytes() == before
+
+
+def test_leaves_are_their_definition_and_see_every_change() -> None:
+    """Sums modulo 2^32 of mixed words, in a NumPy that is written out, on any number of threads."""
+    values = np.random.default_rng(3).standard_normal(3 * LEAF + 17).astype(np.float32)
+
+    def mixed(word: np.ndarray) -> np.ndarray:
+        word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+        word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
+        return word ^ (word >> 16)
+
+    wanted = []
+    for first in range(0, values.size, LEAF):
+        words = values[first : first + LEAF].view(np.uint32)
+        odd = 2 * np.arange(words.size, dtype=np.uint32) + 1
+        sums = (
+            mixed(words + odd * np.uint32(0x9E3779B9)),
+            mixed(words ^ odd * np.uint32(0xBB67AE85)),
+        )
+        wanted.append([int(each.astype(np.uint64).sum()) % 2**32 for each in sums])
+    for threads in (1, 2, 3):
+        assert tree_leaves(values, threads).tolist() == wanted
+    assert tree_leaves(values[:0]).shape == (0, 2)
+    swapped, flipped = values.copy(), values.copy()
+    swapped[[5, 70_000]] = swapped[[70_000, 5]]
+    flipped[LEAF] = -flipped[LEAF]
+    assert (tree_leaves(swapped) != wanted).all(axis=1).tolist() == [True, True, False, False]
+    assert (tree_leaves(flipped) != wanted).all(axis=1).tolist() == [False, True, False, False]

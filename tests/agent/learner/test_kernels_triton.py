@@ -65,6 +65,12 @@ def test_updates_have_the_bits_of_the_cpu(
     assert {name: n for name, n in found.items() if n} == {}
 
 
+def test_leaves_and_sums_of_squares_are_those_of_the_cpu(differences: dict[str, int]) -> None:
+    found = {name: n for name, n in differences.items() if name.startswith(("leaves", "squares"))}
+    assert len(found) >= 8
+    assert {name: n for name, n in found.items() if n} == {}
+
+
 def test_ties_go_to_even_wrong_arguments_are_refused_and_a_no_op_changes_nothing(
     differences: dict[str, int],
 ) -> None:
@@ -83,5 +89,5 @@ def test_kernels_compile_for_a_gpu_without_one_fused_multiply_add(
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     counts = told_by("triton_compile.py", environment, mode)
     assert counts.pop("with fusion on") > 0
-    assert len(counts) == (18 if mode == "full" else 3)
+    assert len(counts) == (19 if mode == "full" else 4)
     assert {name: n for name, n in counts.items() if n} == {}

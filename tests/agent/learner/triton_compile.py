@@ -19,7 +19,7 @@ SPAN = {"first_block": "i64", "start": "i64", "count": "i64"}
 NOISE = {"words": "*i32", "table": "*fp32"}
 UPDATE = {
     "delta": "*fp32", "coefficients": "*fp32", **NOISE, "strength": "*fp32", "weights": "*fp32",
-    **SPAN, "pairs": "i32",
+    "squares": "*fp64", **SPAN, "pairs": "i32",
 }  # fmt: skip
 
 
@@ -38,6 +38,8 @@ def cases(full: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]
     """(name, kernel, argument types, constants); without `full` one of each kernel."""
     normal = {"NORMAL": True, "BLOCKS": 128, "COLUMNS": 8}
     signs = {"NORMAL": False, "BLOCKS": 32, "COLUMNS": 128}
+    leaves = {"out": "*i32", "words": "*i32", "count": "i64"}
+    yield "leaves", compiled_triton.leaves, leaves, {"LEAF": 1 << 16, "TILE": 1024}
     for kind, tile in {"normal": normal, "signs": signs}.items() if full else [("normal", normal)]:
         yield f"noise {kind}", compiled_triton.noise, {"out": "*fp32", **NOISE, **SPAN}, tile
         for stored in ("*fp32", "*i16", "*fp16") if full else ("*i16",):

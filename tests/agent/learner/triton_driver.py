@@ -104,11 +104,23 @@ def update_cases() -> Iterator[tuple[str, int]]:
                     penalty=Penalty(penalty_kind, lam, 0.004, 0.3),
                 )  # fmt: skip
                 found = device(delta)
-                kernels_triton.update_inplace(
+                sums = kernels_triton.update_inplace(
                     found, "w", start, now, device(weights) if weighted else None
                 )
-                kernels_cpu.update_inplace(delta, "w", start, now, weights if weighted else None)
+                wanted = kernels_cpu.update_inplace(
+                    delta, "w", start, now, weights if weighted else None
+                )
                 yield f"update {kind} {penalty_kind} {weighted}", differing(found, delta)
+                near = np.allclose(sums.cpu().numpy(), wanted, rtol=1e-12, atol=0)
+                yield f"squares {kind} {weighted} of {penalty_kind}", int(not near)
+
+
+def leaf_cases() -> Iterator[tuple[str, int]]:
+    """The bits of tree hashes, of whole and broken leaves."""
+    for count in (0, 1, 65_536, 65_537):
+        values = numbers(count)[1]
+        found = kernels_triton.tree_leaves(device(values)).cpu().numpy().view(np.uint32)
+        yield f"leaves {count}", int((found != kernels_cpu.tree_leaves(values)).sum())
 
 
 def refusal_cases() -> Iterator[tuple[str, int]]:
@@ -132,5 +144,12 @@ def refusal_cases() -> Iterator[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    groups = (noise_cases(), render_cases(), update_cases(), tie_cases(), refusal_cases())
+    groups = (
+        noise_cases(),
+        render_cases(),
+        update_cases(),
+        tie_cases(),
+        leaf_cases(),
+        refusal_cases(),
+    )
     json.dump({name: count for group in groups for name, count in group}, sys.stdout)

@@ -121,6 +121,55 @@ def test_every_part_lands_in_its_rows(dtype: torch.dtype) -> None:
         assert not model.model.embed_tokens.weight[10:].any()
 
 
+class Plain(Linear):
+    """A Linear layer as on a GPU: its weight stays where it is."""
+
+    def __init__(self, rows: int, columns: int, bias: bool = False):
+        super().__init__(rows, columns, bias)
+        self.weight = nn.Parameter(torch.zeros(rows, columns), requires_grad=False)
+
+
+def on_gpu() -> Fused:
+    """The model as a GPU holds it, on CPU tensors."""
+    model = Fused()
+    layer = model.model.layers[0]
+    layer.attn.qkv_proj = Plain(16, 8, bias=True)
+    layer.mlp.gate_up_proj, layer.mlp.down_proj = Plain(12, 8), Plain(8, 6)
+    return model
+
+
+def test_on_a_gpu_a_member_is_written_to_the_rows_of_the_model_and_storage_stays() -> None:
+    model = on_gpu()
+    layout = Layout.of(model, SPECS, torch.float32, packs=False)
+    assert layout is not None
+    storage = {name: each.data_ptr() for name, each in model.named_parameters()}
+    for seed in range(2):
+        named = tensors(seed)
+        slots = {name: layout.slot(name) for name in named}
+        direct = {}
+        for name, slot in slots.items():  # what a kernel does: its output is the slot
+            assert slot is not None
+            if "mlp" not in name:
+                direct[name] = slot.copy_(named[name].view(-1)).view(named[name].shape)
+        layout.put(backwards(named | direct))  # the others are copied
+        layer = model.model.layers[0]
+        parts = [named[f"model.layers.0.attn.{letter}_proj.weight"] for letter in "qkv"]
+        assert torch.equal(layer.attn.qkv_proj.weight, torch.cat(parts))
+        parts = [named[f"model.layers.0.mlp.{each}_proj.weight"] for each in ("gate", "up")]
+        assert torch.equal(layer.mlp.gate_up_proj.weight, torch.cat(parts))
+        assert torch.equal(layer.mlp.down_proj.weight, named["model.layers.0.mlp.down_proj.weight"])
+        assert torch.equal(model.model.embed_tokens.weight[:10], named["model.embed_tokens.weight"])
+        assert not model.model.embed_tokens.weight[10:].any()
+    assert {name: each.data_ptr() for name, each in model.named_parameters()} == storage
+
+
+def test_rows_of_a_packed_layer_cannot_be_written_to() -> None:
+    packed = Layout.of(Fused(), SPECS, torch.float32)
+    assert packed is not None
+    assert {packed.slot(name) for name in SPECS} == {None}
+    assert Layout.of(Fused(), SPECS, torch.float32, packs=False) is None
+
+
 def test_places_follow_the_packed_order_not_the_alphabet() -> None:
     found = places(SPECS, PACKED)
     rows = {name: place for name, place in found.items() if name.endswith("_proj.weight")}

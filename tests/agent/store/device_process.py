@@ -16,8 +16,9 @@ from agent.learner import es
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.store.anchor import keep_importance
+from agent.store.device import Bus, DeviceParameters
 from agent.store.tensorfile import raw
-from agent.store.theta import DeviceParameters, Theta
+from agent.store.theta import Theta
 from agent.store.weights import Anchor, Parameters, export, verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +62,8 @@ def compare(anchor: Anchor, folder: Path) -> dict[str, bool]:
     device = DeviceParameters(anchor, DEVICE, None, kept)
     found = {"zeros": device.digest() == anchor.digest}
     for step in steps(digest):
-        one, other = host.apply(step), device.apply(step)
+        other = device.apply(step)
+        one = host.apply(step, other.delta_hash)
         found[f"delta {step.generation}"] = one.delta_hash == other.delta_hash
         found[f"norms {step.generation}"] = same_norms(one, other)
     found["member"] = same_tensors(host, device, -0.1)
@@ -71,9 +73,51 @@ def compare(anchor: Anchor, folder: Path) -> dict[str, bool]:
         Parameters.load(anchor, folder / "snapshot.safetensors"),
         DeviceParameters.load(anchor, DEVICE, folder / "snapshot.safetensors"),
     ):
-        found[f"loaded {type(again).__name__}"] = again.delta_hash() == host.delta_hash()
+        tree = host.delta_hash("tree-")
+        loaded = again.delta_hash(tree) == tree and again.delta_hash("") == host.delta_hash()
+        found[f"loaded {type(again).__name__}"] = loaded
+        again.reset(None)
+        again.reset(folder / "snapshot.safetensors")
+        found[f"reset {type(again).__name__}"] = again.delta_hash(tree) == tree
+    found |= crossings(anchor, kept, digest) | places(anchor)
     found["export"] = verify(export(device, folder / "weights")) == host.digest()
     return found
+
+
+def crossings(anchor: Anchor, kept: Path, digest: str) -> dict[str, bool]:
+    """What crosses the bus, counted: everything once, then nothing that grows with the model."""
+    bus = Bus(DEVICE)
+    weights = sum(tensor.nbytes for _, tensor in anchor.tensors())
+    theta = DeviceParameters(anchor, bus, None, kept)
+    found = {"bus: the anchor, once": (bus.to_device, bus.to_host) == (weights, 0)}
+    for member in range(3):
+        list(theta.rendered(Address(1, 0, member), 0.1))
+    found["bus: nothing for members"] = (bus.to_device, bus.to_host) == (weights, 0)
+    for step in steps(digest):
+        theta.apply(step)
+    floats, names = 4 * anchor.parameters, len(anchor.names)
+    found["bus: importance, once"] = bus.to_device == weights + floats
+    # Each generation: two sums of 8 bytes and one leaf of 8 bytes a tensor.
+    found["bus: sums and leaves"] = bus.to_host == 2 * names * (2 * 8 + 8)
+    theta.reset(None)
+    theta.delta_hash("")
+    found["bus: all of delta for a sha256"] = bus.to_host == 2 * names * 24 + floats
+    return found
+
+
+def places(anchor: Anchor) -> dict[str, bool]:
+    """Members are rendered into memory that an engine names, to the bit."""
+    theta, where = DeviceParameters(anchor, DEVICE), (Address(1, 2, 3), 0.1)
+    slots = {name: torch.zeros_like(tensor).reshape(-1) for name, tensor in anchor.tensors()}
+    slots = {name: slot.to(DEVICE) for name, slot in slots.items()}
+    wanted = dict(theta.rendered(*where))
+    put = theta.rendered(*where, into=lambda name: None if "norm" in name else slots[name])
+    same = all(bytes(raw(tensor)) == bytes(raw(wanted[name])) for name, tensor in put)
+    filled = all(
+        bytes(raw(slot)) == bytes(raw(wanted[name])) for name, slot in slots.items()
+        if "norm" not in name
+    )  # fmt: skip
+    return {"into slots": same and filled}
 
 
 if __name__ == "__main__":

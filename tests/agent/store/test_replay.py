@@ -17,7 +17,8 @@ from agent.errors import UserError
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.journal import DamagedError, Journal
-from agent.store.replay import replay, route, snapshot_path
+from agent.store.replay import is_sound, reached, replay, route, snapshot_path
+from agent.store.theta import TREE
 from agent.store.weights import Anchor, Parameters
 
 pytestmark = pytest.mark.proof
@@ -99,6 +100,32 @@ def journal(tmp_path: Path) -> Any:
     journal = Journal(tmp_path / "state.db")
     yield journal
     journal.close()
+
+
+def test_engines_of_another_kind_of_hash_are_compared_on_this_machine(
+    anchor: Anchor, journal: Journal, tmp_path: Path
+) -> None:
+    """A round begun on the CPU (sha256) goes on where delta lies on a GPU (tree hash)."""
+    parameters = Parameters.zeros(anchor)
+    record(journal, parameters, "one", 3, parent=anchor.digest)
+    way = route(journal, anchor, "one")
+    wanted = way.generations[-1].delta_hash
+    tree = parameters.delta_hash(TREE)
+    assert tree.startswith(TREE) != wanted.startswith(TREE)
+    assert reached(anchor, way, wanted, parameters.delta_hash(), None)
+    assert reached(anchor, way, wanted, tree, None)
+    name = anchor.names[0]
+    parameters.delta[name][0] = np.nextafter(parameters.delta[name][0], np.float32(1))
+    assert not reached(anchor, way, wanted, parameters.delta_hash(TREE), None)
+    assert not reached(anchor, way, wanted, parameters.delta_hash(), None)
+
+
+def test_a_snapshot_named_by_its_tree_hash_is_sound(anchor: Anchor, tmp_path: Path) -> None:
+    parameters = Parameters.zeros(anchor)
+    path = snapshot_path(tmp_path, parameters.delta_hash(TREE))
+    parameters.save(path)
+    assert is_sound(anchor, path, path.stem)
+    assert not is_sound(anchor, path, TREE + "0" * 64)
 
 
 def test_any_core_count_and_any_snapshots_give_the_same_bits(

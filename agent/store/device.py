@@ -1,0 +1,168 @@
+"""theta on an accelerator: anchor and delta stay there, and nothing of their size leaves or enters.
+
+Memory of the device: 4 bytes a parameter for delta, the anchor in its published dtype, and 4 bytes
+a parameter for the importance weights of a penalty that names some. Where the anchor does not fit
+beside delta it stays on the host, mapped, and one tensor at a time crosses for every member.
+Only what ``Bus`` copies crosses in sizes that grow with the model; the kernels' arguments are a few
+hundred bytes a launch.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agent.errors import UserError
+from agent.learner.es import Step
+from agent.learner.noise import Address, NoiseKind
+from agent.learner.penalty import Penalty
+from agent.store.anchor import Anchor, Floats, read_floats
+from agent.store.theta import Moves, Slot, Theta
+
+
+class Bus:
+    """Copies between the host and a device, and how many bytes went each way."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = _there_is(torch.device(device))
+        self.to_device = self.to_host = 0  # bytes so far
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A flat copy on the device."""
+        self.to_device += tensor.nbytes
+        return tensor.reshape(-1).to(self.device, copy=True)
+
+    def get(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host."""
+        self.to_host += tensor.nbytes
+        return tensor.cpu()
+
+    def room(self) -> float:
+        """Free bytes of the device; what is on the host counts as endless."""
+        if self.device.type != "cuda":
+            return float("inf")
+        return float(torch.cuda.mem_get_info(self.device)[0])
+
+
+class DeviceParameters(Theta):
+    """An anchor and a float32 delta on a device; arguments as in ``Parameters``."""
+
+    tree = True
+
+    def __init__(
+        self,
+        anchor: Anchor,
+        device: torch.device | str | Bus,
+        delta: Mapping[str, Floats] | None = None,
+        importance: Path | None = None,
+    ):
+        self.anchor, self.importance = anchor, importance
+        self.bus = device if isinstance(device, Bus) else Bus(device)
+        self.delta = {
+            name: torch.zeros(torch.Size(shape).numel(), device=self.bus.device)
+            if delta is None
+            else self.bus.put(torch.from_numpy(delta[name]))
+            for name, (shape, _) in anchor.specs.items()
+        }
+        self._on_device: tuple[str, dict[str, torch.Tensor]] = ("", {})  # importance, by its sha256
+        whole = sum(tensor.nbytes for _, tensor in anchor.tensors())
+        self._base = {}
+        for name, tensor in anchor.tensors() if whole < self.bus.room() else ():
+            self._base[name] = self.bus.put(tensor)
+
+    @classmethod
+    def load(
+        cls,
+        anchor: Anchor,
+        device: torch.device | str | Bus,
+        path: Path,
+        importance: Path | None = None,
+    ) -> "DeviceParameters":
+        """Read a snapshot, written on whatever device; UserError when it is damaged."""
+        return cls(anchor, device, read_floats(anchor, path), importance)
+
+    def rendered(
+        self,
+        address: Address | None = None,
+        scale: float = 0.0,
+        noise: NoiseKind = "normal",
+        *,
+        order: Iterable[str] | None = None,
+        into: Slot | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Theta``; tensors are on the device."""
+        from agent.learner.kernels_triton import render_into, words_of
+
+        names = list(order or self.anchor.names)
+        noisy = [address] if address is not None and scale else []
+        words = words_of(noisy, names, self.bus.device)
+        for place, name in enumerate(names):
+            base = self._base.get(name)
+            if base is None:
+                base = self.bus.put(self.anchor.tensor(name))
+            slot = into(name) if into else None
+            out = torch.empty_like(base) if slot is None else slot
+            at, scaled = self.noise_of(name, address, scale)
+            delta = self.delta[name]
+            render_into(out, base, delta, at, name, 0, scaled, noise, words[place])
+            yield name, out.view(self.anchor.specs[name][0])
+
+    def moved(self, step: Step) -> Moves:
+        """See ``Theta``; squares are summed in the kernel, two numbers a tensor come back."""
+        from agent.learner.kernels_triton import update_inplace, words_of
+
+        names = [name for name in self.anchor.names if name not in self.anchor.fixed]
+        words = words_of(step.addresses(), names, self.bus.device)
+        weights = self._weights_there(step.penalty)
+        sums = [
+            update_inplace(self.delta[name], name, 0, step, weights.get(name), words[place])
+            for place, name in enumerate(names)
+        ]
+        pairs = self.bus.get(torch.stack(sums)).tolist() if sums else []
+        moves = {name: (pair[0], pair[1]) for name, pair in zip(names, pairs, strict=True)}
+        return moves | dict.fromkeys(self.anchor.fixed, (0.0, 0.0))
+
+    def _weights_there(self, penalty: Penalty) -> Mapping[str, torch.Tensor]:
+        """The importance weights a penalty names, on the device; they cross once."""
+        digest = penalty.importance
+        if digest is not None and self._on_device[0] != digest:
+            self._on_device = "", {}  # the old ones first: two sets may not fit
+            weights = self.weights(penalty)
+            there = {name: self.bus.put(torch.from_numpy(w)) for name, w in weights.items()}
+            self._on_device = digest, there
+            self._weights = "", {}  # the host's copy is not needed again
+        return {} if digest is None else self._on_device[1]
+
+    def require_weights(self, penalty: Penalty) -> None:
+        """See ``Theta``."""
+        self._weights_there(penalty)
+
+    def reset(self, snapshot: Path | None) -> None:
+        """See ``Theta``; no second delta is on the device at any time."""
+        if snapshot is None:
+            for values in self.delta.values():
+                values.zero_()
+            return
+        for name, read in read_floats(self.anchor, snapshot).items():
+            self.delta[name].copy_(self.bus.put(torch.from_numpy(read)))
+
+    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
+        """See ``Theta``; a 32,768th of delta comes back."""
+        from agent.learner.kernels_triton import tree_leaves
+
+        leaves: NDArray[np.uint32] = self.bus.get(tree_leaves(self.delta[name])).numpy()
+        return leaves.view(np.uint32)
+
+    def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Theta``; on the host, for a snapshot or a sha256."""
+        for name in names:
+            yield name, self.bus.get(self.delta[name]).view(self.anchor.specs[name][0])
+
+
+def _there_is(device: torch.device) -> torch.device:
+    """The device, or one line that this machine has none such."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"master_device: {str(device)!r}, allowed here: cpu (no GPU is there)")
+    return device
