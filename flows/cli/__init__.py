@@ -23,6 +23,7 @@ app = typer.Typer(
 for commands in (stack.app, rounds.app, records.app, offline.app):
     app.add_typer(commands)
 app.add_typer(offline.bench_app, name="bench")
+app.add_typer(rounds.study_app, name="study")
 app.add_typer(rounds.review_app, name="review")
 app.add_typer(rounds.anchor_app, name="anchor")
 app.add_typer(offline.task_app, name="task")

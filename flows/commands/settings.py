@@ -115,9 +115,11 @@ def command_reference(program: Any) -> str:
 
 
 def _leaves(group: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Commands that are no groups and not hidden, with their whole name, in the help's order."""
+    """Commands that do something and are not hidden, with their whole name, in the help's order."""
     for word, command in group.commands.items():
         if hasattr(command, "commands"):
+            if command.invoke_without_command:  # a group that is a command of its own, too
+                yield f"{name} {word}", command
             yield from _leaves(command, f"{name} {word}")
         elif not command.hidden:
             yield f"{name} {word}", command
