@@ -9,7 +9,14 @@ import typer
 
 from agent.errors import UserError
 from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Name, Reason, Target
-from flows.show.terminal import collected_tables, forecast_tables, pairs, reporter, show
+from flows.show.terminal import (
+    collected_tables,
+    forecast_tables,
+    model_plan_tables,
+    pairs,
+    reporter,
+    show,
+)
 
 app = typer.Typer()
 anchor_app = typer.Typer(help="The model that rounds are tied to.", no_args_is_help=True)
@@ -64,6 +71,13 @@ def improve(
 
 @app.command()
 def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A published model's name, config.json, directory or hub id to plan for GPUs. "
+            "Default: the home's model on this machine, measured."
+        ),
+    ] = None,
     target: Target = None,
     changes: Annotated[
         list[str] | None,
@@ -77,11 +91,34 @@ def plan(
             min=0, help="Price of an hour of this machine, to print the price of the round."
         ),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU of a MODEL's plan: h100 or h200.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of that node.")] = 1,
+    ranks: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="GPUs of each engine.")
+    ] = 1,
+    host: Annotated[float, typer.Option("--host-memory", help="GiB of that node.")] = 2048.0,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(help="A rate, such as normals_s=2e11, or the JSON of `make gpu`; repeatable."),
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Forecast a round's cost and what its gate can decide, measured on a few rows."""
-    _plan(home, target, _changes(changes or []), price, as_json)
+    """Forecast a round's cost and what its gate can decide, measured on a few rows.
+
+    With MODEL: whether it fits GPUs that need not be here, what crosses their bus, and seconds of
+    a member, a generation and a round, from rates that are assumed until they are stated.
+    """
+    if model is None:
+        _plan(home, target, _changes(changes or []), price, as_json)
+        return
+    from flows.learn.accelerators import Fleet, Rates, plan_model, with_stated, work_of
+
+    fleet = Fleet(gpu, gpus, ranks, host)
+    rates = with_stated(Rates(), rate or [])
+    planned = plan_model(model, fleet, work_of(_changes(changes or [])), rates)
+    show(planned, as_json, *model_plan_tables(planned))
+    raise typer.Exit(1 if "refused" in planned else 0)
 
 
 def _plan(

@@ -225,6 +225,35 @@ def forecast_tables(planned: Mapping[str, Any]) -> list[Table]:
     return [parts, pairs("needs", needs), *([warnings] if warnings.row_count else [])]
 
 
+def model_plan_tables(planned: Mapping[str, Any]) -> list[Table | str]:
+    """Bytes, seconds and the arithmetic of a plan for GPUs, or the line that refuses it."""
+    fleet, size = planned["fleet"], planned["size"]
+    title = f"{planned['model']} on {fleet['gpus']} x {fleet['gpu']}"
+    drawn = Table("bytes, GiB", "delta on", "part", "needed", title=title, title_justify="left")
+    for device, tried in planned["bytes"].items():
+        for where in ("gpu", "host"):
+            for part, count in tried[where].items():
+                drawn.add_row(where, device, part, f"{count / 2**30:.1f}")
+            room = f"{tried['room'][where] / 2**30:.1f}"
+            drawn.add_row(where, device, "allowed", room, end_section=True)
+    if "refused" in planned:
+        return [drawn, planned["refused"]]
+    took, bus = planned["seconds"], planned["bus"]
+    lines = {
+        "parameters": f"{size['parameters']:,} in {size['tensors']} tensors",
+        "delta lies on": planned["device"],
+        "bytes over the bus": f"{bus['member']:,} a member, {bus['generation']:,} a generation",
+        "seconds a member": f"{took['generate'] + took['render']:.2f}",
+        "seconds a generation": f"{took['generation']:.1f} on {fleet['engines']} engines",
+        "hours a round": f"{took['round'] / 3600:.2f} of learning",
+        "weight work": f"{100 * planned['weight_share']:.1f} % of a generation",
+        "engines that pay": f"up to {planned['engines_that_pay']}",
+    }
+    rates = ", ".join(f"{name} {value:g}" for name, value in planned["rates"].items())
+    assumed = f"Rates, assumed for a GPU unless stated with --rate: {rates}"
+    return [drawn, pairs("round", lines), *planned["arithmetic"], assumed]
+
+
 def status_tables(status: Mapping[str, Any]) -> list[Table]:
     """Addresses, champion and services; then what is learnt, and what waits for a person."""
     title = f"endpoint {status['endpoint'] or 'down'}"

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from agent.learner import es
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
+from agent.population.capacity import size_of
 from agent.store.anchor import keep_importance
 from agent.store.device import Bus, DeviceParameters
 from agent.store.tensorfile import raw
 from agent.store.theta import Theta
 from agent.store.weights import Anchor, Parameters, export, verify
+from flows.learn.accelerators import bus_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -97,7 +99,8 @@ def crossings(anchor: Anchor, kept: Path, digest: str) -> dict[str, bool]:
         theta.apply(step)
     floats, names = 4 * anchor.parameters, len(anchor.names)
     found["bus: importance, once"] = bus.to_device == weights + floats
-    # Each generation: two sums of 8 bytes and one leaf of 8 bytes a tensor.
+    planned = bus_bytes(size_of(anchor), "cuda")  # what `anchorage plan MODEL` prints
+    found["bus: as planned"] = planned["member"] == 0 and bus.to_host == 2 * planned["generation"]
     found["bus: sums and leaves"] = bus.to_host == 2 * names * (2 * 8 + 8)
     theta.reset(None)
     theta.delta_hash("")

@@ -41,5 +41,5 @@ def test_a_device_gives_the_bits_of_the_host(
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
-    assert len(found) == 2 * 18
+    assert len(found) == 2 * 19
     assert [what for what, same in found.items() if not same] == []
