@@ -112,10 +112,10 @@ def plan(
     if model is None:
         _plan(home, target, _changes(changes or []), price, as_json)
         return
-    from flows.learn.accelerators import Fleet, Rates, plan_model, with_stated, work_of
+    from flows.learn.accelerators import Fleet, GpuRates, plan_model, with_stated, work_of
 
     fleet = Fleet(gpu, gpus, ranks, host)
-    rates = with_stated(Rates(), rate or [])
+    rates = with_stated(GpuRates(), rate or [])
     planned = plan_model(model, fleet, work_of(_changes(changes or [])), rates)
     show(planned, as_json, *model_plan_tables(planned))
     raise typer.Exit(1 if "refused" in planned else 0)

@@ -79,7 +79,7 @@ GPUS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class GpuRates:
     """What seconds follow from. Nothing of a GPU was measured: these are assumed until stated."""
 
     normals_s: float = 1e11  # normals drawn by the Triton kernels of one GPU
@@ -148,13 +148,13 @@ def known_size(model: str) -> ModelSize:
     return size_of(Anchor.open(resolve(ModelSettings(path=model), Path(".anchorage/models"))))
 
 
-def with_stated(rates: Rates, stated: Sequence[str]) -> Rates:
-    """Rates with 'name=value' or a JSON file of measured ones put over them.
+def with_stated(rates: GpuRates, stated: Sequence[str]) -> GpuRates:
+    """GpuRates with 'name=value' or a JSON file of measured ones put over them.
 
     Raises:
         UserError: An unknown name, or no number above 0.
     """
-    known = {field.name for field in fields(Rates)}
+    known = {field.name for field in fields(GpuRates)}
     values: dict[str, float] = {}
     for each in stated:
         if each.endswith(".json"):
@@ -219,7 +219,7 @@ class Seconds:
 
 
 def seconds_of(
-    size: ModelSize, fleet: Fleet, work: Work, rates: Rates, device: Device
+    size: ModelSize, fleet: Fleet, work: Work, rates: GpuRates, device: Device
 ) -> tuple[Seconds, list[str]]:
     """The parts of a generation, and each part's arithmetic as a line."""
     gpu, ranks = GPUS[fleet.gpu], fleet.ranks
@@ -266,7 +266,7 @@ def seconds_of(
     return Seconds(generate, render, updated, hashed), lines
 
 
-def _batch(size: ModelSize, fleet: Fleet, work: Work, rates: Rates, device: Device) -> int:
+def _batch(size: ModelSize, fleet: Fleet, work: Work, rates: GpuRates, device: Device) -> int:
     """Sequences that run at once: the setting, the prompts, or what vLLM's cache has room for."""
     memory = GPUS[fleet.gpu].memory
     share = vllm_share(fleet.share, size, memory) if device == "cuda" else fleet.share
@@ -289,7 +289,7 @@ def engines_that_pay(seconds: Seconds, members: int) -> int:
     return paying
 
 
-def plan_model(model: str, fleet: Fleet, work: Work, rates: Rates) -> dict[str, Any]:
+def plan_model(model: str, fleet: Fleet, work: Work, rates: GpuRates) -> dict[str, Any]:
     """The whole plan as plain values.
 
     Raises:

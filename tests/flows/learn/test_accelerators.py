@@ -14,7 +14,7 @@ from flows.learn.accelerators import (
     GPUS,
     PUBLISHED,
     Fleet,
-    Rates,
+    GpuRates,
     Seconds,
     Work,
     bus_bytes,
@@ -28,7 +28,7 @@ from flows.learn.accelerators import (
 )
 
 WORK = Work(members=30, prompts=200, generations=100, max_num_seqs=100, max_model_len=4096)
-ROUND = Rates(  # numbers with which every part can be worked out on paper
+ROUND = GpuRates(  # numbers with which every part can be worked out on paper
     normals_s=1e9, share=0.5, step_s=0.01, launch_s=1e-3, reload_s=0.01, link=1e9, cores=10.0,
     core_render=1e8, core_normals_s=1e8, core_sha256=1e9, prompt_tokens=0.0, answer_tokens=100.0,
 )  # fmt: skip
@@ -93,7 +93,7 @@ def test_what_crosses_the_bus() -> None:
     ],
 )
 def test_published_models_fit_or_are_refused(model: str, fleet: Fleet, device: str | None) -> None:
-    planned = plan_model(model, fleet, WORK, Rates())
+    planned = plan_model(model, fleet, WORK, GpuRates())
     assert planned["device"] == device
     assert ("refused" in planned) == (device is None)
     needs = planned["bytes"][device or "cuda"]["gpu"]
@@ -113,11 +113,11 @@ def test_the_defaults_are_those_of_real_models() -> None:
 def test_rates_are_stated_by_name_or_by_what_was_measured(tmp_path: Path) -> None:
     measured = tmp_path / "gpu.json"
     measured.write_text(json.dumps({"rates": {"normals_s": 3e11, "unknown": 1}}))
-    stated = with_stated(Rates(), [str(measured), "answer_tokens=100"])
-    assert stated == replace(Rates(), normals_s=3e11, answer_tokens=100.0)
+    stated = with_stated(GpuRates(), [str(measured), "answer_tokens=100"])
+    assert stated == replace(GpuRates(), normals_s=3e11, answer_tokens=100.0)
     for wrong in ("normals=1", "normals_s=0", "normals_s=x"):
         with pytest.raises(UserError, match="allowed: answer_tokens, "):
-            with_stated(Rates(), [wrong])
+            with_stated(GpuRates(), [wrong])
 
 
 def test_a_model_is_a_name_a_config_or_a_directory(tmp_path: Path) -> None:
