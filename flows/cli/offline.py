@@ -211,6 +211,32 @@ def bench_gate_command(
     raise typer.Exit(0 if document["within"] else 1)
 
 
+@bench_app.command("scaling")
+def bench_scaling_command(
+    member: Annotated[
+        float, typer.Option(min=0, help="Seconds of a member, as `plan MODEL` prints them.")
+    ] = 7.0,
+    update: Annotated[
+        float, typer.Option(min=0, help="Seconds of an update for each member.")
+    ] = 0.031,
+    mtbf: Annotated[
+        float, typer.Option("--mtbf-hours", min=0.01, help="Hours until an engine breaks.")
+    ] = 168.0,
+    generations: Annotated[int, typer.Option(min=1, help="Generations of each point.")] = 100,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the curves.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a generation on 1 to 1,024 engines, some of which break, by the real schedule."""
+    from flows.lab.bench.scaling import ScalingBench, bench_scaling, plot_scaling, scaling_table
+
+    bench = ScalingBench(generations=generations, member_s=member, update_s=update, mtbf_hours=mtbf)
+    with reporter() as bars:
+        document = bench_scaling(bench, bars)
+    if plot is not None:
+        document["plot"] = str(plot_scaling(document["points"], plot))
+    show(document, as_json, scaling_table(document))
+
+
 @bench_app.command("learning")
 def bench_learning_command(
     model: Annotated[str, typer.Option(help="As of `anchorage up --model`.")] = "smollm2",
