@@ -48,7 +48,7 @@ class ScalingBench:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class SimulatedGeneration:
     """One simulated generation."""
 
     seconds: float
@@ -56,7 +56,7 @@ class Generation:
     failures: int
 
 
-def simulate(members: int, engines: int, bench: ScalingBench, seed: int) -> Generation:
+def simulate(members: int, engines: int, bench: ScalingBench, seed: int) -> SimulatedGeneration:
     """Run one generation, which begins with every engine whole.
 
     Raises:
@@ -88,7 +88,7 @@ def simulate(members: int, engines: int, bench: ScalingBench, seed: int) -> Gene
             starts = decisions.send(event)
         except StopIteration:
             break
-    return Generation(now, float(took.sum()), failures)
+    return SimulatedGeneration(now, float(took.sum()), failures)
 
 
 def bench_scaling(bench: ScalingBench, progress: Reporter | None = None) -> dict[str, Any]:
