@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -27,7 +27,7 @@ from typing import Any
 
 from agent.errors import UserError
 from evaluators.sandbox_worker import FIXED, Limits, parsed, read_line
-from evaluators.task import Row, Source, Task, Verdict, failed
+from evaluators.task import Message, Row, Source, Task, Verdict, failed
 
 END_S = 5.0  # how long the keeper may take to kill what is left
 
@@ -79,7 +79,14 @@ class Sandbox:
 
     def verify(self, completion: str, row: Row) -> Verdict:
         """The worker's verdict, or an error verdict when it failed, hung or grew too large."""
-        reply = self._ask({"call": "verify", "completion": completion, "row": dict(row)})
+        return self._judged({"call": "verify", "completion": completion, "row": dict(row)})
+
+    def converse(self, messages: Sequence[Message], row: Row) -> Verdict:
+        """The same of a conversation."""
+        return self._judged({"call": "converse", "messages": list(messages), "row": dict(row)})
+
+    def _judged(self, question: Mapping[str, Any]) -> Verdict:
+        reply = self._ask(question)
         if isinstance(reply, str):
             return failed(f"verifier {self.spec}: {reply}")
         return Verdict(**reply["value"])
@@ -107,6 +114,7 @@ class Sandbox:
             described = self._ready["task"]
         parts: dict[str, Any] = {name: described[name] for name in FIXED}
         parts |= {name: self._function(name) for name in described["functions"]}
+        parts["converse"] = self.converse if described["converses"] else None
         return Task(source=Source(**described["source"]), verify=self.verify, **parts)
 
     def protections(self) -> Protections:

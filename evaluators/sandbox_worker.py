@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 from agent.errors import UserError
 from evaluators import confine
 from evaluators.loading import resolve
-from evaluators.task import Task, judge
+from evaluators.task import Task, judge, judge_conversation
 
 MAX_REPLY_BYTES = 1_000_000
 GRACE_S = 0.5  # for a process that closed its pipe without a reply to end, so that its status shows
@@ -129,7 +129,7 @@ def _serve(spec: str, limits: Limits, hidden: list[Path], active: set[str]) -> N
     functions = _Functions(task, filters)
     for line in source:
         question = json.loads(line)
-        if question["call"] == "verify":
+        if question["call"] in ("verify", "converse"):
             reply = _judged(verify, question, limits, filters)
         else:
             reply = functions.ask(line, limits.wall_s)
@@ -141,7 +141,8 @@ def _described(task: Task) -> dict[str, Any]:
     """A task's data as JSON, and which functions it has."""
     functions = [name for name in FUNCTIONS if getattr(task, name) is not None]
     fixed = {name: getattr(task, name) for name in FIXED}
-    return {**fixed, "source": asdict(task.source), "functions": functions}
+    described = {**fixed, "source": asdict(task.source), "functions": functions}
+    return described | {"converses": task.converse is not None}
 
 
 def _readable(spec: str, hidden: list[Path]) -> dict[Path, bool]:
@@ -181,7 +182,11 @@ def _judged(
     """One verdict from a process of its own: {value} or {error}."""
 
     def work(sink: IO[bytes]) -> None:
-        _say(sink, asdict(judge(task, question["completion"], question["row"])))
+        if question["call"] == "converse":
+            verdict = judge_conversation(task, question["messages"], question["row"])
+        else:
+            verdict = judge(task, question["completion"], question["row"])
+        _say(sink, asdict(verdict))
 
     pid, pipe, to_child = _forked(work, filters)
     os.close(to_child)

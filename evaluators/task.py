@@ -15,7 +15,7 @@ from typing import Any
 from agent.errors import UserError
 
 Row = Mapping[str, Any]
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": ..., "content": ...}, of tools as the chat completions API
 
 EXTRACTION_VERSION = "2"  # of the tasks here: raise it when any extraction changes
 MAX_COMPLETION_CHARS = 1_000_000  # longest text a verifier gets: the end of the completion
@@ -80,6 +80,9 @@ class Task:
     system: str | None = None  # a message before all others
     chat: Callable[[Row], Sequence[Message]] | None = None  # a row's own messages, for the template
     prefill: str | None = None  # the assistant's first words, given
+    # Judges all messages of a client's session at its end, the last answer included; without it
+    # every request is an example of its own. Pure and bounded, as ``verify``.
+    converse: Callable[[Sequence[Message], Row], Verdict] | None = None
     version: str = EXTRACTION_VERSION  # of the extraction; part of the harness hash
 
     def messages(self, row: Row, shots: Sequence[Row] = ()) -> list[Message]:
@@ -161,11 +164,31 @@ def judge(task: Task, completion: str, row: Row) -> Verdict:
     round go on.
     """
     text = ((task.prefill or "") + completion).rpartition("</think>")[2][-MAX_COMPLETION_CHARS:]
+    return _caught(lambda: task.verify(text, row))
+
+
+def judge_conversation(task: Task, messages: Sequence[Message], row: Row) -> Verdict:
+    """The verdict of a task's ``converse`` on a conversation; as ``judge`` in all else.
+
+    Of an answer's text it reads what follows the last ``</think>``.
+    """
+    assert task.converse is not None  # callers look
+    converse, read = task.converse, [_without_thinking(message) for message in messages]
+    return _caught(lambda: converse(read, row))
+
+
+def _without_thinking(message: Message) -> Message:
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return message
+    return message | {"content": content.rpartition("</think>")[2][-MAX_COMPLETION_CHARS:]}
+
+
+def _caught(verdict: Callable[[], object]) -> Verdict:
     try:
-        verdict = task.verify(text, row)
+        return checked(verdict())
     except Exception as error:
         return failed(f"{type(error).__name__}: {error}")
-    return checked(verdict)
 
 
 def failed(error: str) -> Verdict:

@@ -220,6 +220,7 @@ def engine_options(service: Service, machine: Machine | None = None) -> list[Eng
         chat_template=model.template,
         chat_template_kwargs=model.chat_template_kwargs,
         reasoning_parser=model.reasoning_parser,
+        tool_parser=model.tool_parser,
     )
     placed = local_places if chosen.placement == "local" else _ray_places
     places = placed(service.settings, service.anchor, here, is_up(service.home))

@@ -39,8 +39,8 @@ class VerdictLike(Protocol):
     def extracted(self) -> str | None: ...  # noqa: D102
 
 
-Verify = Callable[[str, Mapping[str, Any] | str, str], VerdictLike]
-"""(task, the row or a known row's id, completion) -> verdict; raises where it cannot tell, and
+Verify = Callable[[Unjudged, Mapping[str, Any] | str], VerdictLike]
+"""(answer, the row or a known row's id) -> verdict; raises where it cannot tell, and
 RowRefusedError for a row that cannot be learnt from."""
 
 Check = Callable[[str, Mapping[str, Any]], str | None]
@@ -90,13 +90,11 @@ class Verifier:
         self._timeout_s = timeout_s
         self._stuck = 0
 
-    async def judge(
-        self, task: str, example_id: str | None, example: str | None, completion: str
-    ) -> Finding:
+    async def judge(self, item: Unjudged) -> Finding:
         """The finding. A row's refusal is told in words, any other exception by its type only."""
         async with self._places:
             return await self._in_time(
-                lambda: _finding(self._verify, task, example_id, example, completion),
+                lambda: _finding(self._verify, item),
                 self._timeout_s,
                 Finding(error="verifier stuck"),
                 Finding(error=f"timeout after {self._timeout_s:g} s"),
@@ -145,14 +143,13 @@ def _in_thread(work: Callable[[], T]) -> "asyncio.Future[T]":
     return asyncio.wrap_future(outcome)
 
 
-def _finding(
-    verify: Verify, task: str, example_id: str | None, example: str | None, completion: str
-) -> Finding:
+def _finding(verify: Verify, item: Unjudged) -> Finding:
     error: str | None = None
     try:
-        row = orjson.loads(example) if example is not None else example_id or ""
+        known = item.example_id or ""
+        row = known if item.example is None else orjson.loads(item.example)
         try:
-            verdict = verify(task, row, completion)
+            verdict = verify(item, row)
         except RowRefusedError as refusal:
             error = f"row refused: {refusal}"[:MAX_ERROR]
             if refusal.verdict is None:
@@ -316,9 +313,7 @@ class Capture:
         task.add_done_callback(self._judging.discard)
 
     async def _find(self, item: Unjudged) -> None:
-        finding = await self._verifier.judge(
-            item.task, item.example_id, item.example, item.completion
-        )
+        finding = await self._verifier.judge(item)
         self._on_verdict(item.task, item.version, finding)
         self._verdicts.put_nowait(
             Judgement(
@@ -343,6 +338,8 @@ def _to_judge(row: Interaction) -> list[Unjudged]:
             example_id=row.example_id,
             example=row.example,
             completion=answer.completion or "",
+            prompt=row.prompt,
+            tool_calls=answer.tool_calls,
             **ids,
         )
         for answer in row.answers

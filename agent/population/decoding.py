@@ -17,10 +17,14 @@ from typing import Any
 from agent.config import Settings
 from agent.errors import UserError
 from agent.home import read_sealed
-from agent.population.schedule import Logprobs, Messages
+from agent.population.schedule import Logprobs, Message, Messages, Prompt
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")  # change greedy answers
 CACHED_PROMPTS = 20_000
+
+Tools = Sequence[Mapping[str, Any]]  # as the chat completions API has them
+Calls = Sequence[Mapping[str, Any]]  # {"name", "arguments"} each
+ToolReader = Callable[[str, Tools], tuple[str, Calls]]  # an answer without its calls, and these
 
 
 def decoding(settings: Settings, directory: Path) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def generation_config(used: bool) -> dict[str, Any]:
 
 
 class Chat:
-    """Conversations as token ids, and answers without their thinking.
+    """Conversations as token ids, and answers without their thinking and their tool calls.
 
     Args:
         tokenizer: transformers' own.
@@ -86,6 +90,8 @@ class Chat:
         variables: Of the template.
         reader: Makes a function from an answer's text to what follows the thinking, or to None
             where the thinking never ends; None: answers are left as they are.
+        caller: From an answer's text and the tools it was offered to its text without calls, and
+            the calls; None: none are read.
     """
 
     def __init__(
@@ -94,33 +100,75 @@ class Chat:
         template: str | None,
         variables: Mapping[str, Any],
         reader: Callable[[], Callable[[str], str | None]] | None,
+        caller: ToolReader | None = None,
     ) -> None:
-        self._tokenizer, self._reader = tokenizer, reader
+        self._tokenizer, self._reader, self._caller = tokenizer, reader, caller
         self._variables = dict(variables) | ({"chat_template": template} if template else {})
         self._ids: dict[str, list[int]] = {}  # by the conversation as JSON
 
-    def tokens(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation; equal ones are kept."""
-        key = json.dumps(list(messages))
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a conversation; equal ones are kept.
+
+        Raises:
+            jinja2.TemplateError: The template does not write such a turn.
+        """
+        key = json.dumps(prompt if isinstance(prompt, Mapping) else list(prompt))
         if key not in self._ids:
             if len(self._ids) >= CACHED_PROMPTS:
                 self._ids.clear()
-            going_on = bool(messages) and messages[-1]["role"] == "assistant"
-            self._ids[key] = self._tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=not going_on,
-                continue_final_message=going_on,
-                **self._variables,
-            )
+            self._ids[key] = self._encoded(prompt)
         return self._ids[key]
 
-    def answer(self, text: str) -> str:
-        """What the endpoint gives as an answer's content."""
-        if self._reader is None:
-            return text
-        return self._reader()(text) or ""  # a reader keeps state: one an answer
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        tools = offered(prompt)
+        messages = templated(prompt["messages"]) if isinstance(prompt, Mapping) else list(prompt)
+        going_on = bool(messages) and messages[-1]["role"] == "assistant"
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=not going_on,
+            continue_final_message=going_on,
+            **({"tools": list(tools)} if tools else {}),
+            **self._variables,
+        )
+        return ids
+
+    def answer(self, text: str, tools: Tools = ()) -> tuple[str, Calls]:
+        """What the endpoint gives as an answer's content, and the offered tools that it calls."""
+        if self._reader is not None:
+            text = self._reader()(text) or ""  # a reader keeps state: one an answer
+        return self._caller(text, tools) if self._caller and tools else (text, ())
+
+
+def offered(prompt: Prompt) -> Tools:
+    """The tools that a prompt offers."""
+    return (prompt["tools"] or ()) if isinstance(prompt, Mapping) else ()
+
+
+def templated(messages: Messages) -> list[Message]:
+    """Messages of the API as a chat template gets them from vLLM's server.
+
+    Text in the place of none, and the arguments of calls as objects instead of JSON.
+    """
+    made = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _object(call["function"])}}
+            for call in message.get("tool_calls") or ()
+        ]
+        written = {**message, "content": message.get("content") or ""}
+        written.pop("tool_calls", None)
+        made.append(written | ({"tool_calls": calls} if calls else {}))
+    return made
+
+
+def _object(call: Mapping[str, Any]) -> Any:
+    """A call's arguments as a value; text that a model wrote and that is no JSON stays text."""
+    try:
+        return json.loads(call.get("arguments") or "{}")
+    except (ValueError, RecursionError):
+        return call["arguments"]
 
 
 def largest_difference(

@@ -6,7 +6,7 @@ from pathlib import Path
 from agent.home import remove_tree
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.schedule import Completion, Engine, Logprobs, Messages
+from agent.population.schedule import Completion, Engine, Logprobs, Messages, Prompt
 from agent.store.weights import Anchor, Parameters, Theta, export
 
 
@@ -64,7 +64,7 @@ class FreshEngine:
 
     def generate(
         self,
-        prompts: Sequence[Messages],
+        prompts: Sequence[Prompt],
         max_tokens: int | Sequence[int],
         member: tuple[Address, float] | None = None,
         noise: NoiseKind = "normal",

@@ -163,6 +163,7 @@ class EngineOptions:
     chat_template: str | None = None  # its text; None: the model's own
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # its variables
     reasoning_parser: str | None = None  # vLLM's name of what tells the answer from the thinking
+    tool_parser: str | None = None  # vLLM's name of what reads tool calls; None: none are read
     way: Way = "short"  # how members get in; short is taken only where the layout is sure
     seed: int = 0
     log: Path | None = None  # the engine's own output is appended there

@@ -20,6 +20,7 @@ from typing import TypeVar
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
+from agent.population.conversation import Conversation, replay
 from agent.population.schedule import (
     Assign,
     Completion,
@@ -28,8 +29,8 @@ from agent.population.schedule import (
     Failed,
     Finished,
     Joined,
-    Messages,
     NoEngineError,
+    Prompt,
     agreed,
     plan,
 )
@@ -189,7 +190,7 @@ class Population:
     def members(
         self,
         jobs: Sequence[tuple[int, Address, float]],
-        prompts: Sequence[Messages],
+        prompts: Sequence[Prompt | Conversation],
         max_tokens: int | Sequence[int],
         noise: NoiseKind = "normal",
     ) -> Generator[Result, None, None]:
@@ -203,7 +204,7 @@ class Population:
         )
 
     def generate(
-        self, prompts: Sequence[Messages], max_tokens: int | Sequence[int]
+        self, prompts: Sequence[Prompt | Conversation], max_tokens: int | Sequence[int]
     ) -> list[Completion]:
         """Answers of theta, or of the loaded directory; chunks go to free engines."""
         limits = _each(max_tokens, len(prompts))
@@ -359,14 +360,14 @@ def _each(max_tokens: int | Sequence[int], count: int) -> list[int]:
 
 
 def _generate(
-    prompts: Sequence[Messages],
+    prompts: Sequence[Prompt | Conversation],
     limits: Sequence[int],
     member: tuple[Address, float] | None,
     noise: NoiseKind,
     engine: Engine,
 ) -> list[Completion]:
-    """One call of one engine."""
-    return engine.generate(prompts, limits, member, noise)
+    """One call of one engine, or one a turn of the conversations."""
+    return replay(lambda asked, at: engine.generate(asked, at, member, noise), prompts, limits)
 
 
 def wanted(directory: Path, found: str, digest: str | None) -> str:

@@ -5,7 +5,7 @@ end (JSON to arguments, one engine call, the result to JSON). Only scalars, text
 travel; weights never do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.schedule import Completion, Engine, Logprobs, Messages
+from agent.population.schedule import Completion, Engine, Logprobs, Messages, Prompt
 
 Json = dict[str, Any]
 Call = Callable[[str, Json], Any]
@@ -49,16 +49,20 @@ class RemoteEngine:
 
     def generate(
         self,
-        prompts: Sequence[Messages],
+        prompts: Sequence[Prompt],
         max_tokens: int | Sequence[int],
         member: tuple[Address, float] | None = None,
         noise: NoiseKind = "normal",
     ) -> list[Completion]:
         """See ``Engine``."""
-        arguments: Json = {"prompts": [list(messages) for messages in prompts], "noise": noise}
+        asked = [dict(each) if isinstance(each, Mapping) else list(each) for each in prompts]
+        arguments: Json = {"prompts": asked, "noise": noise}
         arguments["max_tokens"] = max_tokens if isinstance(max_tokens, int) else list(max_tokens)
         arguments["member"] = _to_json(member)
-        return [Completion(*row) for row in self.call("generate", arguments)]
+        rows = self.call("generate", arguments)
+        return [
+            Completion(text, tokens, finish, tuple(calls)) for text, tokens, finish, calls in rows
+        ]
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
         """See ``Engine``."""
@@ -125,7 +129,8 @@ def _member(arguments: Json) -> tuple[Address, float] | None:
 
 def _generate(engine: Engine, arguments: Json) -> list[Any]:
     member = _member(arguments)
-    return [astuple(completion) for completion in engine.generate(**arguments, member=member)]
+    answers = engine.generate(**arguments, member=member)
+    return [(each.text, each.tokens, each.finish, list(each.calls)) for each in answers]
 
 
 def _top_logprobs(engine: Engine, arguments: Json) -> list[Any]:

@@ -5,26 +5,37 @@ yields and sends back what happened.
 """
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 
-Messages = Sequence[dict[str, str]]
+Message = dict[str, Any]  # of the chat completions API: role, content, perhaps tool_calls
+Messages = Sequence[Message]
+Prompt = Messages | Mapping[str, Any]  # {"messages", "tools"}: one turn of a conversation
 Logprobs = dict[int, float]
 Way = Literal["short", "long", "fresh"]  # how members get into an engine: see ``certify``
 
 
+UNASKED = "unasked"  # how a turn ends whose prompt is too long, or none in the chat template
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer: its text, its length in tokens, and why it ended (``stop`` or ``length``)."""
+    """One answer: its text, its length in tokens, and why it ended (``stop`` or ``length``).
+
+    ``calls``: the tools it calls, {"name", "arguments"} each. ``conversation``: all messages, where
+    it is the last answer of one.
+    """
 
     text: str
     tokens: int
     finish: str
+    calls: Sequence[Mapping[str, Any]] = ()
+    conversation: Messages = ()
 
 
 class Engine(Protocol):
@@ -56,12 +67,15 @@ class Engine(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[Messages],
+        prompts: Sequence[Prompt],
         max_tokens: int | Sequence[int],
         member: tuple[Address, float] | None = None,
         noise: NoiseKind = "normal",
     ) -> list[Completion]:
-        """Greedy answers in the order of the prompts, of theta + scale * eps(address) if given."""
+        """Greedy answers in the order of the prompts, of theta + scale * eps(address) if given.
+
+        A turn of a conversation that cannot be asked is answered ``UNASKED``.
+        """
         ...
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ process for each engine and does that.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module, metadata
@@ -29,9 +29,9 @@ from agent.population.capacity import (
     size_of,
     vllm_share,
 )
-from agent.population.decoding import PENALTIES, Chat, generation_config
+from agent.population.decoding import PENALTIES, Chat, ToolReader, generation_config, offered
 from agent.population.placement import EngineOptions, on_cpu
-from agent.population.schedule import Completion, Logprobs, Messages
+from agent.population.schedule import UNASKED, Completion, Logprobs, Messages, Prompt
 
 # Of a request whose log-probabilities are compared with another engine's: computed in full, since a
 # prompt read in two parts rounds differently.
@@ -135,8 +135,10 @@ class VllmEngine:
         served = self._llm.model_config.get_diff_sampling_param()  # what vLLM's server applies
         self._defaults = {name: served[name] for name in PENALTIES if name in served}
         reader, self._defaults["skip_special_tokens"] = _reader(options, tokenizer)
-        self._chat = Chat(tokenizer, options.chat_template, options.chat_template_kwargs, reader)
+        written = options.chat_template, options.chat_template_kwargs
+        self._chat = Chat(tokenizer, *written, reader, _caller(options, tokenizer))
         self._base: Path | None = options.model  # None: theta
+        self._member: tuple[object, NoiseKind] | None = None  # whose weights it holds, if one's
         self._current = True  # whether the engine holds the base
         self._spent = {"render": 0.0, "update": 0.0, "generate": 0.0}
 
@@ -145,21 +147,21 @@ class VllmEngine:
         kept = self._options.importance
         where = self._options.master_device, str(kept) if kept else None, self._options.way
         opened = self._rpc("anchorage_open", str(anchor), *where)
-        self._base, self._current = None, False
+        self._base, self._member, self._current = None, None, False
         return str(opened["digest"])
 
     def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
         """See ``Engine``."""
         rows = [step.to_json() for step in steps]
         delta_hash = str(self._rpc("anchorage_restore", snapshot and str(snapshot), rows))
-        self._base, self._current = None, False
+        self._base, self._member, self._current = None, None, False
         return delta_hash
 
     def apply(self, step: Step) -> Applied:
         """See ``Engine``."""
         with self._timed("update"):
             applied = Applied(**self._rpc("anchorage_apply", step.to_json()))
-        self._base, self._current = None, False
+        self._base, self._member, self._current = None, None, False
         return applied
 
     def save(self, path: Path) -> str:
@@ -169,12 +171,12 @@ class VllmEngine:
     def load(self, directory: Path, repack_head: bool = True) -> str:
         """See ``Engine``; ``repack_head`` as in the worker."""
         digest = str(self._rpc("anchorage_load", str(directory), repack_head)["digest"])
-        self._base, self._current = directory, True
+        self._base, self._member, self._current = directory, None, True
         return digest
 
     def generate(
         self,
-        prompts: Sequence[Messages],
+        prompts: Sequence[Prompt],
         max_tokens: int | Sequence[int],
         member: tuple[Address, float] | None = None,
         noise: NoiseKind = "normal",
@@ -182,12 +184,12 @@ class VllmEngine:
         """See ``Engine``. A last message of the assistant is continued."""
         self._hold(member, noise)
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
-        outputs = self._answers(prompts, [self._defaults | {"max_tokens": each} for each in limits])
-        read = self._chat.answer
-        return [
-            Completion(read(each.text), len(each.token_ids), each.finish_reason or "unknown")
-            for each in (output.outputs[0] for output in outputs)
-        ]
+        asked = {at: ids for at, each in enumerate(prompts) if (ids := self._ids(each)) is not None}
+        rows = [self._row(prompts[at]) | {"max_tokens": limits[at]} for at in asked]
+        answers = [Completion("", 0, UNASKED)] * len(prompts)
+        for at, output in zip(asked, self._run(list(asked.values()), rows), strict=True):
+            answers[at] = self._completion(prompts[at], output.outputs[0])
+        return answers
 
     def sample(self, prompts: Sequence[Messages], max_tokens: int, seed: int) -> list[list[int]]:
         """See ``Engine``."""
@@ -216,11 +218,10 @@ class VllmEngine:
         self._hold(member, "normal")
         row = UNCACHED | {"max_tokens": positions, "logprobs": k, "ignore_eos": True}
         row["detokenize"] = False
+        answers = [each.outputs[0] for each in self._answers(prompts, [row] * len(prompts))]
         return [
             [{token: entry.logprob for token, entry in place.items()} for place in answer.logprobs]
-            for answer in (
-                output.outputs[0] for output in self._answers(prompts, [row] * len(prompts))
-            )
+            for answer in answers
         ]
 
     def prompt_logprobs(
@@ -228,9 +229,8 @@ class VllmEngine:
     ) -> list[list[float]]:
         """See ``Engine``."""
         self._hold(None, "normal")
-        wholes = [
-            self._chat.tokens(p) + list(c) for p, c in zip(prompts, continuations, strict=True)
-        ]
+        pairs = zip(prompts, continuations, strict=True)
+        wholes = [self._chat.tokens(prompt) + list(tail) for prompt, tail in pairs]
         row = UNCACHED | {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         outputs = self._run(wholes, [row] * len(wholes))
         return [
@@ -263,8 +263,11 @@ class VllmEngine:
         return self._llm.collective_rpc(method, args=args)[0]
 
     def _hold(self, member: tuple[Address, float] | None, noise: NoiseKind) -> None:
-        """Put the member into the engine, or theta or the loaded directory again."""
-        if member is None and self._current:
+        """Put the member into the engine, or theta or the loaded directory again.
+
+        A member that is there already, for the turn before of its conversations, stays.
+        """
+        if self._current if member is None else self._member == (member, noise):
             return
         with self._timed("render"):
             if member is not None:
@@ -275,7 +278,7 @@ class VllmEngine:
                 self._rpc("anchorage_render", 0, 0, 0, 0.0)
             else:
                 self._rpc("anchorage_load", str(self._base))
-            self._current = member is None
+            self._member, self._current = member and (member, noise), member is None
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -283,6 +286,28 @@ class VllmEngine:
         begun = perf_counter()
         yield
         self._spent[what] += perf_counter() - begun
+
+    def _ids(self, prompt: Prompt) -> list[int] | None:
+        """Token ids of a prompt; None for a conversation that has become too long, or whose turns
+        its template does not write.
+        """
+        from jinja2 import TemplateError
+
+        if not isinstance(prompt, Mapping):
+            return self._chat.tokens(prompt)
+        try:
+            ids = self._chat.tokens(prompt)
+        except (TemplateError, TypeError, ValueError):  # of a template's own code, too
+            return None
+        return ids if len(ids) < self._limit_tokens else None
+
+    def _row(self, prompt: Prompt) -> dict[str, Any]:
+        """Sampling settings of one prompt; the marks of tool calls may be special tokens."""
+        return self._defaults | ({"skip_special_tokens": False} if offered(prompt) else {})
+
+    def _completion(self, prompt: Prompt, output: Any) -> Completion:
+        text, calls = self._chat.answer(output.text, offered(prompt))
+        return Completion(text, len(output.token_ids), output.finish_reason or "unknown", calls)
 
     def _answers(self, prompts: Sequence[Messages], rows: Sequence[dict[str, Any]]) -> list[Any]:
         """Run conversations with these sampling settings."""
@@ -293,11 +318,10 @@ class VllmEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.exceptions import VLLMClientError
 
+        limit = self._limit_tokens
         for index, ids in enumerate(prompts):
-            if len(ids) >= self._limit_tokens:
-                raise UserError(
-                    f"prompt {index}: {len(ids)} tokens, allowed: under {self._limit_tokens}"
-                )
+            if len(ids) >= limit:
+                raise UserError(f"prompt {index}: {len(ids)} tokens, allowed: under {limit}")
         try:
             settings = [SamplingParams(**({"temperature": 0.0} | row)) for row in rows]
         except (ValueError, VLLMClientError) as error:
@@ -350,6 +374,26 @@ def _vllm_share(options: EngineOptions) -> float:
     room = options.gpu_memory_utilization * memory
     refuse_small("engines.master_device: 'cuda': a GPU", need, room, f"of {gib(memory)}")
     return vllm_share(options.gpu_memory_utilization, size, memory, weighted)
+
+
+def _caller(options: EngineOptions, tokenizer: Any) -> ToolReader | None:
+    """What reads tool calls as vLLM's server does; a parser keeps state: one an answer."""
+    if options.tool_parser is None:
+        return None
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    name, message = options.tool_parser, {"role": "user", "content": ""}
+
+    def read(text: str, tools: Any) -> tuple[str, Any]:
+        request = ChatCompletionRequest(model="", messages=[message], tools=list(tools))
+        parser = ToolParserManager.get_tool_parser(name)(tokenizer, request.tools)
+        found = parser.extract_tool_calls(text, request)
+        named = [each.function for each in found.tool_calls]
+        calls = tuple({"name": each.name, "arguments": each.arguments} for each in named)
+        return found.content or "", calls
+
+    return read
 
 
 def _start(options: EngineOptions) -> Any:

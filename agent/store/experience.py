@@ -14,6 +14,7 @@ from sqlalchemy import (
     Select,
     bindparam,
     distinct,
+    exists,
     func,
     insert,
     or_,
@@ -125,6 +126,16 @@ class Unjudged:
     example: str | None
     completion: str
     version: str
+    prompt: str | None = None  # JSON
+    tool_calls: str | None = None  # JSON
+
+
+class Turn(NamedTuple):
+    """One request of a session."""
+
+    principal: str
+    session_id: str
+    prompt: str  # JSON
 
 
 class Found(NamedTuple):
@@ -230,6 +241,16 @@ class ExperienceStore:
             query = query.where(interactions.c.created <= until)
         return [ExperienceRow(**row._mapping) for row in self._all(query)]
 
+    def turns(self, task: str, since: float = 0.0) -> list[Turn]:
+        """Requests of sessions that named a task and were answered, with a reward or without."""
+        found = interactions.c
+        query = (
+            select(found.principal, found.session_id, found.prompt)
+            .where(found.task == task, found.status == "ok", found.created > since)
+            .where(found.session_id.is_not(None), found.prompt.is_not(None))
+        )
+        return [Turn(*row) for row in self._all(query)]
+
     def errors(self, task: str, since: float = 0.0) -> list[tuple[str, str, int]]:
         """(principal, error, interactions) of a task's answers created after ``since``."""
         count = func.count(distinct(interactions.c.id))
@@ -243,14 +264,22 @@ class ExperienceStore:
         )
         return [(str(row[0]), str(row[1]), int(row[2])) for row in self._all(query)]
 
-    def waiting(self, task: str, since: float = 0.0) -> int:
-        """Interactions of a task created after ``since`` whose row has not come yet."""
+    def waiting(self, task: str, since: float = 0.0, *, sessions: bool = False) -> int:
+        """Interactions of a task created after ``since`` whose row has not come yet.
+
+        ``sessions``: a row of any request of a session is the whole session's.
+        """
         query = (
             select(func.count())
             .select_from(interactions)
             .where(interactions.c.task == task, interactions.c.row_hash.is_(None))
             .where(interactions.c.created > since, interactions.c.status == "ok")
         )
+        if sessions:
+            other = interactions.alias()
+            same = [other.c[n] == interactions.c[n] for n in ("principal", "session_id", "task")]
+            has_row = exists().where(*same, other.c.row_hash.is_not(None))
+            query = query.where(~has_row)
         return int(self._all(query)[0][0])
 
     def verified(self, task: str, since: float = 0.0) -> int:

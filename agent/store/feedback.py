@@ -105,7 +105,7 @@ def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -
             .where(interactions.c.id == interaction["id"])
             .values(**values, row_hash=row.row_hash)
         )
-        kept = select(answers.c.choice, answers.c.completion).where(
+        kept = select(answers.c.choice, answers.c.completion, answers.c.tool_calls).where(
             answers.c.interaction_id == interaction["id"]
         )
         return [
@@ -117,8 +117,10 @@ def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -
                 example=row.example,
                 completion=completion or "",
                 version=interaction["version"],
+                prompt=interaction["prompt"],
+                tool_calls=tool_calls,
             )
-            for choice, completion in connection.execute(kept)
+            for choice, completion, tool_calls in connection.execute(kept)
         ]
 
 

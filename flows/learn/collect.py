@@ -1,7 +1,8 @@
 """From verified traffic and data-set rows to the prompts of a round.
 
-A client's request is asked again as it was sent: its own system message and turns. The task's
-template asks the rows of the data set only. Nothing that is stored ends a round: a row that cannot
+A client's request is asked again as it was sent: its own system message and turns; of a task that
+judges conversations a session is one prompt. The task's template asks the rows of the data set
+only. Nothing that is stored ends a round: a row that cannot
 be used is set aside, with its principal and the reason. Rows are kept as long as the settings allow
 (``sweep``), in the store and in the files of rounds.
 """
@@ -11,7 +12,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from agent.store.forget import expire, gone
 from agent.store.intake import Caps, Intake, SetAside, Why, collect
 from evaluators.held_out import HeldOut, leaks, row_text
 from evaluators.task import Row, Task, form_problem, row_problem
-from flows.learn.prompts import Asked, chat, over, too_long
+from flows.learn.prompts import Asked, as_sent, over, sessions, too_long
 from flows.round_files import RoundFiles
 from flows.service import Service
 
@@ -105,7 +106,12 @@ class Collected:
         sent = self.asked[: self.from_traffic][:SHOWN_PROMPTS]
         own = self.asked[self.from_traffic :][:SHOWN_PROMPTS]
         shown = {"as sent by clients": sent, "by the task's template": own}
-        prompts = {name: [each.messages for each in some] for name, some in shown.items()}
+        prompts = {
+            name: [
+                [*each.messages, *(m for turn in each.follow or () for m in turn)] for each in some
+            ]
+            for name, some in shown.items()
+        }
         return {**self.to_json(), "reasons": self.reasons(), "prompts": prompts}
 
 
@@ -125,7 +131,7 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
     live: dict[str, tuple[Asked, ExperienceRow]] = {}
     set_aside = list(intake.set_aside)
     for request in intake.train:
-        sent = _as_sent(request, known)
+        sent = _as_sent(task, request, known)
         key = task.key(sent.row)
         if key in live:
             set_aside.append(SetAside(request, "duplicates", "another prompt asks the same row"))
@@ -145,14 +151,14 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
         if key not in prompts and too_long(service, task, asked.messages) is None:
             prompts[key] = asked
     refused = service.experience.errors(target, since)
-    texts = ["\n".join(m["content"] for m in each.messages) for each in prompts.values()]
+    texts = [each.text for each in prompts.values()]
     return Collected(
         tuple(prompts.values()),
         used,
         tuple(set_aside),
         tuple(refused),
         leaks(held_out(service, target), texts),
-        service.experience.waiting(target, since),
+        service.experience.waiting(target, since, sessions=task.converse is not None),
     )
 
 
@@ -230,7 +236,9 @@ def lookalike(judging_rows: HeldOut | None, text: str) -> Refusal | None:
 
 def _intake(service: Service, task: Task, count: int, since: float, turn: str) -> Intake:
     """Verified traffic of the target within its days of retention, shared among principals."""
-    rows = service.experience.rows(task.name, since)
+    rows, inner = service.experience.rows(task.name, since), list[SetAside]()
+    if task.converse is not None:
+        rows, inner = sessions(rows, service.experience.turns(task.name, since))
     known = service.training_rows(task.name)
     judging_rows = held_out(service, task.name) if rows else None
 
@@ -246,7 +254,7 @@ def _intake(service: Service, task: Task, count: int, since: float, turn: str) -
         reason = over(service, task, row.prompt_tokens)
         return ("not_as_sent", reason) if reason else None
 
-    return collect(
+    intake = collect(
         rows,
         Caps(count, service.settings.gateway.principal_cap),
         salt=service.salt,
@@ -254,6 +262,7 @@ def _intake(service: Service, task: Task, count: int, since: float, turn: str) -
         alone=len(_principals(service, rows)) <= 1,
         turn=turn,
     )
+    return replace(intake, set_aside=(*intake.set_aside, *inner))
 
 
 def _principals(service: Service, rows: Sequence[ExperienceRow]) -> set[str]:
@@ -276,28 +285,30 @@ def _refusal(
     """Why a stored request cannot be learnt from. Old homes hold rows that nobody checked."""
     example, example_id, prompt = request
     refusal: Refusal | None
+    row: Row = {}
     if example is None:
         refusal = None if example_id in known else ("refused", "no training row has its example_id")
     else:
         try:
-            refusal = admission(service, task, json.loads(example), judging_rows)
+            row = json.loads(example)
+            refusal = admission(service, task, row, judging_rows)
         except (ValueError, RecursionError):
             refusal = "refused", "its row is not JSON"
     if refusal is not None:
         return refusal
     try:
-        messages = chat(prompt)
+        asked = as_sent(task, row, prompt)
     except ValueError as error:
         return "not_as_sent", str(error)
-    return lookalike(judging_rows, "\n".join(message["content"] for message in messages))
+    return lookalike(judging_rows, asked.text)
 
 
-def _as_sent(request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
+def _as_sent(task: Task, request: ExperienceRow, known: Mapping[str, Row]) -> Asked:
     """The prompt and the row of a request that was not refused."""
     row = (
         known[request.example_id or ""] if request.example is None else json.loads(request.example)
     )
-    return Asked(row, chat(request.prompt), sent=True)
+    return as_sent(task, row, request.prompt)
 
 
 def sweep(service: Service) -> int:

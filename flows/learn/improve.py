@@ -24,12 +24,12 @@ from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
 from agent.store.replay import batch_places, prune, reached, replay, route, snapshot_path
 from agent.store.weights import export
-from evaluators.task import Task, judge, training_reward
+from evaluators.task import Task, training_reward
 from flows.learn.collect import collect_rows, mark_used, sweep
 from flows.learn.curve import Curve, Pace, members_note
 from flows.learn.forecast import within_budget
 from flows.learn.plan import calibrated, chosen, plan_of, settled
-from flows.learn.prompts import Asked, judging, opened_prompts
+from flows.learn.prompts import Asked, opened_prompts, verdict_on
 from flows.learn.tuning import Selection, calibration
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -340,7 +340,7 @@ class Driver:
             for member in decision.members
             if member.index not in rewards
         ]
-        chats = [list(self._prompts[place].messages) for place in places]
+        chats = [self._prompts[place].prompt for place in places]
         max_tokens, noise = self._task.max_tokens, self._learner.noise
         before = generation * len(decision.members)
         for result in self._population.members(jobs, chats, max_tokens, noise):
@@ -360,8 +360,7 @@ class Driver:
             raise UserError(f"member {member}: {len(completions)} answers, allowed: {len(places)}")
         rewards = {}
         for place, completion in zip(places, completions, strict=True):
-            prompt = self._prompts[place]
-            verdict = judge(judging(self._task, prompt), completion.text, prompt.row)
+            verdict = verdict_on(self._task, self._prompts[place], completion)
             rewards[place] = training_reward(self._task, verdict)
         return rewards
 

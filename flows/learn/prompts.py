@@ -1,20 +1,28 @@
 """What a round asks: the messages of each prompt, as a client sent them or by the task's template.
 
-How long they are, and how the file of a round keeps them.
+How long they are, how the file of a round keeps them, and how their answers are judged. Of a task
+that judges conversations a client's session is one prompt: it is asked again turn by turn, with
+what the client and its tools said after each answer.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from evaluators.task import Message, Row, Task, form_problem
+from agent.population.conversation import Conversation, said
+from agent.population.schedule import Completion, Prompt
+from agent.store.experience import ExperienceRow, Turn
+from agent.store.intake import SetAside
+from evaluators.task import Message, Row, Task, Verdict, form_problem, judge, judge_conversation
 from flows.service import Service
 
 MESSAGE_TOKENS = 8  # a chat template's own, for each message; measured ones add 4 to 6
 FIELDS = frozenset({"row", "messages", "sent"})  # of an entry in a round's file
+TALK = frozenset({"follow", "tools"})  # further ones of a conversation
 
 
 @dataclass(frozen=True)
@@ -22,15 +30,34 @@ class Asked:
     """One prompt of a round and the row that judges its answers.
 
     ``sent``: the messages are those a client sent, with no template of the task around them.
+    ``follow``: of a conversation, the messages between one answer and the next; they and the
+    opening ``messages`` are judged as a whole. None where an answer is judged alone.
     """
 
     row: Row
     messages: Sequence[Message]
     sent: bool
+    follow: Sequence[Sequence[Message]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+    @property
+    def prompt(self) -> Prompt | Conversation:
+        """As a population is asked it."""
+        if self.follow is None:
+            return list(self.messages)
+        return Conversation(self.messages, tuple(self.follow), self.tools)
+
+    @property
+    def text(self) -> str:
+        """Everything that was said to the model, and what it said in between."""
+        turns = [self.messages, *(self.follow or ())]
+        return "\n".join(each.get("content") or "" for turn in turns for each in turn)
 
     def to_json(self) -> dict[str, Any]:
         """As the file of a round keeps it."""
-        return {"row": self.row, "messages": self.messages, "sent": self.sent}
+        kept = {"row": self.row, "messages": self.messages, "sent": self.sent}
+        talk = {"follow": self.follow, "tools": self.tools}
+        return kept if self.follow is None else kept | talk
 
 
 def opened_prompts(
@@ -44,8 +71,8 @@ def opened_prompts(
     prompts: list[Asked] = []
     left_out: dict[int, str] = {}
     for place, entry in enumerate(entries):
-        if isinstance(entry, Mapping) and entry.keys() == FIELDS:
-            asked = Asked(entry["row"], entry["messages"], entry["sent"])
+        if isinstance(entry, Mapping) and FIELDS <= entry.keys() <= FIELDS | TALK:
+            asked = Asked(**entry)
             problem = form_problem(task, asked.row)
         else:
             problem = form_problem(task, entry)
@@ -61,8 +88,15 @@ def judging(task: Task, asked: Asked) -> Task:
     return replace(task, prefill=None) if asked.sent else task
 
 
-def chat(prompt: str | None) -> list[Message]:
-    """The messages of a captured request as an engine is asked them.
+def verdict_on(task: Task, asked: Asked, answer: Completion) -> Verdict:
+    """The verdict on an answer, or on the conversation that it ends."""
+    if asked.follow is None:
+        return judge(judging(task, asked), answer.text, asked.row)
+    return judge_conversation(task, answer.conversation, asked.row)
+
+
+def as_sent(task: Task, row: Row, prompt: str | None) -> Asked:
+    """A captured request as an engine is asked it again.
 
     A list of text parts is joined by line feeds, as vLLM's server does for a template that
     expects text.
@@ -71,26 +105,102 @@ def chat(prompt: str | None) -> list[Message]:
         ValueError: It is none that a round can ask as it was sent, with the reason.
     """
     try:
-        messages = json.loads(prompt or "null")
+        sent = json.loads(prompt or "null")
     except (ValueError, RecursionError):
         raise ValueError("its prompt is not JSON") from None
-    if isinstance(messages, Mapping):
-        raise ValueError("it came with tools, which a round does not offer")
+    talks = task.converse is not None
+    if isinstance(sent, Mapping) and not talks:
+        raise ValueError("it came with tools, which a round offers in conversations only")
+    parts = sent if isinstance(sent, Mapping) else {"messages": sent}
+    messages, follow = parts.get("messages"), parts.get("follow") or []
     if not isinstance(messages, list) or not messages:
         raise ValueError("a plain prompt; rounds ask chats")
-    made = list(map(_message, messages))
-    if made[-1]["role"] == "assistant":
+    turns = [[_message(each, talks) for each in turn] for turn in (messages, *follow)]
+    if any(turn[-1]["role"] == "assistant" for turn in turns):
         raise ValueError("it ends with an answer")
-    return made
+    return Asked(row, turns[0], True, turns[1:] if talks else None, parts.get("tools"))
 
 
-def _message(message: Any) -> Message:
-    """One turn with its content as text; other fields as they are."""
+def sessions(
+    rows: Iterable[ExperienceRow], turns: Iterable[Turn]
+) -> tuple[list[ExperienceRow], list[SetAside]]:
+    """Rewards of whole sessions: one row for each, its prompt {"messages", "follow", "tools"}.
+
+    Of the requests of one principal and session the judged one with the most messages (of equal
+    ones the last) is the conversation. Its answers are generated anew where the session has a
+    request that ends before them; others, such as a client's own examples, stay as they are.
+    Judged requests that the conversation goes on from are part of it; others are set aside.
+    """
+    asked: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for turn in turns:
+        asked[turn.principal, turn.session_id].add(_key(_parts(turn.prompt)[0]))
+    judged: dict[tuple[str, str], list[ExperienceRow]] = defaultdict(list)
+    for row in rows:
+        judged[row.principal, row.session_id or f"\0{row.inference_id}"].append(row)
+    kept, aside = list[ExperienceRow](), list[SetAside]()
+    for owner, mine in judged.items():
+        last = max(mine, key=lambda r: (len(_parts(r.prompt)[0]), r.created, r.inference_id))
+        messages, tools = _parts(last.prompt)
+        cuts = [
+            at
+            for at, message in enumerate(messages)
+            if _role(message) == "assistant" and _key(messages[:at]) in asked[owner]
+        ]
+        if cuts:
+            ends = [*cuts[1:], len(messages)]
+            follow = [messages[at + 1 : end] for at, end in zip(cuts, ends, strict=True)]
+            talk = {"messages": messages[: cuts[0]], "follow": follow, "tools": tools}
+            last = replace(last, prompt=json.dumps(talk))
+        kept.append(last)
+        inner = {_key(messages[:at]) for at in [*cuts, len(messages)]}
+        aside += [
+            SetAside(row, "duplicates", "its session is asked from another request")
+            for row in mine
+            if _key(_parts(row.prompt)[0]) not in inner
+        ]
+    return kept, aside
+
+
+def whole(prompt: str | None, completion: str, tool_calls: str | None) -> list[Message] | None:
+    """A captured request's messages with its answer; None for a plain prompt."""
+    messages, _ = _parts(prompt)
+    calls = json.loads(tool_calls) if tool_calls else ()
+    answer = Completion(completion, 0, "stop", tuple(calls))
+    return [*messages, said(answer, ())] if messages else None
+
+
+def _parts(prompt: str | None) -> tuple[list[Any], Any]:
+    """Messages and tools of a captured chat; no messages where it is none."""
+    try:
+        sent = json.loads(prompt or "null")
+    except (ValueError, RecursionError):
+        return [], None
+    messages = sent.get("messages") if isinstance(sent, Mapping) else sent
+    tools = sent.get("tools") if isinstance(sent, Mapping) else None
+    return (messages, tools) if isinstance(messages, list) else ([], tools)
+
+
+def _key(messages: Sequence[Any]) -> str:
+    return json.dumps(messages, sort_keys=True)
+
+
+def _role(message: Any) -> object:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _message(message: Any, talks: bool) -> Message:
+    """One turn with its content as text; other fields as they are.
+
+    ``talks``: calls of tools and their results are turns, too.
+    """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError("a plain prompt; rounds ask chats")
-    if message["role"] == "tool" or message.get("tool_calls"):
-        raise ValueError("it came with tools, which a round does not offer")
+    calls = bool(message.get("tool_calls"))
+    if not talks and (message["role"] == "tool" or calls):
+        raise ValueError("it came with tools, which a round offers in conversations only")
     content = message.get("content")
+    if content is None and calls:
+        return dict(message)
     if isinstance(content, list):
         content = "\n".join(str(part.get("text")) for part in content if isinstance(part, Mapping))
     if not isinstance(content, str):
@@ -115,7 +225,7 @@ def count_tokens(model: Path, messages: Sequence[Message]) -> int:
     if not path.is_file():
         return 0
     encode = _tokenizer(path).encode
-    return sum(MESSAGE_TOKENS + len(encode(str(m["content"])).ids) for m in messages)
+    return sum(MESSAGE_TOKENS + len(encode(str(m["content"] or "")).ids) for m in messages)
 
 
 @cache

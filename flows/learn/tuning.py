@@ -21,7 +21,7 @@ from agent.sections import AUTO, LearnerSettings
 from agent.store.journal import Chosen, DamagedError, Run
 from agent.store.replay import lineage, reached, route, route_along, snapshot_path
 from evaluators.task import Row, Task, judge, training_reward
-from flows.learn.prompts import Asked, judging
+from flows.learn.prompts import Asked, verdict_on
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show.terminal import Reporter
@@ -47,7 +47,7 @@ def calibration(
         return Calibration(learner.sigma, learner.sigma, "sigma is given", ()).to_json()
     bring_to_champion(service, population)
     asked = asked[:TRIED_ROWS]
-    chats = [list(each.messages) for each in asked]
+    chats = [each.prompt for each in asked]
 
     def mean(completions: Sequence[Completion]) -> float:
         return _mean_reward(task, asked, completions)
@@ -83,7 +83,7 @@ def bring_to_champion(service: Service, population: Population) -> None:
 
 def _mean_reward(task: Task, asked: Sequence[Asked], answers: Sequence[Completion]) -> float:
     rewards = [
-        training_reward(task, judge(judging(task, prompt), answer.text, prompt.row))
+        training_reward(task, verdict_on(task, prompt, answer))
         for prompt, answer in zip(asked, answers, strict=True)
     ]
     return float(np.mean(rewards))

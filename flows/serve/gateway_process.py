@@ -15,12 +15,14 @@ from agent.gateway.capture import RowRefusedError
 from agent.gateway.exchange import Versions
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
+from agent.store.experience import Unjudged
 from deploy.serving.served import SLOTS, read_served, read_slot
 from deploy.serving.watchdog import settled
 from evaluators.held_out import HeldOut
-from evaluators.task import Verdict, judge
+from evaluators.task import Verdict, judge, judge_conversation
 from evaluators.tasks import TASKS
 from flows.learn.collect import admission, admit, held_out
+from flows.learn.prompts import whole
 from flows.service import Service
 
 
@@ -32,7 +34,7 @@ def run(service: Service, port: int) -> None:
         service.settings.gateway,
         served_model(service),
         upstream=service.home.engine_socket(served.slot),
-        verify=lambda task, row, answer: verify(service, task, row, answer, judging_rows),
+        verify=lambda answer, row: verify(service, answer, row, judging_rows),
         check=lambda task, row: admit(service, service.task(task), row),
         experience=service.experience,
         version=served.digest,
@@ -73,12 +75,13 @@ def served_model(service: Service) -> ServedModel:
 
 def verify(
     service: Service,
-    task: str,
+    answer: Unjudged,
     example: Mapping[str, Any] | str,
-    completion: str,
     judging_rows: "Future[HeldOut] | None" = None,
 ) -> Verdict:
     """The verdict of a task on a row a client sent, or on a known one by its id.
+
+    A task that judges conversations judges all messages of the request, its answer included.
 
     A verifier's failure is raised, so that it is recorded as an error and never as a reward.
     ``judging_rows``: looked through once they are read; rows that come before are compared when
@@ -87,13 +90,17 @@ def verify(
     Raises:
         RowRefusedError: A client's row cannot be learnt from.
     """
-    chosen = replace(service.task(task), prefill=None)  # a client's prompt is its own
-    row = known_row(service, task, example) if isinstance(example, str) else example
+    chosen = replace(service.task(answer.task), prefill=None)  # a client's prompt is its own
+    row = known_row(service, answer.task, example) if isinstance(example, str) else example
     known = judging_rows.result() if judging_rows and judging_rows.done() else None
     refused = None if isinstance(example, str) else admission(service, chosen, row, known)
     if refused and refused[0] == "refused":
         raise RowRefusedError(refused[1])
-    verdict = judge(chosen, completion, row)
+    messages = whole(answer.prompt, answer.completion, answer.tool_calls)
+    if chosen.converse is None or messages is None:
+        verdict = judge(chosen, answer.completion, row)
+    else:
+        verdict = judge_conversation(chosen, messages, row)
     if verdict.error is not None:
         raise ValueError(verdict.error)
     if refused:

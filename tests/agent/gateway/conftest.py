@@ -25,7 +25,7 @@ from agent.gateway.app import create_app
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import private_socket, public_server, public_socket, server_of
 from agent.sections import GatewaySettings
-from agent.store.experience import ExperienceStore
+from agent.store.experience import ExperienceStore, Unjudged
 
 A = "a" * 64
 B = "b" * 64
@@ -186,7 +186,7 @@ class FakeEngine(httpx.AsyncBaseTransport):
         return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-def verdict_of(task: str, row: Any, completion: str) -> SimpleNamespace:
+def verdict_of(answer: Unjudged, row: Any) -> SimpleNamespace:
     """Right when the completion has the row's answer in it; raises for rows that have none."""
     if isinstance(row, str):
         row = {"known-1": {"answer": "A"}}[row]
@@ -195,7 +195,9 @@ def verdict_of(task: str, row: Any, completion: str) -> SimpleNamespace:
     if row.get("nan"):
         return SimpleNamespace(reward=float("nan"), format=0.0, extracted=None)
     return SimpleNamespace(
-        reward=float(row["answer"] in completion), format=1.0, extracted=completion[:1]
+        reward=float(row["answer"] in answer.completion),
+        format=1.0,
+        extracted=answer.completion[:1],
     )
 
 

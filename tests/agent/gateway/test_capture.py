@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from agent.gateway.capture import RowRefusedError
 from agent.gateway.requests import row_hash
 from agent.store import feedback
-from agent.store.experience import Answer, Interaction
+from agent.store.experience import Answer, Interaction, Unjudged
 from agent.store.experience_db import answers, interactions
 
 A = "a" * 64
@@ -111,8 +111,8 @@ def test_a_verifiers_failure_is_an_error_and_never_a_zero(
 
 
 def test_a_refused_row_is_kept_with_the_reason_and_earns_nothing(start: Any) -> None:
-    def refuse(task: str, row: Any, completion: str) -> Any:
-        raise RowRefusedError(f"{task}: its gold answer scores 0" + "!" * 300)
+    def refuse(answer: Unjudged, row: Any) -> Any:
+        raise RowRefusedError(f"{answer.task}: its gold answer scores 0" + "!" * 300)
 
     running = start(verify=refuse)
     ask(running, metadata={"task": "gsm8k", "example": RIGHT})
@@ -126,7 +126,7 @@ def test_a_refused_row_is_kept_with_the_reason_and_earns_nothing(start: Any) -> 
 def test_a_sound_row_that_is_not_trained_on_is_judged_all_the_same(start: Any) -> None:
     """Its reward counts for the version that answered; collecting never sees it."""
 
-    def refuse(task: str, row: Any, completion: str) -> Any:
+    def refuse(answer: Unjudged, row: Any) -> Any:
         verdict = SimpleNamespace(reward=1.0, format=0.0, extracted="A")
         raise RowRefusedError("it judges", verdict)
 

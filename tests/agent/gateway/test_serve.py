@@ -38,8 +38,8 @@ async def engine(request):
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "A"}}
     return httpx.Response(200, json={"id": "x", "choices": [choice], "usage": {}})
 
-def verify(task, row, completion):
-    raise RuntimeError(str(row) + completion)
+def verify(answer, row):
+    raise RuntimeError(str(row) + answer.completion)
 
 home, port = Path(sys.argv[1]), int(sys.argv[2])
 SETTINGS = GatewaySettings(**json.loads(sys.argv[3]))

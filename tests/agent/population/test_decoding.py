@@ -121,5 +121,5 @@ def test_an_answer_whose_thinking_never_ends_is_empty() -> None:
         return lambda text: text.partition("</think>")[2] or None
 
     chat = Chat(letter_tokenizer(), None, {}, reader)
-    assert [chat.answer(text) for text in ("so</think>4", "so")] == ["4", ""]
-    assert Chat(letter_tokenizer(), None, {}, None).answer("so</think>4") == "so</think>4"
+    assert [chat.answer(text)[0] for text in ("so</think>4", "so")] == ["4", ""]
+    assert Chat(letter_tokenizer(), None, {}, None).answer("so</think>4")[0] == "so</think>4"

@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 from agent.config import load
 from agent.gateway.capture import RowRefusedError
 from agent.home import Home
-from agent.store.experience import Answer, Interaction, Judgement
+from agent.store.experience import Answer, Interaction, Judgement, Unjudged
 from agent.store.experience_db import answers, interactions
 from evaluators.held_out import HeldOut, row_text
 from evaluators.loading import find_file
@@ -23,7 +23,7 @@ from evaluators.loading import rows as rows_of
 from evaluators.task import Task, row_problem
 from evaluators.tasks import TASKS
 from flows.learn.collect import Collected, admit, collect_rows, evaluation_pool, held_out
-from flows.learn.prompts import chat
+from flows.learn.prompts import as_sent
 from flows.serve.gateway_process import verify
 from flows.service import Service
 
@@ -56,6 +56,10 @@ def store(service: Service, task: str, requests: Mapping[str, Mapping[str, Any]]
     ]  # fmt: skip
     service.experience.record(rows)
     service.experience.judge([Judgement(each, 0, judged=1.0, reward=1.0) for each in requests])
+
+
+def answered(task: str, completion: str) -> Unjudged:
+    return Unjudged("i", 0, task, None, None, completion, "v")
 
 
 def why(collected: Collected) -> dict[str, tuple[str, str, str]]:
@@ -227,10 +231,11 @@ def test_a_row_that_judges_is_recognised_however_it_is_spelt(
         requests[f"row {place}"] = {"example": example}
         requests[f"asked {place}"] = {"example": good_row(place), "prompt": asked}
         with pytest.raises(RowRefusedError, match="it holds a row that judges gsm8k") as refused:
-            verify(service, "gsm8k", json.loads(example), "#### 7", ready)
+            verify(service, answered("gsm8k", "#### 7"), json.loads(example), ready)
         assert refused.value.verdict is not None
         assert refused.value.verdict.reward == 1.0
-        assert verify(service, "gsm8k", json.loads(example), "#### 7").reward == 1.0  # not read yet
+        not_read_yet = verify(service, answered("gsm8k", "#### 7"), json.loads(example))
+        assert not_read_yet.reward == 1.0
     store(service, "gsm8k", requests)
     collected = collect_rows(service, "gsm8k", 3)
     told = {("overlapping", "it holds a row that judges gsm8k")}
@@ -289,7 +294,7 @@ def test_the_endpoint_refuses_a_row_at_once_or_by_its_verdict(service: Service) 
         problem = admit(service, service.task(task), row)
         if problem is None:
             with pytest.raises(RowRefusedError) as told:
-                verify(service, task, row, "")
+                verify(service, answered(task, ""), row)
             problem = str(told.value)
         assert re.search(reason, problem)
 
@@ -342,9 +347,8 @@ def test_what_cannot_be_asked_as_it_was_sent_is_told(
 
 def test_parts_of_text_are_joined_as_the_engines_server_joins_them() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert chat(json.dumps([{"role": "user", "content": parts}])) == [
-        {"role": "user", "content": "one\ntwo"}
-    ]
+    sent = as_sent(TASKS["gsm8k"], {}, json.dumps([{"role": "user", "content": parts}]))
+    assert sent.messages == [{"role": "user", "content": "one\ntwo"}]
 
 
 def test_a_sent_prompt_has_to_leave_room_for_an_answer(service: Service) -> None:
