@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from agent.errors import UserError
-from agent.population.placement import available_cores, gpu_count, on_cpu
+from agent.population.placement import EngineOptions, available_cores, gpu_count, on_cpu
 
 if TYPE_CHECKING:  # the caller's side of an engine imports no torch
     from agent.store.anchor import Anchor
@@ -202,3 +202,17 @@ def vllm_share(share: float, size: ModelSize, memory: int, weighted: bool = Fals
     of would not fit afterwards.
     """
     return share - sum(master_bytes(size, weighted).values()) / memory
+
+
+def share_of(options: EngineOptions) -> float:
+    """vLLM's part of the engine's share of a GPU: what theta takes is not vLLM's to fill."""
+    from agent.store.anchor import Anchor
+
+    memory = gpu_memory()
+    if options.master_device == "cpu" or memory is None:
+        return options.gpu_memory_utilization
+    size, weighted = size_of(Anchor.open(options.model)), options.weighted
+    need = gpu_bytes(size, options.tensor_parallel, "cuda", 1, weighted)
+    room = options.gpu_memory_utilization * memory
+    refuse_small("engines.master_device: 'cuda': a GPU", need, room, f"of {gib(memory)}")
+    return vllm_share(options.gpu_memory_utilization, size, memory, weighted)

@@ -21,14 +21,7 @@ from typing import Any
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.capacity import (
-    gib,
-    gpu_bytes,
-    gpu_memory,
-    refuse_small,
-    size_of,
-    vllm_share,
-)
+from agent.population.capacity import share_of
 from agent.population.decoding import PENALTIES, Chat, ToolReader, generation_config, offered
 from agent.population.placement import EngineOptions, on_cpu
 from agent.population.schedule import UNASKED, Completion, Logprobs, Messages, Prompt
@@ -293,13 +286,14 @@ class VllmEngine:
         """
         from jinja2 import TemplateError
 
-        if not isinstance(prompt, Mapping):
-            return self._chat.tokens(prompt)
         try:
             ids = self._chat.tokens(prompt)
         except (TemplateError, TypeError, ValueError):  # of a template's own code, too
+            if not isinstance(prompt, Mapping):
+                raise
             return None
-        return ids if len(ids) < self._limit_tokens else None
+        alone = not isinstance(prompt, Mapping)  # one that is too long is refused by its number
+        return ids if alone or len(ids) < self._limit_tokens else None
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
         """Sampling settings of one prompt; the marks of tool calls may be special tokens."""
@@ -362,20 +356,6 @@ def _reader(options: EngineOptions, tokenizer: Any) -> tuple[Callable[[], Any] |
     return reader, bool(request.skip_special_tokens)
 
 
-def _vllm_share(options: EngineOptions) -> float:
-    """vLLM's part of the engine's share of a GPU: what theta takes is not vLLM's to fill."""
-    from agent.store.anchor import Anchor
-
-    memory = gpu_memory()
-    if options.master_device == "cpu" or memory is None:
-        return options.gpu_memory_utilization
-    size, weighted = size_of(Anchor.open(options.model)), options.weighted
-    need = gpu_bytes(size, options.tensor_parallel, "cuda", 1, weighted)
-    room = options.gpu_memory_utilization * memory
-    refuse_small("engines.master_device: 'cuda': a GPU", need, room, f"of {gib(memory)}")
-    return vllm_share(options.gpu_memory_utilization, size, memory, weighted)
-
-
 def _caller(options: EngineOptions, tokenizer: Any) -> ToolReader | None:
     """What reads tool calls as vLLM's server does; a parser keeps state: one an answer."""
     if options.tool_parser is None:
@@ -411,7 +391,7 @@ def _start(options: EngineOptions) -> Any:
         **(whole_prompts(options.max_model_len) if cpu else {}),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
-        gpu_memory_utilization=_vllm_share(options),
+        gpu_memory_utilization=share_of(options),
         kv_cache_memory_bytes=options.kv_cache_mib << 20 if cpu else None,
         enforce_eager=cpu if options.enforce_eager is None else options.enforce_eager,
         **({"enable_prefix_caching": options.prefix_caching} | model_arguments(options.model)),
