@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from agent.home import locked
 from agent.store.weights import Anchor, Parameters
 from evaluators.runner import questions_of
 from evaluators.task import Row, Task, judge, training_reward
@@ -170,9 +171,15 @@ def fine_tune(
 
 def main(path: Path) -> None:
     """Train one job to its end."""
+    job = GradientJob.from_json(path.read_text(encoding="utf-8"))
+    # A study that was killed may have left its training process at work on the same trial.
+    with locked(Path(job.folder) / "training.lock", taken=job.folder):
+        _train(job)
+
+
+def _train(job: GradientJob) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    job = GradientJob.from_json(path.read_text(encoding="utf-8"))
     service, folder = Service.at(Path(job.home)), Path(job.folder)
     torch.manual_seed(job.seed)
     model = AutoModelForCausalLM.from_pretrained(service.origin.directory, dtype=torch.float32)
