@@ -200,6 +200,9 @@ def study_paper_command(
     only_report: Annotated[
         bool, typer.Option("--report", help="Draw from the files that are there; run nothing.")
     ] = False,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Tracking URI of an MLflow that gets curves and figures.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare ES, anchored ES, GRPO and fine-tuning as arXiv 2605.30148 does; goes on after a kill.
@@ -209,6 +212,7 @@ def study_paper_command(
     from flows.lab.paper.figures import draw
     from flows.lab.paper.study import KEYS, PaperStudy, study_paper
     from flows.lab.paper.systems import SYSTEMS
+    from flows.lab.paper.tracking import track
     from flows.lab.trials import results
 
     chosen = tuple(filter(None, (systems or ",".join(SYSTEMS)).split(",")))
@@ -217,7 +221,12 @@ def study_paper_command(
         plan = PaperStudy(model, wanted, chosen, seeds, generations, every, rows)
         with reporter() as bars:
             study_paper(plan, config, work, out, bars)
-    document = draw(results(out, model, KEYS), out / "report")
+    found = results(out, model, KEYS)
+    if not found:
+        raise UserError(f"--out {str(out)!r}: has no result of {model!r}")
+    document = draw(found, out / "report")
+    if mlflow is not None:
+        document["mlflow_run"] = track(found, out / "report", mlflow)
     show(document, as_json, (out / "report" / "study.md").read_text(encoding="utf-8"))
 
 
