@@ -10,7 +10,7 @@ decided on differences between trials of one seed:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import inf, isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
@@ -83,15 +83,15 @@ def grouped(results: Sequence[Result]) -> dict[tuple[str, str], dict[int, Result
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row for each target and system: shares of accuracy, nats a token of KL."""
     groups = grouped(results)
-    budgets = {
-        target: min(
-            (each["tokens"] for (own, _), trials in groups.items() for each in trials.values()
-             if own == target and each["tokens"]),
-            default=0,
-        )
-        for target in {target for target, _ in groups}
-    }  # fmt: skip
-    return [_row(target, system, own, budgets[target]) for (target, system), own in groups.items()]
+    budgets: dict[str, float] = {}  # the fewest tokens of a whole trial that generates any
+    for (target, system), trials in groups.items():
+        for each in trials.values():
+            if each["tokens"] and system != "es-stopped":
+                budgets[target] = min(budgets.get(target, inf), each["tokens"])
+    return [
+        _row(target, system, own, budgets.get(target, inf))
+        for (target, system), own in groups.items()
+    ]
 
 
 def _row(target: str, system: str, trials: Mapping[int, Result], budget: float) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _row(target: str, system: str, trials: Mapping[int, Result], budget: float) 
         "generations": [end["generation"] for _, end in ends],
         "tokens": [each["tokens"] for each in own],
         "at_tokens": {
-            "tokens": budget,
+            "tokens": budget if isfinite(budget) else None,
             "on_target": fmean(on_target(*pair) for pair in equal),
             "priors": fmean(priors(*pair) for pair in equal),
         },
@@ -314,7 +314,8 @@ def _systems_table(target: str, own: Sequence[Mapping[str, Any]]) -> str:
         f"## Target {target}",
         "",
         f"Anchor: target {100 * own[0]['anchor']:.1f} %, mean of the prior tasks "
-        f"{100 * own[0]['anchor_priors']:.1f} %. Equal tokens: {at:,}.",
+        f"{100 * own[0]['anchor_priors']:.1f} %. Equal tokens: "
+        f"{'none generated' if at is None else f'{at:,}'}.",
         "",
         "| system | seeds | target % | priors % | KL target | KL priors | norm | / Eq. 2 "
         "| / L2 form | generations | tokens | target, priors % at equal tokens |",
