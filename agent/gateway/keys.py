@@ -17,12 +17,12 @@ from typing import NamedTuple
 from limits import RateLimitItem, parse_many
 from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 from limits.storage import storage_from_string
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, select
 
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import keys
+from agent.store.experience_db import SEAL, insert_sealed, is_whole, keys, update_sealed
 
 SCOPES = frozenset({"infer", "submit_task", "feedback", "review", "admin"})
 TOKEN = re.compile(r"ank-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
@@ -100,23 +100,20 @@ class KeyStore:
             "expires": expires,
         }
         with self._store.writing() as connection:
-            connection.execute(insert(keys), values)
+            insert_sealed(connection, keys, [values])
         return NewKey(key_id, token)
 
     def revoke(self, key_id: str) -> None:
         """End a key; UserError if there is none of this id."""
         with self._store.writing() as connection:
-            ended = connection.execute(
-                update(keys)
-                .where(keys.c.key_id == key_id, keys.c.revoked.is_(None))
-                .values(revoked=time.time())
-            )
-        if ended.rowcount == 0:
+            mine = (keys.c.key_id == key_id) & keys.c.revoked.is_(None)
+            ended = update_sealed(connection, keys, mine, revoked=time.time())
+        if ended == 0:
             raise UserError(f"key: {key_id!r}; allowed: the id of a key that is not revoked")
 
     def list_keys(self) -> list[dict[str, object]]:
         """Every key less its hash, oldest first."""
-        columns = [column for column in keys.c if column.name != "token_hash"]
+        columns = [column for column in keys.c if column.name not in ("token_hash", SEAL)]
         with self._engine.connect() as connection:
             rows = connection.execute(select(*columns).order_by(keys.c.created)).all()
         return [dict(row._mapping) for row in rows]
@@ -181,14 +178,14 @@ class KeyStore:
                 self._read_at = began
 
     def _read(self) -> tuple[dict[str, _Known], int]:
-        """Valid keys by id, and how many were ever made."""
-        query = select(keys.c.key_id, keys.c.owner, keys.c.scopes, keys.c.token_hash)
+        """Valid keys by id, without damaged ones, and how many were ever made."""
         now = time.time()
         valid = keys.c.revoked.is_(None) & (keys.c.expires.is_(None) | (keys.c.expires > now))
         with self._engine.connect() as connection:
-            rows = connection.execute(query.where(valid)).all()
+            rows = connection.execute(select(keys).where(valid)).mappings().all()
             made = connection.execute(select(func.count()).select_from(keys)).scalar_one()
-        return {row.key_id: _Known(row.owner, row.scopes, row.token_hash) for row in rows}, made
+        whole = [row for row in rows if is_whole(keys, row)]
+        return {r["key_id"]: _Known(r["owner"], r["scopes"], r["token_hash"]) for r in whole}, made
 
 
 def hash_of(token: str) -> str:

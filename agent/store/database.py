@@ -209,18 +209,18 @@ def fault(prev_hash: str, row: Mapping[str, Value]) -> str | None:
     if row["digests"] != canonical(true):
         if row["hash"] == _link(prev_hash, canonical(true)):
             return "digests"
-        return _differing(str(row["digests"]), true)
+        return differing(str(row["digests"]), true) or "hash chain"
     if row["prev_hash"] != prev_hash:
         return "prev_hash" if row["hash"] == _link(prev_hash, canonical(true)) else "hash chain"
     return None if row["hash"] == _link(prev_hash, canonical(true)) else "hash"
 
 
-def _differing(stored: str, true: Mapping[str, str]) -> str:
-    """First field whose stored digest is not the digest of its value."""
+def differing(stored: str, true: Mapping[str, str]) -> str | None:
+    """First field whose stored digest is not the digest of its value; None where all are."""
     try:
         recorded = json.loads(stored)
     except ValueError:
         return "hash chain"
-    if not isinstance(recorded, dict) or set(recorded) != set(true):
+    if not isinstance(recorded, dict):
         return "hash chain"
-    return next((name for name, digest in true.items() if recorded[name] != digest), "hash chain")
+    return next((name for name, digest in true.items() if recorded.get(name) != digest), None)

@@ -1,16 +1,19 @@
 """The experience store: interactions, their answers, and the rewards that verifiers gave them."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from sqlalchemy import (
     BindParameter,
     Connection,
     Engine,
     Row,
+    RowMapping,
     Select,
     bindparam,
     distinct,
@@ -23,14 +26,20 @@ from sqlalchemy import (
 )
 
 from agent.store.experience_db import (
+    SEAL,
     answers,
+    insert_sealed,
     interactions,
+    is_whole,
     keys,
     open_engine,
     rounds_used,
+    seal_of,
+    update_sealed,
     writing,
 )
 
+T = TypeVar("T")
 Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
 Pool = Literal["train", "gate", "sealed"]
@@ -185,10 +194,14 @@ class ExperienceStore:
     def record(self, batch: Iterable[Interaction]) -> None:
         """Insert interactions and their answers, all or none."""
         items = list(batch)
-        choices = [_columns(a) | {"owner": i.inference_id} for i in items for a in i.answers]
+        choices = [
+            (columns := _columns(answer))
+            | {"owner": item.inference_id, SEAL: seal_of(answers, columns, item.inference_id)}
+            for item in items
+            for answer in item.answers
+        ]
         with self.writing() as connection:
-            if items:
-                connection.execute(insert(interactions), [_columns(item) for item in items])
+            insert_sealed(connection, interactions, [_columns(item) for item in items])
             if choices:
                 owner = _id_of(bindparam("owner")).scalar_subquery()
                 connection.execute(insert(answers).values(interaction_id=owner), choices)
@@ -197,28 +210,31 @@ class ExperienceStore:
         """Write verdicts; the first word on an answer stands."""
         with self.writing() as connection:
             for item in batch:
-                values = _columns(item)
-                owner = _id_of(values.pop("inference_id"))
-                choice = values.pop("choice")
-                connection.execute(
-                    update(answers)
-                    .where(answers.c.interaction_id == owner.scalar_subquery())
-                    .where(answers.c.choice == choice, answers.c.judged.is_(None))
-                    .values(values)
+                owner, verdict = item.inference_id, _columns(item)
+                del verdict["inference_id"], verdict["choice"]
+                query = select(answers).where(
+                    answers.c.interaction_id == _id_of(owner).scalar_subquery(),
+                    answers.c.choice == item.choice,
+                    answers.c.judged.is_(None),
                 )
+                row = connection.execute(query).mappings().first()
+                if row is not None and is_whole(answers, row, owner):
+                    verdict[SEAL] = seal_of(answers, {**row, **verdict}, owner)
+                    connection.execute(
+                        update(answers).where(answers.c.id == row["id"]).values(verdict)
+                    )
 
     def unjudged(self, before: float, limit: int = 1000) -> list[Unjudged]:
         """Answers older than ``before`` whose verdict never came: a process died in between."""
         query = (
-            _select(Unjudged)
-            .where(interactions.c.task.is_not(None), interactions.c.status == "ok")
+            JOINED.where(interactions.c.task.is_not(None), interactions.c.status == "ok")
             .where(interactions.c.created < before)
             .where(interactions.c.row_hash.is_not(None))  # its row may still be on its way
             .where(answers.c.judged.is_(None), answers.c.completion.is_not(None))
             .order_by(interactions.c.id)
             .limit(limit)
         )
-        return [Unjudged(**row._mapping) for row in self._all(query)]
+        return [_record(Unjudged, row) for row in self._joined(query)]
 
     def find(self, any_id: str) -> "Found | None":
         """By inference id, or by the answer's own id."""
@@ -239,7 +255,13 @@ class ExperienceStore:
         query = query.where(interactions.c.created > since)
         if until is not None:
             query = query.where(interactions.c.created <= until)
-        return [ExperienceRow(**row._mapping) for row in self._all(query)]
+        return [_record(ExperienceRow, row) for row in self._joined(query)]
+
+    def damaged(self, task: str, since: float = 0.0) -> list[tuple[str, int]]:
+        """(principal, answers) of a task's verified answers that are not what was written."""
+        query = _verified().where(interactions.c.task == task, interactions.c.created > since)
+        owners = Counter(str(r[interactions.c.principal]) for r in self._joined(query, whole=False))
+        return sorted(owners.items())
 
     def turns(self, task: str, since: float = 0.0) -> list[Turn]:
         """Requests of sessions that named a task and were answered, with a reward or without."""
@@ -299,7 +321,7 @@ class ExperienceStore:
         query = _verified(answers.c.judged, answers.c.id).where(answers.c.judged > since)
         if principal is not None:
             query = query.where(interactions.c.principal == principal)
-        return [ExperienceRow(**row._mapping) for row in self._all(query.limit(limit))]
+        return [_record(ExperienceRow, row) for row in self._joined(query.limit(limit))]
 
     def earned(
         self,
@@ -309,13 +331,9 @@ class ExperienceStore:
         newest: int | None = None,
     ) -> list[Earned]:
         """Rewards of one version on any task, created in (since, until], by inference id."""
-        query = (
-            select(interactions.c.inference_id, interactions.c.task, answers.c.reward)
-            .select_from(answers.join(interactions))
-            .where(answers.c.reward.is_not(None))
-        )
-        rows = self._all(_of_version(query, version, since, until, newest))
-        return sorted(Earned(*row) for row in rows)
+        query = JOINED.where(answers.c.reward.is_not(None))
+        rows = self._joined(_of_version(query, version, since, until, newest))
+        return sorted(_record(Earned, row) for row in rows)
 
     def answered(
         self,
@@ -325,19 +343,18 @@ class ExperienceStore:
         newest: int | None = None,
     ) -> list[VersionTraffic]:
         """What one version answered or failed, created in (since, until], oldest first."""
-        query = select(
-            interactions.c.created, interactions.c.status, interactions.c.latency_s
-        ).where(interactions.c.status != "cancelled")
+        query = select(interactions).where(interactions.c.status != "cancelled")
         rows = self._all(_of_version(query, version, since, until, newest))
-        return sorted(VersionTraffic(*row) for row in rows)
+        whole = (row._mapping for row in rows if is_whole(interactions, row._mapping))
+        return sorted(_record(VersionTraffic, row) for row in whole)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:
         """Note that these rows, in this order, are a round's prompts."""
         with self.writing() as connection:
-            for position, row in enumerate(rows):
-                place = {"round_id": round_id, "pool": pool, "position": position}
-                owner = {"inference_id": row.inference_id, "principal": row.principal}
-                connection.execute(insert(rounds_used), place | owner)
+            for place, row in enumerate(rows):
+                values: dict[str, Any] = {"round_id": round_id, "pool": pool, "position": place}
+                values |= {"inference_id": row.inference_id, "principal": row.principal}
+                insert_sealed(connection, rounds_used, [values])
 
     def key_owners(self) -> set[str]:
         """Owners of keys that are not revoked."""
@@ -354,9 +371,13 @@ class ExperienceStore:
     def name_candidate(self, round_id: str, digest: str) -> None:
         """Note which weights a round made."""
         with self.writing() as connection:
-            connection.execute(
-                update(rounds_used).where(rounds_used.c.round_id == round_id).values(digest=digest)
+            update_sealed(
+                connection, rounds_used, rounds_used.c.round_id == round_id, digest=digest
             )
+
+    def _joined(self, query: Select[Any], whole: bool = True) -> list[RowMapping]:
+        """Answers with their interactions: those that are what was written, or the others."""
+        return [row._mapping for row in self._all(query) if _is_whole(row._mapping) is whole]
 
     def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
         with self.engine.connect() as connection:
@@ -369,16 +390,27 @@ def _columns(record: Any) -> dict[str, Any]:
     return {k: v.replace("\0", "�") if isinstance(v, str) else v for k, v in values.items()}
 
 
-def _select(record: type) -> Select[Any]:
-    """The record's fields out of answers joined with interactions."""
-    names = [f.name for f in fields(record)]
-    columns = [answers.c[n] if n in answers.c else interactions.c[n] for n in names]
-    return select(*columns).select_from(answers.join(interactions))
+JOINED = select(interactions, answers).select_from(answers.join(interactions))
+
+
+def _is_whole(row: RowMapping) -> bool:
+    """Whether an interaction and its answer are both what was written."""
+    ours, owner = {each.name: row[each] for each in answers.c}, row[interactions.c.inference_id]
+    theirs = {each.name: row[each] for each in interactions.c}
+    return is_whole(interactions, theirs) and is_whole(answers, ours, owner)
+
+
+def _record(kind: Callable[..., T], row: RowMapping) -> T:
+    """The fields of a record out of a joined row, by their names."""
+    columns = {
+        n: answers.c[n] if n in answers.c else interactions.c[n] for n in signature(kind).parameters
+    }
+    return kind(**{name: row[column] for name, column in columns.items()})
 
 
 def _verified(*order: Any) -> Select[Any]:
     order = order or (interactions.c.created, answers.c.id)
-    return _select(ExperienceRow).where(answers.c.judged.is_not(None)).order_by(*order)
+    return JOINED.where(answers.c.judged.is_not(None)).order_by(*order)
 
 
 def _of_version(

@@ -1,9 +1,11 @@
 """The experience store's database: its tables, and how it is opened and migrated.
 
 It is an SQLite file or, by URL, PostgreSQL. The tables are declared here as the newest step leaves
-them; ``migrations/experience`` builds them step by step, and a test compares the two.
+them; ``migrations/experience`` builds them step by step, and a test compares the two. Every row
+carries a seal, the hash of its columns: whoever learns, judges or admits by a row compares it.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     Connection,
     Engine,
     Float,
@@ -23,18 +26,23 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     create_engine,
+    delete,
     event,
+    insert,
     inspect,
+    select,
     text,
+    update,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from agent.errors import UserError
-from agent.store.database import private_file
+from agent.store.database import canonical, digest_field, private_file
 from agent.store.migrations import newest, upgrade
 
 METADATA = MetaData()
+SEAL = "seal"  # column: hash of the row's other columns; NULL in rows from before there were any
 ROW_ID = BigInteger().with_variant(Integer(), "sqlite")
 
 interactions = Table(  # one row a request that reached the engine; text only where it was asked for
@@ -61,6 +69,7 @@ interactions = Table(  # one row a request that reached the engine; text only wh
     Column("latency_s", Float(53), nullable=False),
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
+    Column(SEAL, String(64)),
     Index("ix_interactions_response_id", "response_id"),
     Index("ix_interactions_principal_created", "principal", "created"),
     Index("ix_interactions_task_created", "task", "created"),
@@ -83,6 +92,7 @@ answers = Table(  # one row a choice; reward is NULL until it is verified
     Column("extracted", Text),
     Column("error", String(256)),  # why verification failed; the reward stays NULL, not 0
     Column("judged", Float(53)),  # unix seconds
+    Column(SEAL, String(64)),
     UniqueConstraint("interaction_id", "choice", name="uq_answers_interaction_choice"),
 )
 
@@ -101,6 +111,7 @@ feedback = Table(
     Column("supersedes", String(64)),
     Column("weight", Float(53), nullable=False),
     Column("created", Float(53), nullable=False),
+    Column(SEAL, String(64)),
     UniqueConstraint("principal", "feedback_id", name="uq_feedback_principal_id"),
     UniqueConstraint("principal", "supersedes", name="uq_feedback_principal_supersedes"),
     CheckConstraint("weight = 0", name="ck_feedback_weight"),  # feedback is not trained on
@@ -117,6 +128,7 @@ keys = Table(
     Column("created", Float(53), nullable=False),
     Column("expires", Float(53)),
     Column("revoked", Float(53)),
+    Column(SEAL, String(64)),
 )
 
 rounds_used = Table(  # which traffic went into which round, at which place
@@ -129,6 +141,7 @@ rounds_used = Table(  # which traffic went into which round, at which place
     Column("inference_id", String(64), nullable=False),
     Column("principal", String(128), nullable=False),
     Column("digest", String(64)),  # the candidate the round made
+    Column(SEAL, String(64)),
     UniqueConstraint("round_id", "pool", "position", name="uq_rounds_used_place"),
     Index("ix_rounds_used_principal", "principal"),
 )
@@ -141,7 +154,92 @@ forgotten = Table(  # record of a deletion and of the rounds it affects; the pri
     Column("created", Float(53), nullable=False),
     Column("interactions", Integer, nullable=False),
     Column("rounds", Text, nullable=False),  # JSON: [{round_id, digest, pool, positions}]
+    Column(SEAL, String(64)),
 )
+
+
+# -- the seal of a row --------------------------------------------------------------------------
+
+SEALED = (interactions, answers, feedback, keys, rounds_used, forgotten)
+
+
+def seal_of(table: Table, row: Mapping[Any, Any], owner: str = "") -> str:
+    """sha256 of a row's columns, and of the inference id of the interaction it belongs to.
+
+    SQLite checks the structure of its pages, not what is written in them. The numbers of rows are
+    left out: the database gives them out, and a row that one leads astray has another owner.
+    """
+    columns = [each for each in table.c if each.name not in ("id", "interaction_id", SEAL)]
+    fields = {each.name: _as_read(each, row.get(each.name)) for each in columns}
+    return digest_field(canonical(fields) + owner)
+
+
+def _as_read(column: Column[Any], value: Any) -> Any:
+    """A value as the database gives it back; damaged ones may be of any type."""
+    if isinstance(value, bytes):
+        return repr(value)
+    return float(value) if isinstance(column.type, Float) and isinstance(value, int) else value
+
+
+def is_whole(table: Table, row: Mapping[Any, Any], owner: str = "") -> bool:
+    """Whether a row is what was written."""
+    return row[SEAL] is None or row[SEAL] == seal_of(table, row, owner)
+
+
+def insert_sealed(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows with their seals."""
+    if rows:
+        connection.execute(insert(table), [{**row, SEAL: seal_of(table, row)} for row in rows])
+
+
+def update_sealed(
+    connection: Connection, table: Table, which: ColumnElement[bool], **values: Any
+) -> int:
+    """Change rows, each under a new seal; how many there were.
+
+    A damaged one keeps its seal: with a new one it would pass for what was written.
+    """
+    (key,) = table.primary_key
+    rows = connection.execute(select(table).where(which)).mappings().all()
+    for row in rows:
+        seal = seal_of(table, {**row, **values}) if is_whole(table, row) else row[SEAL]
+        connection.execute(update(table).where(key == row[key]).values({**values, SEAL: seal}))
+    return len(rows)
+
+
+def damaged(engine: Engine) -> list[tuple[Table, Any]]:
+    """Every row that is not what was written: its table and its key."""
+    owners = answers.outerjoin(interactions)
+    with engine.connect() as connection:
+        found = []
+        for table in SEALED:
+            (key,) = table.primary_key
+            query = select(table)
+            if table is answers:
+                query = query.add_columns(interactions.c.inference_id).select_from(owners)
+            for row in connection.execute(query).mappings():
+                own = {each.name: row[each] for each in table.c}
+                owner = str(row[interactions.c.inference_id]) if table is answers else ""
+                if not is_whole(table, own, owner):
+                    found.append((table, row[key]))
+    return found
+
+
+def drop_damaged(engine: Engine) -> None:
+    """Delete damaged traffic and opinions, and end damaged keys; what rounds used stays as it is.
+
+    A key is not deleted: a database that had one once is never open to everybody again.
+    """
+    with writing(engine) as connection:
+        for table, number in damaged(engine):
+            (key,) = table.primary_key
+            if table in (interactions, answers, feedback):
+                connection.execute(delete(table).where(key == number))
+            elif table is keys:
+                row = connection.execute(select(keys).where(key == number)).mappings().one()
+                ended = {**row, "revoked": 0.0}
+                ended[SEAL] = seal_of(keys, ended)
+                connection.execute(update(keys).where(key == number).values(ended))
 
 
 MIGRATION_LOCK = 0x616E63686F72  # one migration at a time on PostgreSQL
@@ -237,6 +335,8 @@ def _private_file(path: Path) -> None:
 
 def _on_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself; _on_begin does
+    # A damaged text must reach the seal that shows it, not stop at its decoding.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
 

@@ -9,11 +9,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, select
 from sqlalchemy.exc import IntegrityError
 
 from agent.store.experience import ExperienceStore, Unjudged
-from agent.store.experience_db import answers, feedback, interactions
+from agent.store.experience_db import (
+    SEAL,
+    answers,
+    feedback,
+    insert_sealed,
+    interactions,
+    update_sealed,
+)
 
 Refusal = Literal[
     "unknown_inference",
@@ -100,11 +107,8 @@ def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -
         if _known_already(interaction, row):
             return []
         values = {"task": row.task, "source": "submitted", "example": row.example}
-        connection.execute(
-            update(interactions)
-            .where(interactions.c.id == interaction["id"])
-            .values(**values, row_hash=row.row_hash)
-        )
+        this = interactions.c.id == interaction["id"]
+        update_sealed(connection, interactions, this, **values, row_hash=row.row_hash)
         kept = select(answers.c.choice, answers.c.completion, answers.c.tool_calls).where(
             answers.c.interaction_id == interaction["id"]
         )
@@ -141,7 +145,8 @@ def _known_already(interaction: RowMapping, row: LateRow) -> bool:
 
 def of(store: ExperienceStore, inference_id: str) -> list[Mapping[str, Any]]:
     """Feedback on one answer, oldest first; the standing one of a chain is the last."""
-    query = select(feedback).where(feedback.c.inference_id == inference_id)
+    columns = [each for each in feedback.c if each.name != SEAL]
+    query = select(*columns).where(feedback.c.inference_id == inference_id)
     with store.engine.connect() as connection:
         return [dict(row._mapping) for row in connection.execute(query.order_by(feedback.c.id))]
 
@@ -178,7 +183,7 @@ def _insert(connection: Connection, values: dict[str, Any], context: dict[str, A
         return False
     if values["supersedes"] is not None:
         _correctable(connection, values)
-    connection.execute(insert(feedback), values | context)
+    insert_sealed(connection, feedback, [values | context])
     return True
 
 

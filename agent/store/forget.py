@@ -8,10 +8,18 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, select
 
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import feedback, forgotten, interactions, keys, rounds_used
+from agent.store.experience_db import (
+    feedback,
+    forgotten,
+    insert_sealed,
+    interactions,
+    keys,
+    rounds_used,
+    update_sealed,
+)
 
 NOBODY = "(forgotten)"  # owner of a forgotten principal's keys; no key can be made for this name
 
@@ -44,23 +52,22 @@ def forget(store: ExperienceStore, principal: str, now: float) -> Forgotten:
     """
     # One transaction: a crash must not leave rows of somebody whose tombstone says they are gone.
     with store.writing() as connection:
-        ended = connection.execute(
-            update(keys)
-            .where(keys.c.owner == principal)
-            .values(owner=NOBODY, revoked=func.coalesce(keys.c.revoked, now))
-        ).rowcount
+        update_sealed(
+            connection, keys, (keys.c.owner == principal) & keys.c.revoked.is_(None), revoked=now
+        )
+        ended = update_sealed(connection, keys, keys.c.owner == principal, owner=NOBODY)
         used = _rounds(connection, principal)
-        mine = select(interactions.c.inference_id).where(interactions.c.principal == principal)
+        answered = select(interactions.c.inference_id).where(interactions.c.principal == principal)
         opinions = connection.execute(
             delete(feedback).where(
-                (feedback.c.principal == principal) | feedback.c.inference_id.in_(mine)
+                (feedback.c.principal == principal) | feedback.c.inference_id.in_(answered)
             )
         ).rowcount
         removed = connection.execute(
             delete(interactions).where(interactions.c.principal == principal)
         ).rowcount
         connection.execute(delete(rounds_used).where(rounds_used.c.principal == principal))
-        connection.execute(insert(forgotten), _tombstone(principal, now, removed, used))
+        insert_sealed(connection, forgotten, [_tombstone(principal, now, removed, used)])
     _scrub(store)  # after the commit: deleted text stays in free pages and the log until then
     return Forgotten(removed, opinions, ended, used)
 

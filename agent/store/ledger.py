@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.store.database import Database, Value, canonical, fault, seal
+from agent.store.database import Database, Value, canonical, differing, digest_field, fault, seal
 
 ALLOWED: dict[str | None, frozenset[str]] = {
     None: frozenset({"PROPOSED"}),
@@ -226,8 +226,10 @@ class Ledger:
         """All rows, oldest first; decisions read them without their statistics."""
         names = ", ".join(name for name in NAMES if name != "statistics")
         rows = self._database.rows(
-            f"SELECT {names}, {statistics} AS statistics FROM ledger ORDER BY seq"  # noqa: S608
+            f"SELECT {names}, digests, {statistics} AS statistics FROM ledger ORDER BY seq"  # noqa: S608
         )
+        if rows:  # the newest row says what is served, whoever reads it and for what
+            _require_whole(dict(rows[-1]))
         return [_entry(dict(row)) for row in rows]
 
     def history(self, limit: int = 50) -> list[Entry]:
@@ -281,6 +283,13 @@ class Ledger:
     def close(self) -> None:
         """Close the connection."""
         self._database.close()
+
+
+def _require_whole(row: Mapping[str, Any]) -> None:
+    """UserError where what a row decides is not what was written; ``verify`` checks all of it."""
+    true = {name: digest_field(row[name]) for name in ("digest", "state", "before", "after")}
+    if field := differing(str(row["digests"]), true):
+        raise UserError(f"ledger row {row['seq']}: {field} is damaged; `anchorage doctor`")
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:

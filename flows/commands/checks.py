@@ -19,6 +19,8 @@ from agent.errors import UserError
 from agent.home import Home, is_as_signed, read_sealed, secret
 from agent.population.capacity import Machine
 from agent.store.anchor import Anchor
+from agent.store.experience import ExperienceStore
+from agent.store.experience_db import damaged
 from agent.store.tensorfile import sha256_of
 from agent.store.weights import short
 from deploy import stack
@@ -26,10 +28,11 @@ from deploy.serving.control import listener_of
 from deploy.serving.controller import settle_offline
 from deploy.serving.engines import is_up
 from deploy.serving.lease import Leases
-from deploy.serving.served import SLOTS, read_served
+from deploy.serving.served import SLOTS, Served, read_served, write_served
 from deploy.serving.starts import failing, forget_starts
 from deploy.supervise import Probe, answers, revive, states, supervisor_of, survivors
 from evaluators.sandbox import Protections
+from flows.service import Service
 from flows.session import local_places
 
 MAGIC = b"SQLite format 3\0"  # how every SQLite file begins
@@ -149,6 +152,31 @@ def database(path: Path, wanted: bool) -> str:
     if told != ["ok"]:
         raise RuntimeError("; ".join(told))
     return f"{path.stat().st_size / 1024:.0f} KiB, every page sound"
+
+
+def mend_database(home: Home, path: Path, settings: Callable[[], Settings]) -> None:
+    """Give the file its first bytes again; where that is not it, start a new one beside it."""
+    if survivors(home):
+        raise UserError("the service runs; allowed: anchorage down first")
+    if mended_header(path):
+        return
+    if path == home.state_db:  # a new ledger begins with the original model, which serves
+        service = Service(home, settings())
+        champion = service.champion()
+        write_served(home, Served(champion, str(service.directory(champion))))
+    elif path == home.experience_db:
+        Service(home, settings()).experience.close()
+    else:  # MLflow and Prefect make theirs anew when they start, and are shown everything again
+        with closing(sqlite3.connect(path)) as made:
+            made.execute("VACUUM")
+
+
+def traffic(store: ExperienceStore) -> str:
+    """The rows of the experience store are what was written, each by its seal."""
+    if found := damaged(store.engine):
+        listed = ", ".join(f"{table.name} {key}" for table, key in found[:5])
+        raise RuntimeError(f"{len(found)} rows are not what was written: {listed}")
+    return "every row as it was written"
 
 
 def table(path: Path) -> None:

@@ -4,10 +4,8 @@ One list of checks; each says in words what repairs it, and many can do it (`rep
 fails tells why instead of raising, so that the others go on.
 """
 
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.store.anchor import Anchor
 from agent.store.companions import companions
+from agent.store.experience_db import drop_damaged
 from agent.store.replay import is_sound
 from agent.store.weights import require, short
 from deploy.model import record_of, resolve
@@ -25,7 +24,6 @@ from deploy.serving.control import ControlError, observe
 from deploy.serving.intact import mend, read_probes, require_version
 from deploy.serving.lease import Leases
 from deploy.serving.served import SLOTS, Served, read_served, read_slot, write_served
-from deploy.supervise import survivors
 from evaluators.sandbox import protections
 from flows.commands import checks
 from flows.commands.checks import MachineNeeds, visible, written_in
@@ -147,6 +145,13 @@ class HomeChecks:
             files=(home.settings_json,),
         )
         yield from self._databases()
+        yield Check(
+            "traffic",
+            self._traffic,
+            "anchorage repair removes damaged rows and ends damaged keys; make new ones with "
+            "anchorage keys create",
+            lambda: drop_damaged(self.service.experience.engine),
+        )
         yield Check("ledger", self._ledger, "restore state.db from a copy; the row is named")
         yield Check("journal", self._journal, "restore state.db from a copy; the row is named")
         yield Check(
@@ -260,7 +265,7 @@ class HomeChecks:
                 path.name,
                 lambda path=path, wanted=wanted: checks.database(path, wanted),  # type: ignore[misc]
                 "anchorage down, then anchorage repair, or restore it from a copy",
-                lambda path=path: self._mend_database(path),  # type: ignore[misc]
+                lambda path=path: checks.mend_database(home, path, self._kept_settings),  # type: ignore[misc]
                 checks.of_database(path)[:2],
             )
 
@@ -270,24 +275,12 @@ class HomeChecks:
         except UserError:
             return None
 
-    def _mend_database(self, path: Path) -> None:
-        """Give the file its first bytes again; where that is not it, start a new one beside it."""
-        if survivors(self.home):
-            raise UserError("the service runs; allowed: anchorage down first")
-        if checks.mended_header(path):
-            return
-        if path == self.home.state_db:  # a new ledger begins with the original model, which serves
-            service = Service(self.home, self._kept_settings())
-            champion = service.champion()
-            write_served(self.home, Served(champion, str(service.directory(champion))))
-        elif path == self.home.experience_db:
-            service = Service(self.home, self._kept_settings())
-            service.experience.close()
-        else:  # MLflow and Prefect make theirs anew when they start, and are shown everything again
-            with closing(sqlite3.connect(path)) as made:
-                made.execute("VACUUM")
-
     # -- what the databases say -----------------------------------------------------------------
+
+    def _traffic(self) -> str:
+        if self._experience_url() is None and not self.home.experience_db.exists():
+            return "none yet"
+        return checks.traffic(self.service.experience)
 
     def _ledger(self) -> str:
         self._need(self.home.state_db)

@@ -29,6 +29,7 @@ from flows.service import Service
 
 LOG = logging.getLogger("anchorage.flows")
 DAY_S = 86_400.0
+DAMAGED = "its stored row is not what was written"
 SHOWN_PROMPTS = 2  # of each kind, in `collect`
 SHOWN_REASONS = 20  # lines about what was set aside; the rest is counted in one more
 
@@ -150,7 +151,8 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
         asked = Asked(row, task.messages(row, shots(row)), sent=False)
         if key not in prompts and too_long(service, task, asked.messages) is None:
             prompts[key] = asked
-    refused = service.experience.errors(target, since)
+    damaged = [(owner, DAMAGED, n) for owner, n in service.experience.damaged(target, since)]
+    refused = [*service.experience.errors(target, since), *damaged]
     texts = [each.text for each in prompts.values()]
     return Collected(
         tuple(prompts.values()),

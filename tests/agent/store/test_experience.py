@@ -1,31 +1,36 @@
 """The experience store: what it keeps, what it forgets, and that its schema grows by steps."""
 
+import asyncio
 import stat
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, func, insert, select
+from sqlalchemy import Engine, create_engine, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from agent.errors import UserError
+from agent.gateway.errors import ApiError
+from agent.gateway.keys import KeyStore
 from agent.store import feedback
 from agent.store.experience import Answer, ExperienceStore, Interaction, Judgement
 from agent.store.experience_db import (
     METADATA,
     answers,
+    damaged,
+    drop_damaged,
     forgotten,
     interactions,
     migrate,
-    open_engine,
     rounds_used,
 )
-from agent.store.feedback import Feedback, FeedbackRefusedError
+from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, keep_row
 from agent.store.forget import RoundUse, expire, forget, rounds_of
 
 A, B = "a" * 64, "b" * 64
@@ -247,13 +252,99 @@ def test_an_old_database_is_brought_up_with_its_rows(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{path}")
     migrate(engine, to="0001")
     assert difference(engine) != []
-    old = ExperienceStore(engine)
-    fill(old, 3)
+    with engine.begin() as connection:  # as its own program wrote them, without seals
+        for number in range(3):
+            row = asdict(interaction(number))
+            del row["answers"]
+            connection.execute(insert(interactions).values(row))
+            answer = {"interaction_id": number + 1, "choice": 0, "completion": "a"}
+            connection.execute(insert(answers).values(**answer, reward=1.0, judged=1.0))
     engine.dispose()
-    opened = open_engine(path)
-    assert difference(opened) == []
-    assert len(ExperienceStore(opened).rows("gsm8k")) == 2
-    opened.dispose()
+    opened = ExperienceStore.open(path)
+    assert difference(opened.engine) == []
+    assert [row.inference_id for row in opened.rows("gsm8k")] == ["i1", "i2"]
+    assert damaged(opened.engine) == []
+    opened.close()
+
+
+CHANGES = [  # as a flipped bit leaves them
+    "UPDATE interactions SET prompt = '[3]' WHERE inference_id = 'i1'",
+    "UPDATE interactions SET example = '{ }' WHERE inference_id = 'i1'",
+    "UPDATE interactions SET principal = 'aon' WHERE inference_id = 'i1'",
+    "UPDATE interactions SET version = 'q' || substr(version, 2) WHERE inference_id = 'i1'",
+    "UPDATE interactions SET created = created * 2 WHERE inference_id = 'i1'",
+    "UPDATE interactions SET prompt = CAST(prompt AS BLOB) WHERE inference_id = 'i1'",
+    "UPDATE interactions SET prompt = CAST(x'5bff5d' AS TEXT) WHERE inference_id = 'i1'",
+    "UPDATE interactions SET prompt_tokens = 1027 WHERE inference_id = 'i1'",
+    "UPDATE answers SET reward = 0.5 WHERE interaction_id = 2",
+    "UPDATE answers SET reward = NULL WHERE interaction_id = 2",
+    "UPDATE answers SET completion = 'answes 1' WHERE interaction_id = 2",
+    "UPDATE answers SET interaction_id = 4, choice = 1 WHERE interaction_id = 2",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_that_was_changed_is_neither_learnt_nor_judged_by(
+    store: ExperienceStore, change: str
+) -> None:
+    fill(store, 5)
+    assert damaged(store.engine) == []
+    with store.writing() as connection:
+        connection.execute(text(change))
+    assert {row.inference_id for row in store.rows("gsm8k")} == {"i2", "i3", "i4"}
+    assert all(row.choice == 0 for row in store.rows("gsm8k"))
+    assert "i1" not in {row.inference_id for row in store.earned(A)}
+    assert len(store.rewards(None)) == 4
+    [(table, _)] = damaged(store.engine)
+    assert table.name in change
+    store.judge([judged(1, 1.0)])  # a later word on it makes it no whole row
+    store.name_candidate("r", B)
+    assert len(damaged(store.engine)) == 1
+    drop_damaged(store.engine)
+    assert damaged(store.engine) == []
+    assert {row.inference_id for row in store.rows("gsm8k")} == {"i2", "i3", "i4"}
+
+
+def test_damage_is_told_with_whose_row_it_is(store: ExperienceStore) -> None:
+    fill(store, 4)
+    with store.writing() as connection:
+        connection.execute(text("UPDATE interactions SET prompt = 'x' WHERE id > 2"))
+    assert store.damaged("gsm8k") == [("ann", 2)]
+    assert store.damaged("piqa") == []
+
+
+def test_every_way_of_writing_leaves_whole_rows(store: ExperienceStore) -> None:
+    """Numbers of another type than their column's, late rows, rounds, opinions, deletion."""
+    store.record([interaction(1, created=1, latency_s=2, task=None, row_hash=None, example=None)])
+    late = LateRow("i1", "ann", "gsm8k", '{"q": "\u20ac"}', "r1")
+    [item] = keep_row(store, late)
+    store.judge([Judgement(item.inference_id, 0, judged=7, reward=1, format=0)])
+    store.use("1-r", "train", store.rows("gsm8k"))
+    store.name_candidate("1-r", B)
+    feedback.add(store, Feedback("f", "i1", "ann", "helpful", 1, {"a": "b"}), now=8)
+    keys_of = KeyStore(store)
+    kept, gone = keys_of.create_key("ann", ["infer"]), keys_of.create_key("bob", ["infer"])
+    keys_of.revoke(gone.key_id)
+    assert damaged(store.engine) == []
+    assert [row.reward for row in store.rows("gsm8k")] == [1.0]
+    forget(store, "ann", now=9)
+    assert damaged(store.engine) == []
+    assert {row["owner"] for row in keys_of.list_keys()} == {"(forgotten)", "bob"}
+    assert {row["key_id"] for row in keys_of.list_keys()} == {kept.key_id, gone.key_id}
+
+
+def test_a_damaged_key_admits_nobody_and_ends(store: ExperienceStore) -> None:
+    keys_of = KeyStore(store)
+    token = keys_of.create_key("ann", ["infer"]).token
+    assert asyncio.run(keys_of.principal(f"Bearer {token}")).scopes == {"infer"}
+    with store.writing() as connection:
+        connection.execute(text("UPDATE keys SET scopes = 'admin'"))
+    with pytest.raises(ApiError, match="key"):
+        asyncio.run(KeyStore(store).principal(f"Bearer {token}"))
+    drop_damaged(store.engine)
+    assert damaged(store.engine) == []
+    [row] = keys_of.list_keys()  # it stays: a database that had a key is not open again
+    assert row["revoked"] is not None
 
 
 @pytest.mark.parametrize("trial", range(10))

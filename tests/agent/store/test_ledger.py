@@ -382,3 +382,13 @@ def test_an_older_row_that_calls_a_passed_candidate_like_its_verdict_is_read(
     assert desk.ledger.state(B) == "PASSED"
     assert desk.ledger.verify() == row["seq"]
     assert desk(B, "SWAP_INTENT").state == "SWAP_INTENT"
+
+
+@pytest.mark.parametrize("column", ["digest", "state", "before", "after"])
+def test_a_changed_decision_serves_nobody(desk: Desk, tmp_path: Path, column: str) -> None:
+    """The newest row says what is served: it is compared whenever it is read."""
+    desk(B, *PROMOTION)
+    flip(tmp_path / "state.db", column, 8, lambda value: f"x{str(value)[1:]}")
+    for read in (desk.ledger.champion, desk.ledger.states, desk.ledger.open_intent):
+        with pytest.raises(UserError, match=f"ledger row 8: {column} is damaged"):
+            read()

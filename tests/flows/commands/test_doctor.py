@@ -24,10 +24,12 @@ from typer.testing import CliRunner
 
 from agent.config import Settings, keep, kept, load
 from agent.errors import UserError
+from agent.gateway.keys import KeyStore
 from agent.home import Home, remove_tree, secret, sign_file, write_sealed
 from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.companions import companions
+from agent.store.experience import Interaction
 from agent.store.replay import snapshot_path
 from agent.store.weights import Parameters, export
 from deploy.embedded import MODEL
@@ -120,6 +122,9 @@ def patient(whole: Path, tmp_path: Path) -> Patient:
     return Patient(home, service.champion(), next(iter(set(service.kept()) - {service.champion()})))
 
 
+ASKED = Interaction(
+    "i", 1.0, "chat.completions", "tiny", "a" * 64, "ann", "ok", 0.1, 3, 5, example="{}"
+)
 MACHINE = {"memory", "disk", "vLLM", "descriptors"}  # of whoever runs the tests
 
 
@@ -162,6 +167,17 @@ def changed_row(table: str, field: str) -> Callable[[Patient], None]:
     return act
 
 
+def changed_traffic(patient: Patient) -> None:
+    """A row that may be learnt from, and a key that may do more."""
+    store = Service.at(patient.home.root).experience
+    KeyStore(store).create_key("ann", ["infer"])
+    store.record([ASKED])
+    with closing(sqlite3.connect(patient.home.experience_db)) as experience:
+        experience.execute("UPDATE keys SET scopes = 'admin'")
+        experience.execute("UPDATE interactions SET example = '{ }'")
+        experience.commit()
+
+
 def ahead(patient: Patient) -> None:
     """A row of a day ahead: the clock was set back since."""
     ledger = Service.at(patient.home.root).ledger
@@ -200,6 +216,7 @@ BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
     ("users.db", lambda p: first_bytes(p.home.mlflow_users), "not a database", "yes"),
     ("prefect.db", lambda p: first_bytes(p.home.prefect / "prefect.db"), "not a database", "yes"),
     ("prefect.db", lost("prefect/prefect.db"), "is not there", "yes"),
+    ("traffic", changed_traffic, "2 rows are not what was written: interactions 1, keys", "yes"),
     ("ledger", changed_row("ledger", "why"), "why is damaged", "no"),
     ("journal", changed_row("generations", "delta_hash"), "delta_hash", "no"),
     (
@@ -403,7 +420,7 @@ def test_every_kept_file_belongs_to_a_check(patient: Patient) -> None:
 # file a bit may be free), and these documents are read as they are.
 UNHASHED = (".db", "-wal", "curve.json")
 # What only a copy of a person's can bring back, or is a person's to delete.
-LEFT = {"secret salt", "ledger", "journal", "anchor", "documents", "importance"}
+LEFT = {"secret salt", "ledger", "journal", "anchor", "engines", "documents", "importance"}
 
 
 @pytest.mark.proof
