@@ -9,13 +9,13 @@ from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from agent.gateway.capture import RowRefusedError
 from agent.gateway.requests import row_hash
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction, Unjudged
-from agent.store.experience_db import answers, interactions
+from agent.store.experience_db import answers, interactions, update_sealed
 
 A = "a" * 64
 HELLO = [{"role": "user", "content": "hello"}]
@@ -180,7 +180,8 @@ def test_a_row_may_come_after_its_answer_and_is_judged_then(
     """Two minutes late: the verifier's reward, on the prompt that was sent."""
     ask(running, **options)
     with running.store.writing() as connection:
-        connection.execute(update(interactions).values(created=time.time() - 120))
+        everything = interactions.c.id > 0
+        update_sealed(connection, interactions, everything, created=time.time() - 120)
     assert running.store.rows("gsm8k") == []
     told = give(running, 201, inference_id="chatcmpl-engine")
     assert told["recorded"] is True

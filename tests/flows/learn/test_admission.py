@@ -276,7 +276,7 @@ def test_what_the_endpoint_refused_is_counted_with_principal_and_reason(service:
         connection.execute(
             update(answers)
             .where(answers.c.interaction_id.in_(ids))
-            .values(reward=None, judged=None)
+            .values(reward=None, judged=None, seal=None)
         )
     service.experience.judge([Judgement("bad", 0, judged=1.0, error="row refused: no gold")])
     collected = collect_rows(service, "gsm8k", 3)
