@@ -22,7 +22,8 @@ from sqlalchemy import func, select
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import SEAL, insert_sealed, is_whole, keys, update_sealed
+from agent.store.experience_db import SEAL, keys
+from agent.store.seals import insert_sealed, is_whole, update_sealed
 
 SCOPES = frozenset({"infer", "submit_task", "feedback", "review", "admin"})
 TOKEN = re.compile(r"ank-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")

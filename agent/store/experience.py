@@ -1,19 +1,16 @@
 """The experience store: interactions, their answers, and the rewards that verifiers gave them."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
     BindParameter,
     Connection,
     Engine,
     Row,
-    RowMapping,
     Select,
     bindparam,
     distinct,
@@ -28,21 +25,27 @@ from sqlalchemy import (
 from agent.store.experience_db import (
     SEAL,
     answers,
-    insert_sealed,
     interactions,
-    is_whole,
     keys,
     open_engine,
     rounds_used,
-    seal_of,
-    update_sealed,
     writing,
 )
+from agent.store.seals import (
+    JOINED,
+    asked,
+    insert_sealed,
+    is_whole,
+    joined,
+    record_of,
+    seal_of,
+    update_sealed,
+)
 
-T = TypeVar("T")
 Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
 Pool = Literal["train", "gate", "sealed"]
+PLACE = ("round_id", "pool", "position", "inference_id", "principal")  # columns of rounds_used
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +191,7 @@ class ExperienceStore:
 
     def writing(self) -> AbstractContextManager[Connection]:
         """One write transaction."""
-        transaction: AbstractContextManager[Connection] = writing(self.engine)
-        return transaction
+        return writing(self.engine)
 
     def record(self, batch: Iterable[Interaction]) -> None:
         """Insert interactions and their answers, all or none."""
@@ -234,15 +236,15 @@ class ExperienceStore:
             .order_by(interactions.c.id)
             .limit(limit)
         )
-        return [_record(Unjudged, row) for row in self._joined(query)]
+        return [record_of(Unjudged, row) for row in joined(self.engine, query)]
 
     def find(self, any_id: str) -> "Found | None":
         """By inference id, or by the answer's own id."""
-        query = select(
-            interactions.c.inference_id, interactions.c.version, interactions.c.principal
-        ).where(or_(interactions.c.inference_id == any_id, interactions.c.response_id == any_id))
+        of = interactions.c
+        query = select(of.inference_id, of.version, of.principal).order_by(of.id).limit(1)
+        query = query.where(or_(of.inference_id == any_id, of.response_id == any_id))
         with self.engine.connect() as connection:
-            row = connection.execute(query.order_by(interactions.c.id).limit(1)).first()
+            row = connection.execute(query).first()
         return None if row is None else Found(*row)
 
     def rows(
@@ -255,23 +257,19 @@ class ExperienceStore:
         query = query.where(interactions.c.created > since)
         if until is not None:
             query = query.where(interactions.c.created <= until)
-        return [_record(ExperienceRow, row) for row in self._joined(query)]
-
-    def damaged(self, task: str, since: float = 0.0) -> list[tuple[str, int]]:
-        """(principal, answers) of a task's verified answers that are not what was written."""
-        query = _verified().where(interactions.c.task == task, interactions.c.created > since)
-        owners = Counter(str(r[interactions.c.principal]) for r in self._joined(query, whole=False))
-        return sorted(owners.items())
+        return [record_of(ExperienceRow, row) for row in joined(self.engine, query)]
 
     def turns(self, task: str, since: float = 0.0) -> list[Turn]:
         """Requests of sessions that named a task and were answered, with a reward or without."""
         found = interactions.c
-        query = (
-            select(found.principal, found.session_id, found.prompt)
-            .where(found.task == task, found.status == "ok", found.created > since)
-            .where(found.session_id.is_not(None), found.prompt.is_not(None))
+        query = select(interactions).where(
+            found.task == task,
+            found.status == "ok",
+            found.created > since,
+            found.session_id.is_not(None),
+            found.prompt.is_not(None),
         )
-        return [Turn(*row) for row in self._all(query)]
+        return [record_of(Turn, row) for row in asked(self.engine, query)]
 
     def errors(self, task: str, since: float = 0.0) -> list[tuple[str, str, int]]:
         """(principal, error, interactions) of a task's answers created after ``since``."""
@@ -321,7 +319,7 @@ class ExperienceStore:
         query = _verified(answers.c.judged, answers.c.id).where(answers.c.judged > since)
         if principal is not None:
             query = query.where(interactions.c.principal == principal)
-        return [_record(ExperienceRow, row) for row in self._joined(query.limit(limit))]
+        return [record_of(ExperienceRow, row) for row in joined(self.engine, query.limit(limit))]
 
     def earned(
         self,
@@ -332,8 +330,8 @@ class ExperienceStore:
     ) -> list[Earned]:
         """Rewards of one version on any task, created in (since, until], by inference id."""
         query = JOINED.where(answers.c.reward.is_not(None))
-        rows = self._joined(_of_version(query, version, since, until, newest))
-        return sorted(_record(Earned, row) for row in rows)
+        rows = joined(self.engine, _of_version(query, version, since, until, newest))
+        return sorted(record_of(Earned, row) for row in rows)
 
     def answered(
         self,
@@ -344,17 +342,17 @@ class ExperienceStore:
     ) -> list[VersionTraffic]:
         """What one version answered or failed, created in (since, until], oldest first."""
         query = select(interactions).where(interactions.c.status != "cancelled")
-        rows = self._all(_of_version(query, version, since, until, newest))
-        whole = (row._mapping for row in rows if is_whole(interactions, row._mapping))
-        return sorted(_record(VersionTraffic, row) for row in whole)
+        rows = asked(self.engine, _of_version(query, version, since, until, newest))
+        return sorted(record_of(VersionTraffic, row) for row in rows)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:
         """Note that these rows, in this order, are a round's prompts."""
         with self.writing() as connection:
-            for place, row in enumerate(rows):
-                values: dict[str, Any] = {"round_id": round_id, "pool": pool, "position": place}
-                values |= {"inference_id": row.inference_id, "principal": row.principal}
-                insert_sealed(connection, rounds_used, [values])
+            values = [
+                (round_id, pool, at, r.inference_id, r.principal) for at, r in enumerate(rows)
+            ]
+            places = [dict(zip(PLACE, each, strict=True)) for each in values]
+            insert_sealed(connection, rounds_used, places)
 
     def key_owners(self) -> set[str]:
         """Owners of keys that are not revoked."""
@@ -375,10 +373,6 @@ class ExperienceStore:
                 connection, rounds_used, rounds_used.c.round_id == round_id, digest=digest
             )
 
-    def _joined(self, query: Select[Any], whole: bool = True) -> list[RowMapping]:
-        """Answers with their interactions: those that are what was written, or the others."""
-        return [row._mapping for row in self._all(query) if _is_whole(row._mapping) is whole]
-
     def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
         with self.engine.connect() as connection:
             return connection.execute(query).all()
@@ -388,24 +382,6 @@ def _columns(record: Any) -> dict[str, Any]:
     """Fields of a record as columns; PostgreSQL keeps no NUL in text, so neither do we."""
     values = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "answers"}
     return {k: v.replace("\0", "�") if isinstance(v, str) else v for k, v in values.items()}
-
-
-JOINED = select(interactions, answers).select_from(answers.join(interactions))
-
-
-def _is_whole(row: RowMapping) -> bool:
-    """Whether an interaction and its answer are both what was written."""
-    ours, owner = {each.name: row[each] for each in answers.c}, row[interactions.c.inference_id]
-    theirs = {each.name: row[each] for each in interactions.c}
-    return is_whole(interactions, theirs) and is_whole(answers, ours, owner)
-
-
-def _record(kind: Callable[..., T], row: RowMapping) -> T:
-    """The fields of a record out of a joined row, by their names."""
-    columns = {
-        n: answers.c[n] if n in answers.c else interactions.c[n] for n in signature(kind).parameters
-    }
-    return kind(**{name: row[column] for name, column in columns.items()})
 
 
 def _verified(*order: Any) -> Select[Any]:

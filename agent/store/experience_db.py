@@ -5,7 +5,7 @@ them; ``migrations/experience`` builds them step by step, and a test compares th
 carries a seal, the hash of its columns: whoever learns, judges or admits by a row compares it.
 """
 
-from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
-    ColumnElement,
     Connection,
     Engine,
     Float,
@@ -26,19 +25,15 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     create_engine,
-    delete,
     event,
-    insert,
     inspect,
-    select,
     text,
-    update,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from agent.errors import UserError
-from agent.store.database import canonical, digest_field, private_file
+from agent.store.database import private_file
 from agent.store.migrations import newest, upgrade
 
 METADATA = MetaData()
@@ -158,90 +153,6 @@ forgotten = Table(  # record of a deletion and of the rounds it affects; the pri
 )
 
 
-# -- the seal of a row --------------------------------------------------------------------------
-
-SEALED = (interactions, answers, feedback, keys, rounds_used, forgotten)
-
-
-def seal_of(table: Table, row: Mapping[Any, Any], owner: str = "") -> str:
-    """sha256 of a row's columns, and of the inference id of the interaction it belongs to.
-
-    SQLite checks the structure of its pages, not what is written in them. The numbers of rows are
-    left out: the database gives them out, and a row that one leads astray has another owner.
-    """
-    columns = [each for each in table.c if each.name not in ("id", "interaction_id", SEAL)]
-    fields = {each.name: _as_read(each, row.get(each.name)) for each in columns}
-    return digest_field(canonical(fields) + owner)
-
-
-def _as_read(column: Column[Any], value: Any) -> Any:
-    """A value as the database gives it back; damaged ones may be of any type."""
-    if isinstance(value, bytes):
-        return repr(value)
-    return float(value) if isinstance(column.type, Float) and isinstance(value, int) else value
-
-
-def is_whole(table: Table, row: Mapping[Any, Any], owner: str = "") -> bool:
-    """Whether a row is what was written."""
-    return row[SEAL] is None or row[SEAL] == seal_of(table, row, owner)
-
-
-def insert_sealed(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows with their seals."""
-    if rows:
-        connection.execute(insert(table), [{**row, SEAL: seal_of(table, row)} for row in rows])
-
-
-def update_sealed(
-    connection: Connection, table: Table, which: ColumnElement[bool], **values: Any
-) -> int:
-    """Change rows, each under a new seal; how many there were.
-
-    A damaged one keeps its seal: with a new one it would pass for what was written.
-    """
-    (key,) = table.primary_key
-    rows = connection.execute(select(table).where(which)).mappings().all()
-    for row in rows:
-        seal = seal_of(table, {**row, **values}) if is_whole(table, row) else row[SEAL]
-        connection.execute(update(table).where(key == row[key]).values({**values, SEAL: seal}))
-    return len(rows)
-
-
-def damaged(engine: Engine) -> list[tuple[Table, Any]]:
-    """Every row that is not what was written: its table and its key."""
-    owners = answers.outerjoin(interactions)
-    with engine.connect() as connection:
-        found = []
-        for table in SEALED:
-            (key,) = table.primary_key
-            query = select(table)
-            if table is answers:
-                query = query.add_columns(interactions.c.inference_id).select_from(owners)
-            for row in connection.execute(query).mappings():
-                own = {each.name: row[each] for each in table.c}
-                owner = str(row[interactions.c.inference_id]) if table is answers else ""
-                if not is_whole(table, own, owner):
-                    found.append((table, row[key]))
-    return found
-
-
-def drop_damaged(engine: Engine) -> None:
-    """Delete damaged traffic and opinions, and end damaged keys; what rounds used stays as it is.
-
-    A key is not deleted: a database that had one once is never open to everybody again.
-    """
-    with writing(engine) as connection:
-        for table, number in damaged(engine):
-            (key,) = table.primary_key
-            if table in (interactions, answers, feedback):
-                connection.execute(delete(table).where(key == number))
-            elif table is keys:
-                row = connection.execute(select(keys).where(key == number)).mappings().one()
-                ended = {**row, "revoked": 0.0}
-                ended[SEAL] = seal_of(keys, ended)
-                connection.execute(update(keys).where(key == number).values(ended))
-
-
 MIGRATION_LOCK = 0x616E63686F72  # one migration at a time on PostgreSQL
 BUSY_TIMEOUT_MS = 10_000
 PRAGMAS = (
@@ -287,11 +198,12 @@ def _version(engine: Engine) -> int:
         return int(connection.scalar(text("SELECT version_num FROM alembic_version")) or 0)
 
 
-def writing(engine: Engine) -> Any:
+def writing(engine: Engine) -> AbstractContextManager[Connection]:
     """A transaction that takes SQLite's write lock at its start.
 
     One that began by reading could not wait for another writer: SQLite refuses to upgrade it."""
-    return engine.execution_options(write=True).begin()
+    transaction: AbstractContextManager[Connection] = engine.execution_options(write=True).begin()
+    return transaction
 
 
 def _url(where: str | Path) -> URL:

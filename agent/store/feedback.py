@@ -13,14 +13,8 @@ from sqlalchemy import Connection, RowMapping, func, select
 from sqlalchemy.exc import IntegrityError
 
 from agent.store.experience import ExperienceStore, Unjudged
-from agent.store.experience_db import (
-    SEAL,
-    answers,
-    feedback,
-    insert_sealed,
-    interactions,
-    update_sealed,
-)
+from agent.store.experience_db import SEAL, answers, feedback, interactions
+from agent.store.seals import insert_sealed, update_sealed
 
 Refusal = Literal[
     "unknown_inference",

@@ -11,15 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from sqlalchemy import Connection, delete, select
 
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import (
-    feedback,
-    forgotten,
-    insert_sealed,
-    interactions,
-    keys,
-    rounds_used,
-    update_sealed,
-)
+from agent.store.experience_db import feedback, forgotten, interactions, keys, rounds_used
+from agent.store.seals import insert_sealed, update_sealed
 
 NOBODY = "(forgotten)"  # owner of a forgotten principal's keys; no key can be made for this name
 

@@ -20,7 +20,7 @@ from agent.home import Home, is_as_signed, read_sealed, secret
 from agent.population.capacity import Machine
 from agent.store.anchor import Anchor
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import damaged
+from agent.store.seals import damaged
 from agent.store.tensorfile import sha256_of
 from agent.store.weights import short
 from deploy import stack

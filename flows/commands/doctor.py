@@ -16,8 +16,8 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.store.anchor import Anchor
 from agent.store.companions import companions
-from agent.store.experience_db import drop_damaged
 from agent.store.replay import is_sound
+from agent.store.seals import drop_damaged
 from agent.store.weights import require, short
 from deploy.model import record_of, resolve
 from deploy.serving.control import ControlError, observe

@@ -21,6 +21,7 @@ from agent.gateway.keys import LOCAL
 from agent.store.experience import ExperienceRow
 from agent.store.forget import expire, gone
 from agent.store.intake import Caps, Intake, SetAside, Why, collect
+from agent.store.seals import damaged_of
 from evaluators.held_out import HeldOut, leaks, row_text
 from evaluators.task import Row, Task, form_problem, row_problem
 from flows.learn.prompts import Asked, as_sent, over, sessions, too_long
@@ -151,8 +152,9 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
         asked = Asked(row, task.messages(row, shots(row)), sent=False)
         if key not in prompts and too_long(service, task, asked.messages) is None:
             prompts[key] = asked
-    damaged = [(owner, DAMAGED, n) for owner, n in service.experience.damaged(target, since)]
-    refused = [*service.experience.errors(target, since), *damaged]
+    damaged = damaged_of(service.experience.engine, target, since)
+    refused = service.experience.errors(target, since)
+    refused += [(owner, DAMAGED, rows) for owner, rows in damaged]
     texts = [each.text for each in prompts.values()]
     return Collected(
         tuple(prompts.values()),

@@ -15,7 +15,8 @@ from agent.gateway.capture import RowRefusedError
 from agent.gateway.requests import row_hash
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction, Unjudged
-from agent.store.experience_db import answers, interactions, update_sealed
+from agent.store.experience_db import answers, interactions
+from agent.store.seals import update_sealed
 
 A = "a" * 64
 HELLO = [{"role": "user", "content": "hello"}]

@@ -23,8 +23,6 @@ from agent.store.experience import Answer, ExperienceStore, Interaction, Judgeme
 from agent.store.experience_db import (
     METADATA,
     answers,
-    damaged,
-    drop_damaged,
     forgotten,
     interactions,
     migrate,
@@ -32,6 +30,7 @@ from agent.store.experience_db import (
 )
 from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, keep_row
 from agent.store.forget import RoundUse, expire, forget, rounds_of
+from agent.store.seals import damaged, damaged_of, drop_damaged
 
 A, B = "a" * 64, "b" * 64
 SECRET = "the-text-nobody-may-find-again"
@@ -309,8 +308,8 @@ def test_damage_is_told_with_whose_row_it_is(store: ExperienceStore) -> None:
     fill(store, 4)
     with store.writing() as connection:
         connection.execute(text("UPDATE interactions SET prompt = 'x' WHERE id > 2"))
-    assert store.damaged("gsm8k") == [("ann", 2)]
-    assert store.damaged("piqa") == []
+    assert damaged_of(store.engine, "gsm8k", 0.0) == [("ann", 2)]
+    assert damaged_of(store.engine, "piqa", 0.0) == []
 
 
 def test_every_way_of_writing_leaves_whole_rows(store: ExperienceStore) -> None:
