@@ -157,7 +157,9 @@ def published(
     """
     state, trail = folder / "delta.safetensors", Trail(folder / "trail.jsonl")
     rows = trail.rows()
-    yield from (Place(**row["place"]) for row in rows[:-1])
+    if rows:
+        yield Place(0, 0, 0.0, 0.0, 0.0, None)
+        yield from (Place(**row["place"]) for row in rows[:-1])
     origin = [anchor.tensor(name).bfloat16() for name in anchor.names]
     weights = [each.clone() for each in origin]
     if rows:

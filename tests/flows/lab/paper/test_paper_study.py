@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,39 @@ class KilledError(Exception):
 
 
 class Runner:
-    """Runs a study in a folder; ``kill_at`` ends it at that step applied."""
+    """Runs a study in a folder; ``kill_at`` ends it at that call of a method of the engines."""
 
-    def __init__(self, planted_in: Callable[..., Session], folder: Path) -> None:
+    def __init__(
+        self,
+        planted_in: Callable[..., Session],
+        folder: Path,
+        study: PaperStudy = STUDY,
+        method: str = "apply",
+    ) -> None:
         self._planted, self._folder, self.applied, self.kill_at = planted_in, folder, 0, 0
+        self._study, self._method = study, method
         self.config = folder / "few.toml"
         folder.mkdir()
         self.config.write_text('[tasks]\npriors = ["countdown", "piqa"]\n')
 
     def __call__(self) -> dict[str, dict[str, Any]]:
         work, out = self._folder / "work", self._folder / "out"
-        found = study_paper(STUDY, self.config, work, out, Silent(), self._opened)
+        found = study_paper(self._study, self.config, work, out, Silent(), self._opened)
         return {each["trial"]["system"]: each for each in found}
 
     @contextmanager
     def _opened(self, root: Path, progress: Reporter) -> Iterator[Session]:
         session = self._planted(root, progress)
         population: Population = session.population
-        apply = population.apply
+        call = getattr(population, self._method)
 
-        def counted(step: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
             self.applied += 1
             if self.applied == self.kill_at:
                 raise KilledError
-            return apply(step)
+            return call(*arguments)
 
-        population.apply = counted  # type: ignore[method-assign]
+        setattr(population, self._method, counted)
         try:
             yield session
         finally:
@@ -90,6 +98,24 @@ def test_a_killed_study_ends_with_the_same_digests(
     for _, norm, free, closed, _ in es["norms"][1:]:
         assert norm == pytest.approx(closed, rel=0.01)
         assert norm < free
+
+
+@pytest.mark.proof
+def test_the_published_arithmetic_goes_on_and_rounds_away_the_decay(
+    planted_in: Callable[..., Session], tmp_path: Path
+) -> None:
+    study = replace(STUDY, systems=("published-bf16",))
+    whole = Runner(planted_in, tmp_path / "whole", study, "restore")()["published-bf16"]
+    killed = Runner(planted_in, tmp_path / "killed", study, "restore")
+    killed.kill_at = 2 + 16 + 5  # the start, generation 1 and its end, five members of the next
+    with pytest.raises(KilledError):
+        killed()
+    again = killed()["published-bf16"]
+    assert again["norms"] == whole["norms"]
+    assert [row["accuracy"] for row in again["curve"]] == [r["accuracy"] for r in whole["curve"]]
+    _, norm, walk, closed, _ = whole["norms"][-1]
+    assert closed < 0.97 * walk
+    assert norm == pytest.approx(walk, rel=0.02)
 
 
 def test_every_system_has_a_plan_or_trains_by_gradients() -> None:
