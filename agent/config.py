@@ -63,16 +63,17 @@ PROFILES: dict[str, dict[str, Any]] = {
         "projection": {"loop_minutes": 60.0},
     },
     # For any other model nothing is scheduled and nothing is served without a person.
-    # What a hand-made round on two cores learnt with; priors that are at their floor for a model
+    # Sizes by the rounds of docs/learning.md; priors that are at their floor for a model
     # of this size (Countdown, MMLU-Pro) tell nothing and cost as much as the others.
     SMOLLM2: {
         "model": {"max_model_len": 1024, "dtype": "bfloat16"},
         "learner": {
+            "fitness": "likelihood",
             "sigma": 0.001,
-            "alpha": 0.002,
-            "population": 16,
+            "alpha": 0.003,
+            "population": 32,
             "prompts": 512,
-            "batch": 32,
+            "batch": 16,
             "generations": 16,
             "lam": 3.0,
         },

@@ -147,6 +147,12 @@ class LearnerSettings(Section):
     seed: int = Field(0, ge=0, description="Another one: other noise and other rows in turn.")
     mirrored: bool = Field(False, description="Evaluate perturbations in +/- pairs.")
     shaping: Literal["zscore", "ranks"] = Field("zscore", description="Fitness shaping.")
+    fitness: Literal["reward", "likelihood"] = Field(
+        "reward",
+        description="What members are compared by: the verifier's reward of their answers, or the "
+        "log-probability they give to the task's worked answers, which are read and not generated; "
+        "candidates are chosen and judged by reward either way.",
+    )
     noise: Literal["normal", "rademacher"] = Field("normal", description="Kind of perturbation.")
     penalty: Literal["none", "l2", "l1", "huber", "elastic_net"] = Field(
         "l2", description="Decay toward the anchor."

@@ -85,9 +85,12 @@ class Task:
     converse: Callable[[Sequence[Message], Row], Verdict] | None = None
     version: str = EXTRACTION_VERSION  # of the extraction; part of the harness hash
 
+    def worked(self, row: Row) -> str:
+        """The answer to a row as a worked example shows it; it contains the gold answer."""
+        return (self.demonstrate or self.gold)(row)
+
     def messages(self, row: Row, shots: Sequence[Row] = ()) -> list[Message]:
         """The chat for one row: each example as a user and an assistant turn, then the question."""
-        show = self.demonstrate or self.gold
         if self.chat is not None:
             prefill = [] if self.prefill is None else [self.prefill]
             given = [{"role": "assistant", "content": each} for each in prefill]
@@ -95,7 +98,7 @@ class Task:
         chat = [] if self.system is None else [{"role": "system", "content": self.system}]
         for shot in shots:
             chat.append({"role": "user", "content": render(self.template, self.fields(shot))})
-            chat.append({"role": "assistant", "content": show(shot)})
+            chat.append({"role": "assistant", "content": self.worked(shot)})
         chat.append({"role": "user", "content": render(self.template, self.fields(row))})
         if self.prefill is not None:
             chat.append({"role": "assistant", "content": self.prefill})

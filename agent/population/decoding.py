@@ -134,6 +134,28 @@ class Chat:
         )
         return ids
 
+    def given(self, messages: Messages, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation, and of this answer to it with the end of its turn.
+
+        The template writes both. Where it does not write an answer behind the conversation as it
+        is (one that drops or adds thinking), the answer ends with the end-of-sequence token.
+        """
+        start, given = self.tokens(messages), [*messages]
+        if given and given[-1]["role"] == "assistant":  # the first words of the answer
+            answer = given.pop()["content"] + answer
+        whole = self._tokenizer.apply_chat_template(
+            [*given, {"role": "assistant", "content": answer}],
+            tokenize=True,
+            return_dict=False,
+            **self._variables,
+        )
+        if whole[: len(start)] != start:
+            ids = self._tokenizer.encode(answer, add_special_tokens=False)
+            return start, [*ids, self._tokenizer.eos_token_id]
+        special, tail = set(self._tokenizer.all_special_ids), whole[len(start) :]
+        end = next((at for at, token in enumerate(tail) if token in special), len(tail) - 1)
+        return start, tail[: end + 1]
+
     def answer(self, text: str, tools: Tools = ()) -> tuple[str, Calls]:
         """What the endpoint gives as an answer's content, and the offered tools that it calls."""
         if self._reader is not None:

@@ -92,6 +92,16 @@ class FreshEngine:
         """See ``Engine``."""
         return self._started().prompt_logprobs(prompts, continuations)
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        """See ``Engine``."""
+        return self._started(member, noise).answer_logprobs(prompts, answers)
+
     def state(self) -> dict[str, str | None]:
         """See ``Engine``."""
         return {

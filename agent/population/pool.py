@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
@@ -29,6 +29,7 @@ from agent.population.schedule import (
     Failed,
     Finished,
     Joined,
+    Messages,
     NoEngineError,
     Prompt,
     agreed,
@@ -112,16 +113,16 @@ class Slot:
         self.drop("closed")
 
 
-Job = Callable[[Engine], list[Completion]]
+Job = Callable[[Engine], list[T]]
 CHUNK = 256  # prompts to a call of ``generate``: the batches do not depend on how many engines
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What one job (a member, or a chunk of prompts) came to."""
+class Result(Generic[T]):
+    """What one job (a member, or a chunk of prompts) came to, a value a prompt."""
 
     job: int
-    completions: list[Completion]
+    values: list[T]
     engine: int
     seconds: float
 
@@ -193,12 +194,30 @@ class Population:
         prompts: Sequence[Prompt | Conversation],
         max_tokens: int | Sequence[int],
         noise: NoiseKind = "normal",
-    ) -> Generator[Result, None, None]:
+    ) -> Generator[Result[Completion], None, None]:
         """Evaluate members (index, address, scale) on all prompts; results as they come."""
         limits = _each(max_tokens, len(prompts))
         return self._run(
             {
                 index: partial(_generate, prompts, limits, (address, scale), noise)
+                for index, address, scale in jobs
+            }
+        )
+
+    def likelihoods(
+        self,
+        jobs: Sequence[tuple[int, Address, float]],
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        noise: NoiseKind = "normal",
+    ) -> Generator[Result[list[float]], None, None]:
+        """log p of each token of a given answer to each prompt, by members; results as they come.
+
+        Nothing is generated: an answer is read behind its prompt.
+        """
+        return self._run(
+            {
+                index: partial(_likelihoods, prompts, answers, (address, scale), noise)
                 for index, address, scale in jobs
             }
         )
@@ -215,7 +234,7 @@ class Population:
                 for number, part in enumerate(parts)
             }
         )
-        by_part = {result.job: result.completions for result in results}
+        by_part = {result.job: result.values for result in results}
         return [completion for number in sorted(by_part) for completion in by_part[number]]
 
     def ask(self, call: Callable[[Engine], T]) -> T:
@@ -294,10 +313,10 @@ class Population:
                 self._record(self._slots[number], "dropped")
         return right
 
-    def _run(self, work: dict[int, Job]) -> Generator[Result, None, None]:
+    def _run(self, work: dict[int, Job[T]]) -> Generator[Result[T], None, None]:
         """Drive the plan: start what it says, wait for the next event, hand out results."""
         decisions = plan(work, [number for number, _ in self._sound()])
-        events: SimpleQueue[tuple[Event, Result | UserError | None]] = SimpleQueue()
+        events: SimpleQueue[tuple[Event, Result[T] | UserError | None]] = SimpleQueue()
         starts = next(decisions, None)
         while starts is not None:
             for assign in starts:
@@ -315,14 +334,14 @@ class Population:
         self,
         slot: Slot,
         number: int,
-        job: Job,
-        events: "SimpleQueue[tuple[Event, Result | UserError | None]]",
+        job: Job[T],
+        events: "SimpleQueue[tuple[Event, Result[T] | UserError | None]]",
     ) -> None:
         """Run one job in an engine's thread and report; mend the engine if it broke."""
         begun = perf_counter()
         try:
-            completions = slot.run(job)
-            result = Result(number, completions, slot.number, perf_counter() - begun)
+            values = slot.run(job)
+            result = Result(number, values, slot.number, perf_counter() - begun)
             events.put((Finished(slot.number), result))
         except UserError as error:
             events.put((Finished(slot.number), error))
@@ -368,6 +387,17 @@ def _generate(
 ) -> list[Completion]:
     """One call of one engine, or one a turn of the conversations."""
     return replay(lambda asked, at: engine.generate(asked, at, member, noise), prompts, limits)
+
+
+def _likelihoods(
+    prompts: Sequence[Messages],
+    answers: Sequence[str],
+    member: tuple[Address, float],
+    noise: NoiseKind,
+    engine: Engine,
+) -> list[list[float]]:
+    """One call of one engine."""
+    return engine.answer_logprobs(prompts, answers, member, noise)
 
 
 def wanted(directory: Path, found: str, digest: str | None) -> str:

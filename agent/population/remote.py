@@ -92,6 +92,18 @@ class RemoteEngine:
         }
         return list(self.call("prompt_logprobs", arguments))
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        """See ``Engine``."""
+        arguments: Json = {"prompts": [list(messages) for messages in prompts], "noise": noise}
+        arguments |= {"answers": list(answers), "member": _to_json(member)}
+        return list(self.call("answer_logprobs", arguments))
+
     def state(self) -> dict[str, str | None]:
         """See ``Engine``."""
         return dict(self.call("state", {}))
@@ -139,6 +151,11 @@ def _top_logprobs(engine: Engine, arguments: Json) -> list[Any]:
     return [[list(place.items()) for place in row] for row in rows]
 
 
+def _answer_logprobs(engine: Engine, arguments: Json) -> list[list[float]]:
+    member = _member(arguments)
+    return engine.answer_logprobs(**arguments, member=member)
+
+
 METHODS: dict[str, Callable[[Engine, Json], Any]] = {
     "open": lambda engine, arguments: engine.open(Path(arguments["anchor"])),
     "restore": _restore,
@@ -149,6 +166,7 @@ METHODS: dict[str, Callable[[Engine, Json], Any]] = {
     "sample": lambda engine, arguments: engine.sample(**arguments),
     "top_logprobs": _top_logprobs,
     "prompt_logprobs": lambda engine, arguments: engine.prompt_logprobs(**arguments),
+    "answer_logprobs": _answer_logprobs,
     "state": lambda engine, arguments: engine.state(),
     "spent": lambda engine, arguments: engine.spent(),
     "close": lambda engine, arguments: engine.close(),

@@ -99,6 +99,17 @@ class Engine(Protocol):
         """log p of every token of each fixed continuation, in nats."""
         ...
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        """log p of every token of each given answer and of its end, in nats, of
+        theta + scale * eps(address) if given; nothing is generated."""
+        ...
+
     def state(self) -> dict[str, str | None]:
         """What it holds: ``served`` (start, theta, a member or a digest), ``way`` (how members
         get in: short or long), ``anchor``, ``delta_hash``."""

@@ -222,18 +222,46 @@ class VllmEngine:
     ) -> list[list[float]]:
         """See ``Engine``."""
         self._hold(None, "normal")
-        pairs = zip(prompts, continuations, strict=True)
-        wholes = [self._chat.tokens(prompt) + list(tail) for prompt, tail in pairs]
-        row = UNCACHED | {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        outputs = self._run(wholes, [row] * len(wholes))
+        starts = [self._chat.tokens(messages) for messages in prompts]
+        return self._scored(starts, continuations, UNCACHED)
+
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        """See ``Engine``; prompts with a common start share it, as in ``generate``."""
+        self._hold(member, noise)
+        pairs = [self._chat.given(p, a) for p, a in zip(prompts, answers, strict=True)]
+        starts, tails = [start for start, _ in pairs], [tail for _, tail in pairs]
+        return self._scored(starts, tails, {"skip_reading_prefix_cache": False})
+
+    def _scored(
+        self, starts: Sequence[list[int]], tails: Sequence[Sequence[int]], cache: dict[str, Any]
+    ) -> list[list[float]]:
+        """log p of the tokens of each tail after its start.
+
+        vLLM leaves the log-probabilities of tokens that it took from its cache unset. A start that
+        is cached to its last token would cost the first token of its tail: that one is read anew.
+        """
+        wholes = [start + list(tail) for start, tail in zip(starts, tails, strict=True)]
+        row = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        outputs = self._run(wholes, [row | cache] * len(wholes))
+        cut = [
+            n for n, each in enumerate(outputs) if (each.num_cached_tokens or 0) >= len(starts[n])
+        ]
+        if cut:
+            again = self._run([wholes[n] for n in cut], [row | UNCACHED] * len(cut))
+            for n, output in zip(cut, again, strict=True):
+                outputs[n] = output
         return [
             [
                 place[token].logprob
-                for place, token in zip(
-                    output.prompt_logprobs[len(whole) - len(tail) :], tail, strict=True
-                )
+                for place, token in zip(output.prompt_logprobs[len(start) :], tail, strict=True)
             ]
-            for output, whole, tail in zip(outputs, wholes, continuations, strict=True)
+            for output, start, tail in zip(outputs, starts, tails, strict=True)
         ]
 
     def state(self) -> dict[str, str | None]:

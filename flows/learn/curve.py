@@ -10,7 +10,7 @@ moving delta (mean over the engines); generation is the wall time from the first
 step applied. Restoring takes no time of its own: the next render overwrites a member.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from time import perf_counter
 
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.population.pool import Population
-from agent.population.schedule import Completion
 from evaluators.task import judge
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -81,9 +80,9 @@ class Pace:
         self._spent_s, self._begun_s = self._population.spent(), perf_counter()
         self._tokens = 0
 
-    def answered(self, completions: Sequence[Completion]) -> tuple[int, float]:
+    def answered(self, tokens: int) -> tuple[int, float]:
         """One member answered; tokens and seconds since the generation began or was resumed."""
-        self._tokens += sum(each.tokens for each in completions)
+        self._tokens += tokens
         return self._tokens, perf_counter() - self._begun_s
 
     def end(self, generation: int) -> None:

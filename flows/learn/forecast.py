@@ -58,6 +58,7 @@ class Rates:
     engines: int
     spread: float  # standard deviation of the tried members' mean rewards
     tasks: tuple[TaskRate, ...]  # the target first
+    row_s: float  # a member's row of a generation: its answer, or the worked one read
 
     def of(self, task: str) -> TaskRate:
         """The rate of one task."""
@@ -121,12 +122,17 @@ def measure_rates(
     jobs = [(pair, Address(0, 0, pair), _sigma(learner)) for pair in range(TRIED_MEMBERS)]
     results = list(population.members(jobs, prompts, limit, learner.noise))
     spent = _difference(before, population.spent())
-    texts = [[answer.text for answer in each.completions] for each in results]
+    texts = [[answer.text for answer in each.values] for each in results]
     rewards = np.array([list(map(partial(_reward, task), each, rows)) for each in texts])
     completions, right = rewards.size, round(float(rewards.sum()) / len(results))
-    tokens = sum(answer.tokens for each in results for answer in each.completions)
+    tokens = sum(answer.tokens for each in results for answer in each.values)
     per_answer = (spent["generate"] / completions, tokens / completions)
     rates = [TaskRate(target, *per_answer, right, len(rows))]
+    row_s = per_answer[0]
+    if learner.fitness == "likelihood":
+        before, answers = population.spent(), [task.worked(row) for row in rows]
+        list(population.likelihoods(jobs, prompts, answers, learner.noise))
+        row_s = _difference(before, population.spent())["generate"] / completions
     advance(1)
     update_s = _update_s(population, learner)
     for done, name in enumerate(names, start=2):
@@ -138,6 +144,7 @@ def measure_rates(
         population.engines(),
         float(rewards.mean(axis=1).std(ddof=1)),
         tuple(rates),
+        row_s,
     )
 
 
@@ -202,7 +209,7 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     rate = rates.of(target)
     # Members are shared among engines; every engine moves its own delta.
     learning_s = generations * (
-        (population * rates.render_s + population * batch * rate.seconds) / rates.engines
+        (population * rates.render_s + population * batch * rates.row_s) / rates.engines
         + rates.update_s * population / TRIED_MEMBERS
     )
     judged = {name: len(pools(service, name)[0]) for name in [target, *service.priors(target)]}

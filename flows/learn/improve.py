@@ -6,7 +6,7 @@ members in the journal. Nothing that is recorded is evaluated again.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,16 @@ from agent.learner.es import Applied, Step
 from agent.learner.improve import Apply, Evaluate, Record, RoundOutcome, improve
 from agent.learner.noise import Address
 from agent.population.pool import Population
-from agent.population.schedule import Completion
 from agent.sections import LearnerSettings
 from agent.store.journal import DamagedError, Run
 from agent.store.replay import batch_places, prune, reached, replay, route, snapshot_path
 from agent.store.weights import export
-from evaluators.task import Task, training_reward
+from evaluators.task import Task
 from flows.learn.collect import collect_rows, mark_used, sweep
 from flows.learn.curve import Curve, Pace, members_note
 from flows.learn.forecast import within_budget
 from flows.learn.plan import calibrated, chosen, plan_of, settled
-from flows.learn.prompts import Asked, opened_prompts, verdict_on
+from flows.learn.prompts import Asked, opened_prompts, rewards_of, worked
 from flows.learn.tuning import Selection, calibration
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -37,6 +36,7 @@ from flows.show.terminal import Advance, Reporter, Silent
 
 Rewards = NDArray[np.float64]
 NEWEST = 2  # snapshots of a round in progress: the newest may be cut short by a crash
+NOT_WORKED = "the task's worked answer to it is not right, and learner.fitness is 'likelihood'"
 UNJUDGED = (None, "PROPOSED", "EVALUATED")  # ledger states of a candidate without a verdict
 
 
@@ -138,6 +138,11 @@ def _new(
     collected = collect_rows(service, task.name, learner.prompts, learner.seed)
     for line in collected.lines():
         progress.say(line)
+    if learner.fitness == "likelihood" and not any(worked(task, each) for each in collected.asked):
+        raise UserError(
+            f"learner.fitness: 'likelihood', allowed for {task.name}: 'reward' (its verifier takes "
+            "none of its worked answers for right)"
+        )
     made = {
         "calibration": calibration(service, population, task, learner, collected.asked, progress)
     }
@@ -166,7 +171,7 @@ def _new(
 
 
 def _prompts(
-    service: Service, task: Task, run: Run, progress: Reporter
+    service: Service, task: Task, learner: LearnerSettings, run: Run, progress: Reporter
 ) -> tuple[list[Asked], list[int]]:
     """The prompts that a round was opened with, and the places of those that can be asked.
 
@@ -178,6 +183,9 @@ def _prompts(
     """
     rows = RoundFiles(service.home, run.run_id).original_rows(run.plan["rows_sha256"])
     prompts, left_out = opened_prompts(service, task, rows)
+    if learner.fitness == "likelihood":
+        lacking = [at for at in range(len(prompts)) if at not in left_out]
+        left_out |= {at: NOT_WORKED for at in lacking if worked(task, prompts[at]) is None}
     owners = service.experience.principals(run.run_id) if left_out else {}
     for place, reason in left_out.items():
         owner = owners.get(place, "the data set")
@@ -218,7 +226,7 @@ class Driver:
         self._service, self._population, self._task = service, population, task
         self._learner, self._run, self._progress = learner, run, progress
         self._anchor = service.open_anchor(run.anchor_digest)  # another may be in force by now
-        self._prompts, places = _prompts(service, task, run, progress)
+        self._prompts, places = _prompts(service, task, learner, run, progress)
         self._places = frozenset(places)
         self._files = RoundFiles(service.home, run.run_id)
         self._curve = Curve(service, task.name, run.run_id)
@@ -340,29 +348,38 @@ class Driver:
             for member in decision.members
             if member.index not in rewards
         ]
-        chats = [self._prompts[place].prompt for place in places]
-        max_tokens, noise = self._task.max_tokens, self._learner.noise
         before = generation * len(decision.members)
-        for result in self._population.members(jobs, chats, max_tokens, noise):
-            spent = self._pace.answered(result.completions)
-            earned = self._rewards(result.job, places, result.completions)
-            rewards[result.job] = np.array([earned.get(place, 0.0) for place in asked])
-            journal.record_member(run_id, generation, result.job, rewards[result.job])
+        for member, earned, tokens in self._earned(jobs, places):
+            spent = self._pace.answered(tokens)
+            by_place = dict(zip(places, earned, strict=True))
+            rewards[member] = np.array([by_place.get(place, 0.0) for place in asked])
+            journal.record_member(run_id, generation, member, rewards[member])
             note = members_note(rewards, *spent)
             self._advance(before + len(rewards), f"generation {generation + 1}, {note}")
         return np.stack([rewards[member.index] for member in decision.members])
 
-    def _rewards(
-        self, member: int, places: Sequence[int], completions: Sequence[Completion]
-    ) -> dict[int, float]:
-        """Training rewards of one member by place; a row whose verifier failed earns 0."""
-        if len(completions) != len(places):
-            raise UserError(f"member {member}: {len(completions)} answers, allowed: {len(places)}")
-        rewards = {}
-        for place, completion in zip(places, completions, strict=True):
-            verdict = verdict_on(self._task, self._prompts[place], completion)
-            rewards[place] = training_reward(self._task, verdict)
-        return rewards
+    def _earned(
+        self, jobs: Sequence[tuple[int, Address, float]], places: Sequence[int]
+    ) -> Iterator[tuple[int, list[float], int]]:
+        """Members as they come: what each prompt at these places earned, and answer tokens.
+
+        By ``learner.fitness``, of the answer y a member gives to x, or of the worked answer y*:
+
+            reward       training reward of y; 0 where the verifier failed
+            likelihood   (1 / |y*|) sum_t log p(y*_t | x, y*_<t), nats a token
+        """
+        prompts, noise = [self._prompts[place] for place in places], self._learner.noise
+        if self._learner.fitness == "likelihood":
+            chats = [list(each.messages) for each in prompts]
+            answers = [str(worked(self._task, each)) for each in prompts]  # others are left out
+            for scored in self._population.likelihoods(jobs, chats, answers, noise):
+                means = [float(np.mean(each)) for each in scored.values]
+                yield scored.job, means, sum(map(len, scored.values))
+            return
+        asked, limit = [each.prompt for each in prompts], self._task.max_tokens
+        for result in self._population.members(jobs, asked, limit, noise):
+            earned = rewards_of(self._task, prompts, result.values)
+            yield result.job, earned, sum(each.tokens for each in result.values)
 
     def _apply(self, step: Step) -> Applied:
         """Apply the step on every engine; the hash of delta that they agree on is kept."""

@@ -8,16 +8,27 @@ what the client and its tools said after each answer.
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from agent.errors import UserError
 from agent.population.conversation import Conversation, said
 from agent.population.schedule import Completion, Prompt
 from agent.store.experience import ExperienceRow, Turn
 from agent.store.intake import SetAside
-from evaluators.task import Message, Row, Task, Verdict, form_problem, judge, judge_conversation
+from evaluators.task import (
+    Message,
+    Row,
+    Task,
+    Verdict,
+    form_problem,
+    judge,
+    judge_conversation,
+    training_reward,
+)
 from flows.service import Service
 
 MESSAGE_TOKENS = 8  # a chat template's own, for each message; measured ones add 4 to 6
@@ -93,6 +104,27 @@ def verdict_on(task: Task, asked: Asked, answer: Completion) -> Verdict:
     if asked.follow is None:
         return judge(judging(task, asked), answer.text, asked.row)
     return judge_conversation(task, answer.conversation, asked.row)
+
+
+def rewards_of(task: Task, prompts: Sequence[Asked], answers: Sequence[Completion]) -> list[float]:
+    """The training reward of one answer to each prompt; 0 where the verifier failed."""
+    if len(answers) != len(prompts):
+        raise UserError(f"an engine gave {len(answers)} answers, allowed: {len(prompts)}")
+    return [
+        training_reward(task, verdict_on(task, asked, answer))
+        for asked, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def worked(task: Task, asked: Asked) -> str | None:
+    """The task's worked answer to a prompt; None where its verifier does not take it for right,
+    and for a conversation, which has none.
+    """
+    with suppress(Exception):  # a client's row may lack what an own task's answer is made of
+        answer = task.worked(asked.row)
+        right = judge(judging(task, asked), answer, asked.row).reward >= 1
+        return answer if right and asked.follow is None else None
+    return None
 
 
 def as_sent(task: Task, row: Row, prompt: str | None) -> Asked:

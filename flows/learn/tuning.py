@@ -20,8 +20,8 @@ from agent.population.schedule import Completion
 from agent.sections import AUTO, LearnerSettings
 from agent.store.journal import Chosen, DamagedError, Run
 from agent.store.replay import lineage, reached, route, route_along, snapshot_path
-from evaluators.task import Row, Task, judge, training_reward
-from flows.learn.prompts import Asked, verdict_on
+from evaluators.task import Row, Task, judge
+from flows.learn.prompts import Asked, rewards_of
 from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show.terminal import Reporter
@@ -60,7 +60,7 @@ def calibration(
         while True:
             jobs = [(n, Address(0, 0, n), sigma) for n in range(MEMBERS)]
             results = population.members(jobs, chats, task.max_tokens, learner.noise)
-            trial = SigmaTrial(sigma, parent, tuple(mean(each.completions) for each in results))
+            trial = SigmaTrial(sigma, parent, tuple(mean(each.values) for each in results))
             progress.say(
                 f"sigma {sigma:g}: members lose {trial.fall:.3f}, spread {trial.spread:.3f}"
             )
@@ -82,11 +82,7 @@ def bring_to_champion(service: Service, population: Population) -> None:
 
 
 def _mean_reward(task: Task, asked: Sequence[Asked], answers: Sequence[Completion]) -> float:
-    rewards = [
-        training_reward(task, verdict_on(task, prompt, answer))
-        for prompt, answer in zip(asked, answers, strict=True)
-    ]
-    return float(np.mean(rewards))
+    return float(np.mean(rewards_of(task, asked, answers)))
 
 
 class Selection:

@@ -110,6 +110,22 @@ class PlantedEngine:
             for task, ids in zip(tasks, continuations, strict=True)
         ]
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        """A right answer is the likelier, the further the tensor of its task has moved."""
+        moved = self._moved(member, noise)
+        self._spent["generate"] += ANSWER_S * len(prompts) / 2
+        rows = [self._answers[json.dumps(prompt)] for prompt in prompts]
+        return [
+            [moved[task] - wanted] * len(answer)
+            for (task, wanted, _, _), answer in zip(rows, answers, strict=True)
+        ]
+
     def top_logprobs(
         self,
         prompts: Sequence[Messages],

@@ -71,7 +71,7 @@ def test_actors_answer_like_one_engine_and_survive_a_kill(tmp_path: Path) -> Non
         if not results:
             (engine,) = engines_writing_to(logs[1 - result.engine])
             engine.send_signal(signal.SIGKILL)
-        results[result.job] = result.completions
+        results[result.job] = result.values
     incidents = population.incidents
     population.close()
     for log in logs:

@@ -46,7 +46,7 @@ def options(model: Path, core: int = 0) -> EngineOptions:
     return EngineOptions(
         model=model,
         dtype="float32",
-        max_model_len=128,
+        max_model_len=256,
         max_num_seqs=16,
         place=core % len(CORES),
         places=len(CORES),
@@ -149,6 +149,26 @@ def test_answers_are_those_of_the_literal_definition(
     ours_p, theirs_p = (each.prompt_logprobs(PROMPTS, tails) for each in (engine, reference))
     assert torch.allclose(torch.tensor(ours_p), torch.tensor(theirs_p), atol=1e-3)
     assert largest_difference(probes(engine), reference.top_logprobs(PROMPTS, 10, 4)) < 1e-3
+
+
+def test_given_answers_are_read_as_the_literal_definition_says(
+    engine: EngineProcess, pair: tuple[Path, Path]
+) -> None:
+    """Prompts share a start longer than a cached block; two rows are alike to the last token."""
+    reference = ReferenceEngine(pair[0])
+    engine.open(pair[0])
+    reference.open(pair[0])
+    start = {"role": "system", "content": "You answer sums. " * 9}
+    prompts = [[start, *messages] for messages in (*PROMPTS, PROMPTS[0], PROMPTS[1])]
+    answers = ["4", "a longer answer", "", "8", "7", "x y", "24", "28", "4", "another"]
+    for member in (None, MEMBER, (MEMBER[0], -MEMBER[1])):
+        ours, theirs = (
+            [torch.tensor(row) for row in each.answer_logprobs(prompts, answers, member)]
+            for each in (engine, reference)
+        )
+        assert [len(row) for row in ours] == [len(answer) + 1 for answer in answers]
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, atol=1e-3)
 
 
 def test_a_member_leaves_no_trace(engine: EngineProcess, pair: tuple[Path, Path]) -> None:
@@ -334,7 +354,7 @@ def test_a_killed_engine_gives_its_member_back(launcher: EngineLauncher, tmp_pat
     for result in population.members(jobs, PROMPTS, 24):
         if not results:
             os.kill(pids[1 - result.engine], signal.SIGKILL)
-        results[result.job] = result.completions
+        results[result.job] = result.values
     assert sorted(results) == list(range(12))
     assert any("started again" in line for line in population.incidents)
     alone = population.first()

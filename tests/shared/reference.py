@@ -117,6 +117,23 @@ class ReferenceEngine:
             rows.append([float(table[place, token]) for place, token in enumerate(tail)])
         return rows
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        self._hold(member, noise)
+        rows = []
+        for messages, answer in zip(prompts, answers, strict=True):
+            start = self._tokens(messages)
+            tail = self._tokenizer.encode(answer, add_special_tokens=False)
+            tail.append(self._tokenizer.eos_token_id)
+            table = self._logprobs(start + tail)[len(start) - 1 :]
+            rows.append([float(table[place, token]) for place, token in enumerate(tail)])
+        return rows
+
     def state(self) -> dict[str, str | None]:
         """See ``Engine``."""
         return {

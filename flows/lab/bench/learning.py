@@ -44,6 +44,7 @@ PUBLISHED = {  # arXiv 2605.30148, its settings at 3B, in our exact arithmetic
     "selection": 0,
     "shaping": "zscore",
     "mirrored": False,
+    "fitness": "reward",
 }
 _EXAMPLES = Path(examples.__file__).parent / "extraction.py"
 KEYS = ("trial", "tokens", "tasks")  # of a result
@@ -55,6 +56,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "last-generation": {"selection": 0},
     "mirrored": {"mirrored": True},
     "ranks": {"shaping": "ranks"},
+    "likelihood": {"fitness": "likelihood"},
+    "rewards": {"fitness": "reward", "population": 16, "batch": 32, "alpha": 0.002},
     "rademacher": {"noise": "rademacher"},
     "population-8": {"population": 8},
     "population-32": {"population": 32},

@@ -108,9 +108,9 @@ def asked(population: Population, meter: Meter, plan: Plan) -> Evaluated:
         ]
         earned, tokens = np.zeros(len(jobs)), 0
         for result in population.members(jobs, meter.prompts, meter.max_tokens, plan.noise):
-            texts = [each.text for each in result.completions]
+            texts = [each.text for each in result.values]
             earned[result.job] = np.mean(meter.rewards(texts))
-            tokens += sum(each.tokens for each in result.completions)
+            tokens += sum(each.tokens for each in result.values)
         return earned, tokens
 
     return evaluate

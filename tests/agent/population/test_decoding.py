@@ -28,6 +28,38 @@ def directory(root: Path, template: object = "{{ messages }}", **config: object)
     return root
 
 
+@pytest.mark.parametrize("template", [None, PLAIN_TEMPLATE])
+@pytest.mark.parametrize("answer", ["7", "x = 7", ""])
+def test_a_given_answer_is_written_as_the_template_writes_it(
+    template: str | None, answer: str
+) -> None:
+    tokenizer = letter_tokenizer()
+    chat = Chat(tokenizer, template, {}, None)
+    asked = [{"role": "user", "content": "3 + 4?"}]
+    start, tail = chat.given(asked, answer)
+    assert start == chat.tokens(asked)
+    gap = "" if template is None else " "  # PLAIN_TEMPLATE's, before an answer
+    answered = tokenizer.encode(gap + answer, add_special_tokens=False)
+    assert tail == [*answered, tokenizer.eos_token_id]
+    begun = [*asked, {"role": "assistant", "content": "The sum is "}]
+    tail = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    assert chat.given(begun, answer) == (chat.tokens(begun), tail)
+
+
+def test_an_answer_that_the_template_writes_otherwise_ends_with_the_end_of_sequence() -> None:
+    """A template that takes the last answer for thinking, and writes it elsewhere."""
+    tokenizer = letter_tokenizer()
+    template = (
+        "{% for m in messages %}{{ m.content | reverse }}{% endfor %}"
+        "{{ 'A' if add_generation_prompt }}"
+    )
+    chat = Chat(tokenizer, template, {}, None)
+    asked = [{"role": "user", "content": "ab"}]
+    start, tail = chat.given(asked, "cd")
+    assert tokenizer.decode(start) == "baA"
+    assert tail == [*tokenizer.encode("cd"), tokenizer.eos_token_id]
+
+
 def test_the_models_penalties_hold_everywhere_or_nowhere(tmp_path: Path) -> None:
     model = directory(
         tmp_path, repetition_penalty=1.05, temperature=0.7, top_k=20, eos_token_id=[1]

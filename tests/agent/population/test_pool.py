@@ -99,6 +99,18 @@ class Plain:
     ) -> list[list[float]]:
         raise AssertionError("not asked for here")
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        self._called("generate")
+        at = [member[0].pair, member[1]] if member else None
+        pairs = zip(prompts, answers, strict=True)
+        return [[-float(len(self._hash(list(p), a, at, noise)))] for p, a in pairs]
+
     def state(self) -> dict[str, str | None]:
         return {"served": "theta", "anchor": None}
 
@@ -129,9 +141,7 @@ class Troubles:
 
 def results(population: Population) -> dict[int, list[Completion]]:
     """All members of one generation."""
-    return {
-        each.job: each.completions for each in population.members(JOBS, PROMPTS, [3, 4, 5, 6, 7])
-    }
+    return {each.job: each.values for each in population.members(JOBS, PROMPTS, [3, 4, 5, 6, 7])}
 
 
 def opened(troubles: Troubles, engines: int) -> Population:

@@ -82,6 +82,16 @@ class Kept:
         self.call = ("prompt_logprobs", prompts, continuations)
         raise RuntimeError("the engine broke")
 
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        self.call = ("answer_logprobs", prompts, answers, member, noise)
+        return [[-0.1000000014901161, float("-inf")], []]
+
     def state(self) -> dict[str, str | None]:
         return {"served": "theta", "anchor": None}
 
@@ -131,6 +141,7 @@ def ends() -> Iterator[tuple[EngineProcess, Kept]]:
         ("sample", (PROMPTS, 4, 9)),
         ("top_logprobs", (PROMPTS, 3, 2, None)),
         ("top_logprobs", (PROMPTS, 3, 2, (Address(2**62, 7, 1), -0.1))),
+        ("answer_logprobs", (PROMPTS, ["a", ""], (Address(2**62, 7, 1), -0.1), "rademacher")),
         ("state", ()),
         ("spent", ()),
     ],

@@ -69,6 +69,16 @@ def test_two_engines_share_members_and_both_update(planted: Opened) -> None:
     assert two - update == pytest.approx((one - update) / 2)
 
 
+def test_worked_answers_that_are_read_cost_what_reading_costs(planted: Opened) -> None:
+    session = planted(learner={"fitness": "likelihood"})
+    learner, rates = learner_of(session), measured(session)
+    assert rates.row_s == pytest.approx(ANSWER_S / 2)
+    read = forecast(session.service, "gsm8k", learner, rates).costs[0].minutes
+    written = forecast(session.service, "gsm8k", learner, replace(rates, row_s=ANSWER_S)).costs[0]
+    rows = learner.generations * learner.population * learner.prompts
+    assert written.minutes - read == pytest.approx(rows * ANSWER_S / 2 / 60)
+
+
 def test_the_evaluation_asks_every_row_of_both_models(planted: Opened) -> None:
     session = planted()
     costs = forecast(session.service, "gsm8k", learner_of(session), measured(session)).costs
@@ -116,6 +126,7 @@ def test_what_can_teach_or_tell_nothing_is_a_warning(
             TaskRate("gsm8k", ANSWER_S, TOKENS, *target),
             TaskRate("piqa", ANSWER_S, TOKENS, *prior),
         ),
+        ANSWER_S,
     )
     warnings = forecast(session.service, "gsm8k", learner_of(session), rates).warnings
     assert len(warnings) == 1
@@ -130,6 +141,7 @@ def test_a_sound_round_has_no_warning(planted: Opened) -> None:
         1,
         0.02,
         (TaskRate("gsm8k", ANSWER_S, TOKENS, 11, 24), TaskRate("piqa", ANSWER_S, TOKENS, 15, 24)),
+        ANSWER_S,
     )
     assert forecast(session.service, "gsm8k", learner_of(session), rates).warnings == ()
 

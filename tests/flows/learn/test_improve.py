@@ -4,9 +4,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,6 +26,7 @@ from agent.store.weights import Anchor, Parameters
 from flows.learn.curve import learner_share
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import tuned_lambda
+from flows.round_files import RoundFiles
 from flows.service import Service
 from flows.show.catch_up import show_run
 from flows.show.terminal import Reporter, Silent
@@ -103,6 +106,19 @@ class Ruled:
             )
             for text in texts[: len(texts) - self.short]
         ]
+
+    def answer_logprobs(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        member: tuple[Address, float] | None = None,
+        noise: NoiseKind = "normal",
+    ) -> list[list[float]]:
+        assert member is not None
+        self._log.append(member[0])
+        self.asked = list(prompts)
+        pairs = zip(prompts, answers, strict=True)
+        return [[-1.0 - self._right(member, p[-1]["content"]), float(-len(a))] for p, a in pairs]
 
     def _right(self, member: tuple[Address, float], text: str) -> bool:
         drawn = hashlib.sha256(f"{member} {self._theta.delta_hash()} {text}".encode()).digest()
@@ -264,7 +280,7 @@ def test_missing_rewards_end_the_round_in_one_line_and_it_goes_on_later(
 ) -> None:
     bench = make("short")
     bench.engine.short = True
-    with pytest.raises(UserError, match="member 0: 5 answers, allowed: 6"):
+    with pytest.raises(UserError, match="an engine gave 5 answers, allowed: 6"):
         bench.learn()
     assert bench.service.journal.members_done("0001-gsm8k", 0) == {}
     bench.engine.short = False
@@ -328,6 +344,43 @@ def test_a_rounds_prompts_are_what_was_sent_and_its_file_keeps_them(bench: Bench
     assert [each["messages"] for each in kept] == bench.engine.asked
     assert [each["sent"] for each in kept] == [len(asked) > 1 for asked in bench.engine.asked]
     assert len(bench.service.training_rows("gsm8k")) > 6
+
+
+def test_worked_answers_are_read_and_their_mean_log_probability_is_the_fitness(
+    bench: Bench,
+) -> None:
+    made = bench.learn(generations=2, fitness="likelihood")
+    task = bench.service.task("gsm8k")
+    path = bench.service.home.run(made.run_id) / "rows.json"
+    rows = [each["row"] for each in json.loads(path.read_text(encoding="utf-8"))]
+    for generation in bench.service.journal.generations(made.run_id):
+        assert generation.step.no_op is None
+        for column, row in zip(generation.rewards.T, rows, strict=True):
+            length = len(task.worked(row))
+            assert set(column) <= {(-1.0 - length) / 2, (-2.0 - length) / 2}
+    pace = RoundFiles(bench.service.home, made.run_id).pace()
+    assert [row["tokens"] for row in pace] == [4 * 6 * 2.0] * 2  # members, rows, tokens of each
+
+
+def test_a_row_whose_worked_answer_is_wrong_is_left_out_where_answers_are_read(
+    bench: Bench,
+) -> None:
+    task = bench.service.task("gsm8k")
+    first = next(iter(bench.service.training_rows("gsm8k").values()))
+    bad = replace(task, demonstrate=lambda row: "none" if row == first else task.gold(row))
+    bench.service.target = lambda name: bad  # type: ignore[method-assign]
+    listener = Listener()
+    made = bench.learn(listener, generations=1, fitness="likelihood", prompts=400)
+    told = [line for line in listener.said if "worked answer" in line]
+    assert len(told) == 1
+    place = int(told[0].split("row ")[1].split()[0])
+    (generation,) = bench.service.journal.generations(made.run_id)
+    assert not generation.rewards[:, place].any()
+    assert np.count_nonzero(generation.rewards.any(axis=0)) == generation.rewards.shape[1] - 1
+    hopeless = replace(task, demonstrate=lambda row: "none")
+    bench.service.target = lambda name: hopeless  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="fitness: 'likelihood', allowed for gsm8k: 'reward'"):
+        bench.learn(generations=2, fitness="likelihood")
 
 
 def test_what_was_set_aside_is_said_when_a_round_begins_and_stands_in_its_plan(
