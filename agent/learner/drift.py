@@ -108,6 +108,26 @@ def agreement(rewards: NDArray[np.float64]) -> float | None:
     return float(np.mean((np.sign(merit[0] * merit[1]) + 1) / 2))
 
 
+def reliability(rewards: NDArray[np.float64]) -> float | None:
+    """Share of the variance between members' means that is theirs and not the examples' chance.
+
+    Two-way analysis of variance of rewards (N, P), members by examples, one value a cell:
+
+        rho = 1 - MS_residual / MS_members,   at least 0
+
+    With rho the correlation of a member's mean with its merit is sqrt(rho), and so is the share of
+    a noiseless step that a step makes. None without two examples, two members or a difference.
+    """
+    if rewards.ndim != 2 or min(rewards.shape) < 2 or not np.isfinite(rewards).all():
+        return None
+    members, examples = rewards.mean(axis=1, keepdims=True), rewards.mean(axis=0, keepdims=True)
+    residual = rewards - members - examples + rewards.mean()
+    count, size = rewards.shape
+    between = size * float(np.var(members, ddof=1))
+    within = float((residual**2).sum()) / ((count - 1) * (size - 1))
+    return max(0.0, 1 - within / between) if between > 0 else None
+
+
 def alarm(
     history: Sequence[Drift], window: int = ALARM_WINDOW, growth: float = ALARM_GROWTH
 ) -> str | None:
@@ -146,7 +166,7 @@ def idle(history: Sequence[Drift], population: int, sigma: float, window: int = 
         return None
     if population == 1:
         why = "one member has no other to be compared with; set learner.population to 2 or more"
-    elif max(means) <= 0:
+    elif max(means) == 0:  # log-probabilities are below 0 and say nothing of right or wrong
         why = (
             "no answer of any member earned a reward; take easier rows or a prompt that shows the "
             f"form of the answer (tasks.prompts), or raise learner.sigma (now {sigma:g})"

@@ -22,7 +22,9 @@ from rich.table import Table
 from agent.config import keep, load
 from agent.errors import UserError
 from agent.home import Home
+from agent.learner.drift import reliability
 from agent.sections import LearnerSettings
+from agent.store.journal import Generation
 from evaluators import examples
 from evaluators.runner import read_samples
 from evaluators.stats import mcnemar_exact
@@ -203,9 +205,16 @@ def _measured(opened: Session, trial: PairedRun, run_id: str, digest: str) -> di
         "minutes": sum(row["seconds.generation"] for row in pace) / 60,
         "norm": float(service.journal.kept(run_id)[-1].drift["norm"]),
         "rewards": [each.drift["reward_mean"] for each in generations],
+        "reliability": reliability_of(generations),
         "digest": digest,
         "tasks": {name: _task(tables["anchor"][name], tables["candidate"][name]) for name in names},
     }
+
+
+def reliability_of(generations: Sequence[Generation]) -> float | None:
+    """The median of a round's generations: what share of a step's length is not chance."""
+    shares = [share for each in generations if (share := reliability(each.rewards)) is not None]
+    return median(shares) if shares else None
 
 
 def _plain(plan: Mapping[str, Any]) -> dict[str, Any]:

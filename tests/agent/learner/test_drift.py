@@ -7,8 +7,9 @@ from math import sqrt
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from agent.learner.drift import Drift, Prediction, agreement, alarm, idle, measure
+from agent.learner.drift import Drift, Prediction, agreement, alarm, idle, measure, reliability
 from agent.learner.es import Applied, members, step
 from agent.learner.kernels_cpu import update_inplace
 from agent.learner.penalty import Penalty, PenaltyKind, expected_norm
@@ -156,3 +157,20 @@ def test_a_step_a_bad_reward_or_too_few_generations_are_no_standstill() -> None:
         assert idle(history, 8, 0.01) is None
     assert idle([still(0.5)], 8, 0.01, window=1) is not None
     assert idle([], 8, 0.01, window=0) is None
+
+
+def test_reliability_is_the_share_of_the_variance_that_belongs_to_members() -> None:
+    random = np.random.default_rng(0)
+    merit, ease = random.normal(size=(2000, 1)), random.normal(size=(1, 16))
+    noise = random.normal(scale=2.0, size=(2000, 16))
+    # Of the variance between means 1 is the members' and 4 / 16 the noise's.
+    assert reliability(merit + ease + noise) == pytest.approx(0.8, abs=0.02)
+    assert reliability(merit + ease) == pytest.approx(1.0)
+    assert reliability(ease + noise[:500]) == pytest.approx(0.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "rewards", [np.ones((4, 3)), np.ones((1, 3)), np.ones((4, 1)), np.full((4, 3), np.nan)]
+)
+def test_reliability_of_what_does_not_differ_is_none(rewards: NDArray[np.float64]) -> None:
+    assert reliability(rewards) is None
