@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.errors import UserError
-from flows.cli import offline, records, rounds, stack
+from flows.cli import offline, records, rounds, stack, studies
 from flows.show.terminal import quiet_libraries
 
 app = typer.Typer(
@@ -20,10 +20,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for commands in (stack.app, rounds.app, records.app, offline.app):
+for commands in (stack.app, rounds.app, studies.app, records.app, offline.app):
     app.add_typer(commands)
 app.add_typer(offline.bench_app, name="bench")
-app.add_typer(rounds.study_app, name="study")
+app.add_typer(studies.study_app, name="study")
 app.add_typer(rounds.review_app, name="review")
 app.add_typer(rounds.anchor_app, name="anchor")
 app.add_typer(offline.task_app, name="task")

@@ -1,9 +1,12 @@
 """Options that several commands share."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from agent.errors import UserError
 
 Home = Annotated[
     Path | None,
@@ -37,3 +40,17 @@ Name = Annotated[
     str | None,
     typer.Option("--as", help="Who decides, for the ledger. Default: this machine's user@host."),
 ]
+
+
+def learner_changes(texts: list[str]) -> dict[str, Any]:
+    """["alpha=0.02", "penalty=none"] as a mapping; a value that is JSON is parsed."""
+    values: dict[str, Any] = {}
+    for each in texts:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise UserError(f"--set {each!r}: wanted name=value, such as alpha=0.02")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values

@@ -1,14 +1,21 @@
 """Commands for rounds and versions: collect, improve, evaluate, promote, roll back, review."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from agent.errors import UserError
-from flows.cli.options import AsJson, Config, Digest, Home, KnownHome, Name, Reason, Target
+from flows.cli.options import (
+    AsJson,
+    Digest,
+    Home,
+    KnownHome,
+    Name,
+    Reason,
+    Target,
+    learner_changes,
+)
 from flows.show.terminal import (
     collected_tables,
     forecast_tables,
@@ -20,7 +27,6 @@ from flows.show.terminal import (
 
 app = typer.Typer()
 anchor_app = typer.Typer(help="The model that rounds are tied to.", no_args_is_help=True)
-study_app = typer.Typer(invoke_without_command=True)
 review_app = typer.Typer(help="Candidates that wait for approval.", no_args_is_help=True)
 
 
@@ -56,7 +62,7 @@ def improve(
     """Learn: one round from the champion to a candidate. An interrupted round goes on."""
     from flows.commands.runs import improve_now
 
-    settings = _changes(changes or [])
+    settings = learner_changes(changes or [])
     if generations is not None:
         settings["generations"] = generations
     if dry_run:
@@ -110,13 +116,13 @@ def plan(
     a member, a generation and a round, from rates that are assumed until they are stated.
     """
     if model is None:
-        _plan(home, target, _changes(changes or []), price, as_json)
+        _plan(home, target, learner_changes(changes or []), price, as_json)
         return
     from flows.learn.accelerators import Fleet, GpuRates, plan_model, with_stated, work_of
 
     fleet = Fleet(gpu, gpus, ranks, host)
     rates = with_stated(GpuRates(), rate or [])
-    planned = plan_model(model, fleet, work_of(_changes(changes or [])), rates)
+    planned = plan_model(model, fleet, work_of(learner_changes(changes or [])), rates)
     show(planned, as_json, *model_plan_tables(planned))
     raise typer.Exit(1 if "refused" in planned else 0)
 
@@ -135,141 +141,6 @@ def _plan(
     if price is not None:
         planned["price"] = round(planned["minutes"] / 60 * price, 2)
     show(planned, as_json, *forecast_tables(planned))
-
-
-@study_app.callback()
-def study(
-    context: typer.Context,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Number of rounds, including finished ones.")
-    ] = 20,
-    targets: Annotated[
-        str, typer.Option(help="Tasks to train on in turn, separated by commas.")
-    ] = "gsm8k,proofwriter",
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Learner setting for this round, for instance alpha=0.02; repeatable."
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG file for the curves. Default: study.png in the home.")
-    ] = None,
-    config: Config = None,
-    home: Home = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run many rounds in one home, targets in turn; or, by its own command, the paper's study.
-
-    A study that was interrupted goes on.
-
-    Without --config the embedded model is trained in small rounds. Exit code 1 if at the end a
-    task is not within its margin of the anchor.
-    """
-    if context.invoked_subcommand is not None:
-        return
-    from flows.lab.study import StudyPlan, study_now
-    from flows.show.report import study_tables
-
-    plan = StudyPlan(rounds, tuple(filter(None, targets.split(","))), _changes(changes or []))
-    with reporter() as bars:
-        document = study_now(home, config, plan, plot, bars)
-    show(document, as_json, *study_tables(document))
-    raise typer.Exit(0 if document["within"] else 1)
-
-
-@study_app.command("paper")
-def study_paper_command(
-    model: Annotated[str, typer.Option(help="embedded, smollm2 or a directory.")] = "embedded",
-    targets: Annotated[
-        str, typer.Option(help="Tasks to train on, each in trials of its own, by commas.")
-    ] = "gsm8k",
-    systems: Annotated[
-        str | None,
-        typer.Option(help="Systems by commas, 'awd-l2@5' for another lambda. Default: all."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds, from 1.")] = 3,
-    generations: Annotated[int, typer.Option(min=1, help="Of a trial.")] = 60,
-    every: Annotated[int, typer.Option(min=1, help="Generations between measurements.")] = 10,
-    rows: Annotated[int, typer.Option(min=1, help="Evaluation rows of a task.")] = 200,
-    config: Config = None,
-    work: Annotated[
-        Path, typer.Option(help="Folder of unfinished trials; needed to go on after a kill.")
-    ] = Path(".anchorage/paper"),
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("paper"),
-    only_report: Annotated[
-        bool, typer.Option("--report", help="Draw from the files that are there; run nothing.")
-    ] = False,
-    mlflow: Annotated[
-        str | None, typer.Option(help="Tracking URI of an MLflow that gets curves and figures.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare ES, anchored ES, GRPO and fine-tuning as arXiv 2605.30148 does; goes on after a kill.
-
-    Several processes may share one study.
-    """
-    from flows.lab.paper.figures import draw
-    from flows.lab.paper.study import KEYS, PaperStudy, study_paper
-    from flows.lab.paper.systems import SYSTEMS
-    from flows.lab.paper.tracking import track
-    from flows.lab.trials import results
-
-    chosen = tuple(filter(None, (systems or ",".join(SYSTEMS)).split(",")))
-    if not only_report:
-        wanted = tuple(filter(None, targets.split(",")))
-        plan = PaperStudy(model, wanted, chosen, seeds, generations, every, rows)
-        with reporter() as bars:
-            study_paper(plan, config, work, out, bars)
-    found = results(out, model, KEYS)
-    if not found:
-        raise UserError(f"--out {str(out)!r}: has no result of {model!r}")
-    document = draw(found, out / "report")
-    if mlflow is not None:
-        document["mlflow_run"] = track(found, out / "report", mlflow)
-    show(document, as_json, (out / "report" / "study.md").read_text(encoding="utf-8"))
-
-
-@app.command("importance")
-def importance_command(
-    tasks: Annotated[str, typer.Option(help="Tasks that are to be kept, by commas.")],
-    method: Annotated[
-        str, typer.Option(help="fisher, path (needs --run) or members (forward passes only).")
-    ] = "fisher",
-    into: Annotated[Path, typer.Option("--out", help="The safetensors file.")] = Path(
-        "importance.safetensors"
-    ),
-    rows: Annotated[int, typer.Option(min=1, help="Evaluation rows of a task.")] = 32,
-    run: Annotated[str | None, typer.Option(help="Round whose way 'path' measures.")] = None,
-    largest: Annotated[float, typer.Option(min=1, help="Largest weight; their mean is 1.")] = 10.0,
-    home: KnownHome = None,
-    as_json: AsJson = False,
-) -> None:
-    """Estimate how much each parameter matters to tasks: the file that learner.importance reads."""
-    from flows.commands.importance import METHODS, importance_now
-
-    if method not in METHODS:
-        raise UserError(f"--method {method!r}: allowed: {', '.join(METHODS)}")
-    names = tuple(filter(None, tasks.split(",")))
-    with reporter() as bars:
-        document = importance_now(
-            home, METHODS[method], names, into, bars, rows=rows, run=run, largest=largest
-        )
-    show(document, as_json, pairs(f"weights in {into}", document))
-
-
-def _changes(texts: list[str]) -> dict[str, Any]:
-    """["alpha=0.02", "penalty=none"] as a mapping; a value that is JSON is parsed."""
-    values: dict[str, Any] = {}
-    for each in texts:
-        key, equals, value = each.partition("=")
-        if not equals:
-            raise UserError(f"--set {each!r}: wanted name=value, such as alpha=0.02")
-        try:
-            values[key] = json.loads(value)
-        except ValueError:
-            values[key] = value
-    return values
 
 
 @app.command()

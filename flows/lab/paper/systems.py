@@ -81,6 +81,20 @@ PAPER = Sizes(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a trial is and how often it is measured, where a call does not say."""
+
+    generations: int
+    every: int  # generations between measurements
+    rows: int  # evaluation rows of a task
+
+
+def lengths_of(model: str) -> Lengths:
+    """The lengths of a model: small ones, or the paper's."""
+    return Lengths(60, 10, 200) if model in SIZES else Lengths(500, 25, 2000)
+
+
 def sizes_of(model: str) -> Sizes:
     """The sizes of a model: its own, or the paper's."""
     return SIZES.get(model, PAPER)
