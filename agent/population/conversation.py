@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agent.population.schedule import UNASKED, Completion, Message, Messages, Prompt
+from agent.errors import UserError
+from agent.learner.noise import Address, NoiseKind
+from agent.population.schedule import UNASKED, Completion, Engine, Message, Messages, Prompt
 
 Ask = Callable[[Sequence[Prompt], Sequence[int]], list[Completion]]
 
@@ -93,3 +95,22 @@ def said(answer: Completion, follow: Messages) -> Message:
         for call_id, call in zip(ids, answer.calls, strict=False)
     ]
     return {"role": "assistant", "content": answer.text or None, "tool_calls": calls}
+
+
+def answers_of(
+    prompts: Sequence[Prompt | Conversation],
+    limits: Sequence[int],
+    member: tuple[Address, float] | None,
+    noise: NoiseKind,
+    engine: Engine,
+) -> list[Completion]:
+    """One call of one engine, or one a turn of the conversations."""
+    return replay(lambda asked, at: engine.generate(asked, at, member, noise), prompts, limits)
+
+
+def each_limit(max_tokens: int | Sequence[int], count: int) -> list[int]:
+    """One limit a prompt."""
+    limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != count:
+        raise UserError(f"max_tokens: {len(limits)} of them for {count} prompts")
+    return limits

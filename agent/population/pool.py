@@ -1,30 +1,32 @@
 """Engines that hold the same theta: drives the plan of ``schedule.py`` with a thread an engine.
 
-An engine that breaks is closed and started again, given the theta of the others, and used again;
-its member goes back to the queue. ``Slot`` is one engine with how to start it, ``Population`` all
-of them. When engines report different hashes of delta after a step, all rebuild delta from the
-steps; one that still differs is dropped.
+An engine that breaks gives its member back to the queue and is mended beside the others (``slot``):
+a thread of its own closes it, starts another one, brings it to what the others hold by then, and
+admits it, in the middle of a generation or between two. No call waits for that unless no engine is
+left. An engine added later comes the same way. When engines report different hashes of delta after
+a step, all rebuild delta from the steps; one that still differs is dropped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Condition, Thread
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
-from agent.population.conversation import Conversation, replay
+from agent.population.conversation import Conversation, answers_of, each_limit
 from agent.population.schedule import (
-    Assign,
     Completion,
     Engine,
+    EngineStartError,
     Event,
     Failed,
     Finished,
@@ -34,85 +36,14 @@ from agent.population.schedule import (
     Prompt,
     agreed,
     plan,
+    told,
+    wanted,
 )
+from agent.population.slot import Held, Slot, Start
 
 T = TypeVar("T")
-Start = Callable[[], Engine]
-MENDS = 2  # times in a row a broken engine is started again
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What every engine of a population holds, and how a fresh one is brought there."""
-
-    anchor: Path | None = None
-    snapshot: Path | None = None
-    steps: tuple[Step, ...] = ()
-    directory: Path | None = None  # its weights answer instead of theta
-
-    def bring(self, engine: Engine) -> None:
-        """Give an engine this anchor, delta and directory."""
-        if self.anchor:
-            engine.open(self.anchor)
-            if self.snapshot or self.steps:
-                engine.restore(self.snapshot, self.steps)
-        if self.directory:
-            engine.load(self.directory)
-
-
-class Slot:
-    """One engine, how to start it, and how often in a row it was started again."""
-
-    def __init__(self, number: int, start: Start):
-        self.number, self._start = number, start
-        self.engine: Engine | None = start()
-        self.reason = ""
-        self._mends = 0
-        self._closed = False
-
-    def run(self, job: Callable[[Engine], T]) -> T:
-        """One job; what it raises breaks the engine, except a UserError (the caller's fault)."""
-        assert self.engine is not None
-        try:
-            value = job(self.engine)
-        except UserError:
-            raise
-        except Exception as error:
-            self.drop(f"{type(error).__name__}: {error}")
-            raise
-        self._mends = 0
-        return value
-
-    def drop(self, reason: str) -> None:
-        """Close the engine; the slot is empty until it is mended."""
-        self.reason = reason
-        if self.engine is not None:
-            with suppress(Exception):  # it is broken: nothing more to learn from it
-                self.engine.close()
-        self.engine = None
-
-    def can_mend(self) -> bool:
-        """Whether another start may be tried."""
-        return self.engine is None and self._mends < MENDS and not self._closed
-
-    def mend(self, held: Held) -> bool:
-        """Start it again and bring it to where the others are; False when that failed, too."""
-        self._mends += 1
-        try:
-            self.engine = engine = self._start()
-            if self._closed:  # set before the engine of the moment was dropped
-                raise ConnectionAbortedError("closed")
-            held.bring(engine)
-        except Exception as error:  # the boundary of an engine: recorded against it
-            self.drop(f"{type(error).__name__}: {error}")
-        return self.engine is not None
-
-    def close(self) -> None:
-        """Close the engine for good, also one that another thread is just mending."""
-        self._closed = True
-        self.drop("closed")
-
-
+MOST = 1024  # engines, each with a thread once it is used
+CLOSE_S = 10.0  # for threads that start engines to notice that all is closed
 Job = Callable[[Engine], list[T]]
 CHUNK = 256  # prompts to a call of ``generate``: the batches do not depend on how many engines
 
@@ -127,6 +58,9 @@ class Result(Generic[T]):
     seconds: float
 
 
+Events = SimpleQueue[tuple[Event, Result[Any] | UserError | None]]
+
+
 class Population:
     """1..N engines as one. One caller at a time; ``close`` ends every engine.
 
@@ -139,8 +73,30 @@ class Population:
         self.incidents: list[str] = []
         self._held = Held()
         self._slots = [Slot(number, start) for number, start in enumerate(starts)]
-        self._pool = ThreadPoolExecutor(len(starts), thread_name_prefix="engine")
-        self._running: set[Future[None]] = set()
+        self._pool = ThreadPoolExecutor(MOST, thread_name_prefix="engine")
+        self._running: set[Future[Any]] = set()
+        # Guards which engines are admitted. While ``_changing`` none is: a call that moves theta
+        # goes to the engines of its start, and one admitted in between would be left behind.
+        self._world = Condition()
+        self._changing = False
+        self._events: Events | None = None  # of the run that goes on, to which engines may come
+        self._menders: list[Thread] = []
+        for slot in self._slots:
+            slot.start()
+            if slot.engine is None:
+                self._record(slot, "not started")
+
+    def add(self, start: Start) -> int:
+        """One more engine, which takes members as soon as it is where the others are.
+
+        Returns its number; it is started in the background, also in the middle of a generation.
+        """
+        with self._world:
+            slot = Slot(len(self._slots), start)
+            slot.mending = True
+            self._slots.append(slot)
+        self._in_background(slot, again=False)
+        return slot.number
 
     def open(self, anchor: Path, digest: str | None = None) -> str:
         """Make theta this anchor everywhere; returns its digest, which must be the given one.
@@ -148,23 +104,26 @@ class Population:
         Raises:
             UserError: The files hold other weights.
         """
-        digests = self._everywhere(lambda engine: engine.open(anchor))
-        self._held = Held(anchor)
+        with self._change():
+            digests = self._everywhere(lambda engine: engine.open(anchor))
+            self._held = Held(anchor)
         return wanted(anchor, agreed(list(digests.values())), digest)
 
     def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
         """Make delta the snapshot (None: zero) and the steps everywhere; returns its hash."""
-        hashes = self._everywhere(lambda engine: engine.restore(snapshot, steps))
-        self._held = Held(self._held.anchor, snapshot, tuple(steps))
-        return self._same(hashes)
+        with self._change():
+            hashes = self._everywhere(lambda engine: engine.restore(snapshot, steps))
+            self._held = Held(self._held.anchor, snapshot, tuple(steps))
+            return self._same(hashes)
 
     def apply(self, step: Step) -> Applied:
         """Move every delta by one step; returns what the agreeing engines report."""
-        applied = self._everywhere(lambda engine: engine.apply(step))
-        before = self._held
-        self._held = Held(before.anchor, before.snapshot, (*before.steps, step))
-        hashes = {number: each.delta_hash for number, each in applied.items()}
-        delta_hash = self._same(hashes)
+        with self._change():
+            applied = self._everywhere(lambda engine: engine.apply(step))
+            before = self._held
+            self._held = Held(before.anchor, before.snapshot, (*before.steps, step))
+            hashes = {number: each.delta_hash for number, each in applied.items()}
+            delta_hash = self._same(hashes)
         return next(each for each in applied.values() if each.delta_hash == delta_hash)
 
     def save(self, path: Path) -> str:
@@ -172,9 +131,10 @@ class Population:
         saved: list[str] = []
         while not saved:
             slot = self._slots[self._sound()[0][0]]
-            saved = self._insist(slot, lambda engine: engine.save(path))
-        before = self._held
-        self._held = Held(before.anchor, path, (), before.directory)
+            saved = self._tried(slot, lambda engine: engine.save(path))
+        with self._world:
+            before = self._held
+            self._held = Held(before.anchor, path, (), before.directory)
         return saved[0]
 
     def load(self, directory: Path, digest: str | None = None) -> str:
@@ -183,9 +143,10 @@ class Population:
         Raises:
             UserError: What went into the engines is something else.
         """
-        digests = self._everywhere(lambda engine: engine.load(directory))
-        before = self._held
-        self._held = Held(before.anchor, before.snapshot, before.steps, directory)
+        with self._change():
+            digests = self._everywhere(lambda engine: engine.load(directory))
+            before = self._held
+            self._held = Held(before.anchor, before.snapshot, before.steps, directory)
         return wanted(directory, agreed(list(digests.values())), digest)
 
     def members(
@@ -196,10 +157,10 @@ class Population:
         noise: NoiseKind = "normal",
     ) -> Generator[Result[Completion], None, None]:
         """Evaluate members (index, address, scale) on all prompts; results as they come."""
-        limits = _each(max_tokens, len(prompts))
+        limits = each_limit(max_tokens, len(prompts))
         return self._run(
             {
-                index: partial(_generate, prompts, limits, (address, scale), noise)
+                index: partial(answers_of, prompts, limits, (address, scale), noise)
                 for index, address, scale in jobs
             }
         )
@@ -226,11 +187,11 @@ class Population:
         self, prompts: Sequence[Prompt | Conversation], max_tokens: int | Sequence[int]
     ) -> list[Completion]:
         """Answers of theta, or of the loaded directory; chunks go to free engines."""
-        limits = _each(max_tokens, len(prompts))
+        limits = each_limit(max_tokens, len(prompts))
         parts = [slice(first, first + CHUNK) for first in range(0, len(prompts), CHUNK)]
         results = self._run(
             {
-                number: partial(_generate, prompts[part], limits[part], None, "normal")
+                number: partial(answers_of, prompts[part], limits[part], None, "normal")
                 for number, part in enumerate(parts)
             }
         )
@@ -238,12 +199,10 @@ class Population:
         return [completion for number in sorted(by_part) for completion in by_part[number]]
 
     def ask(self, call: Callable[[Engine], T]) -> T:
-        """Make one call on one sound engine, mended if it breaks; the others stay as they are."""
-        for number, _ in self._sound():
-            if values := self._insist(self._slots[number], call):
+        """Make one call on one sound engine, on another one if it breaks."""
+        while True:
+            if values := self._tried(self._slots[self._sound()[0][0]], call):
                 return values[0]
-        self._sound()  # NoEngineError: none came through
-        raise AssertionError("an engine without a start")
 
     def first(self) -> Engine:
         """One sound engine, for probes."""
@@ -264,38 +223,124 @@ class Population:
         """End all engines; what they are doing is lost."""
         for slot in self._slots:
             slot.close()
+        with self._world:
+            self._world.notify_all()
         self._pool.shutdown(cancel_futures=True)
+        for thread in self._menders:
+            thread.join(CLOSE_S)
 
     def _sound(self) -> list[tuple[int, Engine]]:
-        """The engines there are, once nothing of an earlier call runs any more."""
+        """The engines there are, once nothing of an earlier call runs any more.
+
+        Engines that are being mended are waited for only where there is no other one.
+        """
         wait(self._running)
         self._running.clear()
-        sound = [(slot.number, slot.engine) for slot in self._slots if slot.engine is not None]
-        if not sound:
-            raise NoEngineError("; ".join(f"engine {s.number}: {s.reason}" for s in self._slots))
-        return sound
+        with self._world:
+            changing, self._changing = self._changing, False  # none is left: one may be admitted
+            self._world.notify_all()
+            self._world.wait_for(lambda: self._there() or not self._coming())
+            self._changing = changing
+            if sound := self._there():
+                return sound
+        if all(slot.cannot_start for slot in self._slots):
+            raise UserError(self._slots[0].reason)
+        raise NoEngineError("; ".join(f"engine {s.number}: {s.reason}" for s in self._slots))
+
+    def _there(self) -> list[tuple[int, Engine]]:
+        """Engines that answer now."""
+        return [(slot.number, slot.engine) for slot in self._slots if slot.engine is not None]
+
+    def _coming(self) -> list[int]:
+        """Engines that a thread is starting or bringing to where the others are."""
+        return [slot.number for slot in self._slots if slot.mending]
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """No engine is admitted while theta moves."""
+        with self._world:
+            self._changing = True
+        try:
+            yield
+        finally:
+            with self._world:
+                self._changing = False
+                self._world.notify_all()
 
     def _everywhere(self, call: Callable[[Engine], T]) -> dict[int, T]:
-        """Make one call on all engines at once: engine -> what it returned."""
-        sound = self._sound()
-        waiting = {n: self._pool.submit(self._insist, self._slots[n], call) for n, _ in sound}
-        results = {number: future.result() for number, future in waiting.items()}
-        self._sound()  # NoEngineError, when none came through
-        return {number: values[0] for number, values in results.items() if values}
+        """Make one call on all sound engines at once: engine -> what it returned.
 
-    def _insist(self, slot: Slot, call: Callable[[Engine], T]) -> list[T]:
-        """One engine's result, mending it as often as allowed; nothing when it stays broken."""
-        while slot.engine is not None:
-            try:
-                return [slot.run(call)]
-            except UserError:
+        Engines that break are left out, and mended; where all do, one that is mended is asked.
+        """
+        while True:
+            sound = self._sound()
+            waiting = {n: self._pool.submit(self._tried, self._slots[n], call) for n, _ in sound}
+            self._running.update(waiting.values())
+            results = {number: future.result() for number, future in waiting.items()}
+            if made := {number: values[0] for number, values in results.items() if values}:
+                return made
+
+    def _tried(self, slot: Slot, call: Callable[[Engine], T]) -> list[T]:
+        """One engine's result; nothing where it broke, which is mended meanwhile."""
+        if slot.engine is None:
+            return []
+        try:
+            return [slot.run(call)]
+        except Exception as error:  # the boundary of an engine: the slot holds the reason
+            if isinstance(error, UserError) and not isinstance(error, EngineStartError):
                 raise
-            except Exception:  # the boundary of an engine: the slot holds the reason
-                while slot.can_mend():
-                    self._record(slot, "started again")
-                    slot.mend(self._held)
-        self._record(slot, "dropped")
+            self._lost(slot)
         return []
+
+    def _lost(self, slot: Slot) -> None:
+        """Have a broken engine mended, or leave it; the plan that goes on hears which."""
+        with self._world:
+            slot.mending = slot.can_mend()
+            if self._events is not None:
+                self._events.put((Failed(slot.number, slot.reason, slot.mending), None))
+        if slot.mending:
+            self._in_background(slot)
+        else:
+            slot.release()
+            self._record(slot, "dropped")
+
+    def _in_background(self, slot: Slot, again: bool = True) -> None:
+        """Mend a slot in a thread that nobody waits for: a start may take minutes."""
+        thread = Thread(target=self._mend, args=(slot, again), daemon=True)
+        self._menders.append(thread)
+        thread.start()
+
+    def _mend(self, slot: Slot, again: bool) -> None:
+        """Start an engine until one is where the others are, as often as allowed."""
+        while not again or slot.can_mend():
+            self._record(slot, "started again" if again else "added")
+            if self._brought(slot, again):
+                return
+            again = True
+        with self._world:
+            slot.mending = False
+            if self._events is not None:
+                self._events.put((Failed(slot.number, slot.reason), None))
+            self._world.notify_all()
+        self._record(slot, "dropped")
+
+    def _brought(self, slot: Slot, again: bool) -> bool:
+        """Start an engine, bring it to what is held, and admit it unless that moved meanwhile."""
+        held = self._held
+        if not slot.begin(held, again):
+            return False
+        while True:
+            with self._world:
+                self._world.wait_for(lambda: not self._changing)
+                if (now := self._held) is held:
+                    admitted = slot.admit()
+                    if admitted and self._events is not None:
+                        self._events.put((Joined(slot.number), None))
+                    self._world.notify_all()
+                    return admitted
+            if not slot.follow(now, held):
+                return False
+            held = now
 
     def _same(self, hashes: dict[int, str]) -> str:
         """The one hash of delta; engines that differ rebuild, and are dropped if they still do."""
@@ -310,83 +355,49 @@ class Population:
                 self._slots[number].drop(
                     f"delta is {delta_hash} after a rebuild, the others' {right}"
                 )
+                self._slots[number].release()
                 self._record(self._slots[number], "dropped")
         return right
 
     def _run(self, work: dict[int, Job[T]]) -> Generator[Result[T], None, None]:
         """Drive the plan: start what it says, wait for the next event, hand out results."""
-        decisions = plan(work, [number for number, _ in self._sound()])
-        events: SimpleQueue[tuple[Event, Result[T] | UserError | None]] = SimpleQueue()
-        starts = next(decisions, None)
-        while starts is not None:
-            for assign in starts:
-                slot, job = self._slots[assign.engine], work[assign.member]
-                future = self._pool.submit(self._work, slot, assign.member, job, events)
-                self._running.add(future)
-            event, outcome = events.get()
-            if isinstance(outcome, UserError):
-                raise outcome
-            if outcome is not None:
-                yield outcome
-            starts = _sent(decisions, event)
-
-    def _work(
-        self,
-        slot: Slot,
-        number: int,
-        job: Job[T],
-        events: "SimpleQueue[tuple[Event, Result[T] | UserError | None]]",
-    ) -> None:
-        """Run one job in an engine's thread and report; mend the engine if it broke."""
-        begun = perf_counter()
+        self._sound()
+        with self._world:  # who is there, who is coming, and where the latter are heard: at once
+            there = [number for number, _ in self._there()]
+            decisions = plan(work, there, coming=self._coming())
+            events: Events = SimpleQueue()
+            self._events = events
         try:
-            values = slot.run(job)
-            result = Result(number, values, slot.number, perf_counter() - begun)
-            events.put((Finished(slot.number), result))
+            starts = next(decisions, None)
+            while starts is not None:
+                for assign in starts:
+                    slot, job = self._slots[assign.engine], work[assign.member]
+                    self._running.add(self._pool.submit(self._work, slot, assign.member, job))
+                event, outcome = events.get()
+                if isinstance(outcome, UserError):
+                    raise outcome
+                if outcome is not None:
+                    yield outcome
+                starts = told(decisions, event)
+        finally:
+            self._events = None
+
+    def _work(self, slot: Slot, number: int, job: Job[T]) -> None:
+        """Run one job in an engine's thread and report to the run that asked for it."""
+        events, begun = self._events, perf_counter()
+        try:
+            values = self._tried(slot, job)
         except UserError as error:
-            events.put((Finished(slot.number), error))
-        except Exception:  # the boundary of an engine: the slot holds the reason
-            while slot.can_mend():
-                self._record(slot, "started again")
-                events.put((Failed(slot.number, slot.reason, mending=True), None))
-                if slot.mend(self._held):
-                    events.put((Joined(slot.number), None))
-                    return
-            self._record(slot, "dropped")
-            events.put((Failed(slot.number, slot.reason), None))
+            if events is not None:
+                events.put((Finished(slot.number), error))
+            return
+        if values and events is not None:
+            result = Result(number, values[0], slot.number, perf_counter() - begun)
+            events.put((Finished(slot.number), result))
 
     def _record(self, slot: Slot, what: str) -> None:
         """Record an incident of an engine."""
         self.incidents.append(f"engine {slot.number} {what}: {slot.reason}")
-
-
-def _sent(
-    decisions: Generator[tuple[Assign, ...], Event, object], event: Event
-) -> tuple[Assign, ...] | None:
-    """What the plan wants started after this event, None when it is done."""
-    try:
-        return decisions.send(event)
-    except StopIteration:
-        return None
-
-
-def _each(max_tokens: int | Sequence[int], count: int) -> list[int]:
-    """One limit a prompt."""
-    limits = [max_tokens] * count if isinstance(max_tokens, int) else list(max_tokens)
-    if len(limits) != count:
-        raise UserError(f"max_tokens: {len(limits)} of them for {count} prompts")
-    return limits
-
-
-def _generate(
-    prompts: Sequence[Prompt | Conversation],
-    limits: Sequence[int],
-    member: tuple[Address, float] | None,
-    noise: NoiseKind,
-    engine: Engine,
-) -> list[Completion]:
-    """One call of one engine, or one a turn of the conversations."""
-    return replay(lambda asked, at: engine.generate(asked, at, member, noise), prompts, limits)
 
 
 def _likelihoods(
@@ -398,10 +409,3 @@ def _likelihoods(
 ) -> list[list[float]]:
     """One call of one engine."""
     return engine.answer_logprobs(prompts, answers, member, noise)
-
-
-def wanted(directory: Path, found: str, digest: str | None) -> str:
-    """The digest that went into the engines; UserError where another one was asked for."""
-    if digest not in (None, found):
-        raise UserError(f"{directory}: the weights are {found[:12]}, wanted {str(digest)[:12]}")
-    return found

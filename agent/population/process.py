@@ -38,7 +38,7 @@ from agent.errors import UserError
 from agent.population.placement import EngineOptions, base_environment, environment, own_cores
 from agent.population.process_group import end_others
 from agent.population.remote import Json, RemoteEngine, answer
-from agent.population.schedule import Engine
+from agent.population.schedule import Engine, EngineStartError
 from agent.population.vllm import preload
 
 LIMIT_S = 3600.0  # no call, nor the start, may take longer: the engine hangs
@@ -98,12 +98,20 @@ class EngineProcess(RemoteEngine):
         self._started = False
 
     def ready(self) -> None:
-        """Wait until it has started; UserError when it did not, EngineLostError when it died."""
+        """Wait until it has started.
+
+        Raises:
+            EngineStartError: It says why it cannot.
+            EngineLostError: It died.
+        """
         if self._pidfd is None:
             self._pid = int(self._receive())
             self._pidfd = os.pidfd_open(self._pid)
         if not self._started:
-            self._receive()
+            try:
+                self._receive()
+            except UserError as error:
+                raise EngineStartError(str(error)) from None
             self._started = True
 
     def close(self) -> None:

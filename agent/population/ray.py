@@ -11,6 +11,7 @@ from agent.errors import UserError
 from agent.population.placement import EngineOptions
 from agent.population.process import LIMIT_S, EngineLauncher, EngineLostError
 from agent.population.remote import Json, RemoteEngine
+from agent.population.schedule import EngineStartError
 
 HOLD_S = 30.0  # for this node to have free what the serving engine uses
 CLOSE_S = 10.0  # for an actor to end its engine by itself; without it the engine ends soon after
@@ -92,7 +93,8 @@ class EngineActor:
         try:
             return {"result": self._engine.call(method, arguments)}
         except UserError as error:
-            return {"error": str(error), "user": True}
+            starts = isinstance(error, EngineStartError)
+            return {"error": str(error), "user": True, "start": starts}
         except EngineLostError as error:
             return {"error": str(error), "user": False}
 
@@ -126,6 +128,8 @@ class RayEngine(RemoteEngine):
         reply = self._get(self._actor.call.remote(method, arguments))
         if "error" not in reply:
             return reply["result"]
+        if reply.get("start"):
+            raise EngineStartError(reply["error"])
         raise UserError(reply["error"]) if reply["user"] else EngineLostError(reply["error"])
 
     def _get(self, reference: Any) -> Any:
@@ -147,7 +151,7 @@ def _reserve(place: Placement) -> Any:
     group = placement_group([bundle], strategy="STRICT_PACK")  # ranks of one engine: one node
     if not group.wait(place.wait_s):
         remove_placement_group(group)
-        raise UserError(f"ray: no node had {bundle} free within {place.wait_s:g} s")
+        raise EngineStartError(f"ray: no node had {bundle} free within {place.wait_s:g} s")
     return group
 
 

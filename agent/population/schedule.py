@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 
@@ -158,25 +159,34 @@ class Joined:
 Event = Finished | Failed | Joined
 
 
+class EngineStartError(UserError):
+    """An engine has no place or cannot be started; with others there it is only missing."""
+
+
 class NoEngineError(Exception):
     """Members remain and nothing can evaluate them; the message says what happened to whom."""
 
 
 def plan(
-    members: Iterable[int], engines: Iterable[int], tries: int = 3
+    members: Iterable[int],
+    engines: Iterable[int],
+    tries: int = 3,
+    coming: Iterable[int] = (),
 ) -> Generator[tuple[Assign, ...], Event, tuple[Failed, ...]]:
     """Hand members to free engines, in order, until each has been evaluated once.
 
     Yields what to start now (nothing, when every engine is busy or no member waits), receives
     the next event, returns the failures it survived. Holds at every yield: an engine is free
     only if no member waits. A failed engine gives its member back to the front of the queue.
+    ``coming`` engines are not there yet: a Joined or a Failed of each may follow, as of any engine
+    that was not named.
 
     Raises NoEngineError when members remain and no engine is left or being mended, or when one
     member broke ``tries`` engines: then the fault is the member's.
     """
     waiting, free = deque(members), deque(engines)
     busy: dict[int, int] = {}
-    mending: set[int] = set()
+    mending = set(coming)
     failures: list[Failed] = []
     broken: Counter[int] = Counter()
     while waiting or busy:
@@ -202,6 +212,16 @@ def plan(
     return tuple(failures)
 
 
+def told(
+    decisions: Generator[tuple[Assign, ...], Event, object], event: Event
+) -> tuple[Assign, ...] | None:
+    """What a plan wants started after an event, None when it is done."""
+    try:
+        return decisions.send(event)
+    except StopIteration:
+        return None
+
+
 def _start(waiting: deque[int], free: deque[int], busy: dict[int, int]) -> tuple[Assign, ...]:
     """Pair waiting members with free engines while there are both."""
     started = []
@@ -223,3 +243,10 @@ def agreed(hashes: Sequence[str]) -> str:
     if not hashes:
         raise ValueError("hashes: none, allowed: one per engine")
     return max(hashes, key=hashes.count)
+
+
+def wanted(directory: Path, found: str, digest: str | None) -> str:
+    """The digest that went into the engines; UserError where another one was asked for."""
+    if digest not in (None, found):
+        raise UserError(f"{directory}: the weights are {found[:12]}, wanted {str(digest)[:12]}")
+    return found

@@ -18,9 +18,10 @@ from typing import Any
 from agent.config import load
 from agent.home import Home
 from agent.learner.noise import Address, NoiseKind
-from agent.population.pool import Population, Result, Start
+from agent.population.pool import Population, Result
 from agent.population.process import EngineLauncher
 from agent.population.schedule import Messages
+from agent.population.slot import Start
 from agent.store.replay import replay
 from flows.learn.improve import run_round
 from flows.learn.loop import alone

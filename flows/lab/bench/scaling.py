@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from agent.population.schedule import Event, Failed, Finished, Joined, plan
+from agent.population.schedule import Event, Failed, Finished, Joined, plan, told
 from flows.show.terminal import Reporter, Silent
 
 ENGINES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -84,10 +84,7 @@ def simulate(members: int, engines: int, bench: ScalingBench, seed: int) -> Simu
         now, _, event = heapq.heappop(queue)
         if isinstance(event, Finished):  # rewarded before the next decision, as a round does
             driver = now = max(driver, now) + bench.collect_s
-        try:
-            starts = decisions.send(event)
-        except StopIteration:
-            break
+        starts = told(decisions, event)
     return SimulatedGeneration(now, float(took.sum()), failures)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
 from agent.population.pool import CHUNK, Population
-from agent.population.schedule import Completion, Logprobs, Messages, NoEngineError
+from agent.population.schedule import (
+    Completion,
+    EngineStartError,
+    Logprobs,
+    Messages,
+    NoEngineError,
+)
 
 ANCHOR = Path("anchor")
 PROMPTS = [[{"role": "user", "content": str(n)}] for n in range(5)]
@@ -212,7 +219,7 @@ def test_when_all_engines_stay_broken_the_reasons_are_told() -> None:
     population = opened(troubles, 2)
     with pytest.raises(NoEngineError, match=r"generate \d+ broke"):
         results(population)
-    with pytest.raises(NoEngineError, match="engine 0: ConnectionError"):
+    with pytest.raises(NoEngineError, match=r"engine \d: ConnectionError"):
         population.generate(PROMPTS, 4)
     assert len(troubles.started) <= 2 + 2 * 2  # a bounded number of starts
     population.close()
@@ -321,6 +328,115 @@ def test_closing_ends_an_engine_that_is_being_mended() -> None:
     population.close()
     asking.join(20)
     assert [engine.closed for engine in troubles.started] == [True, True]
+
+
+class Late:
+    """Starts the first engines at once; later ones wait for ``go``."""
+
+    def __init__(self, troubles: Troubles, first: int = 1):
+        self.troubles, self.first, self.go = troubles, first, threading.Event()
+        self.waits = threading.Event()
+
+    def __call__(self) -> Plain:
+        if len(self.troubles.started) >= self.first:
+            self.waits.set()
+            assert self.go.wait(20)
+        return self.troubles.start()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+
+
+def test_nothing_waits_for_an_engine_that_is_mended_and_it_comes_to_where_the_others_are() -> None:
+    """A generation, three steps and a generation go on while the second engine's start hangs."""
+    troubles = Troubles((1, "generate"))
+    late = Late(troubles, first=2)
+    population = Population([late, late])
+    population.open(ANCHOR)
+    assert results(population) == alone()[0]
+    assert late.waits.wait(20)
+    for generation in range(3):
+        population.apply(one_step(generation))
+    before = results(population)
+    assert population.engines() == 1
+    late.go.set()
+    until(lambda: population.engines() == 2)
+    one, other = (each for each in troubles.started if not each.closed)
+    assert one.history == other.history
+    assert results(population) == before
+    assert population.apply(one_step(3)).delta_hash == one._hash()
+    assert ["disagree" in line for line in population.incidents] == [False]
+    population.close()
+
+
+def test_a_step_that_is_made_while_an_engine_is_brought_reaches_it() -> None:
+    troubles = Troubles((1, "generate"))
+    bringing, go = threading.Event(), threading.Event()
+
+    def start() -> Plain:
+        engine = troubles.start()
+        if len(troubles.started) == 3:
+            engine._trouble = lambda what, _: (bringing.set(), go.wait(20)) if what == "open" else 0
+        return engine
+
+    population = Population([start, start])
+    population.open(ANCHOR)
+    results(population)
+    assert bringing.wait(20)
+    population.apply(one_step(0))
+    go.set()
+    until(lambda: population.engines() == 2)
+    one, other = (each for each in troubles.started if not each.closed)
+    assert one.history == other.history == [str(ANCHOR), one_step(0).to_json()]
+    population.close()
+
+
+def test_an_engine_added_in_the_middle_of_a_generation_takes_members() -> None:
+    troubles = Troubles()
+    population = opened(troubles, 1)
+    population.apply(one_step(0))
+    done: dict[int, list[Completion]] = {}
+    used = set()
+    for result in population.members(JOBS, PROMPTS, [3, 4, 5, 6, 7]):
+        done[result.job] = result.values
+        used.add(result.engine)
+        if len(done) == 1:
+            assert population.add(troubles.start) == 1
+            until(lambda: len(troubles.started) == 2 and population._slots[1].engine is not None)
+    assert done == alone()[2]
+    assert used == {0, 1}
+    assert population.apply(one_step(1)).delta_hash == troubles.started[1]._hash()
+    population.close()
+
+
+def test_an_engine_that_cannot_start_is_an_incident_where_another_one_can() -> None:
+    troubles = Troubles()
+
+    def refuse() -> Plain:
+        raise EngineStartError("ray: no node had {'GPU': 1.0} free")
+
+    def broken() -> Plain:
+        def trouble(what: str, engine: Plain) -> None:
+            raise EngineStartError("engine: out of memory")
+
+        return Plain(trouble)
+
+    population = Population([refuse, troubles.start, broken])
+    assert population.open(ANCHOR) == "anchor"
+    assert results(population) == alone()[0]
+    text = "; ".join(population.incidents)
+    assert "engine 0 not started: ray: no node had" in text
+    assert "engine 2 dropped: engine: out of memory" in text
+    population.close()
+    nothing = Population([refuse, broken])
+    with pytest.raises(UserError, match="no node had"):
+        nothing.open(ANCHOR)
+    nothing.close()
 
 
 def test_no_engines_is_a_mistake() -> None:

@@ -144,3 +144,14 @@ def test_agreement_is_the_majority_and_the_first_on_a_draw() -> None:
     assert agreed(["b", "a"]) == "b"
     with pytest.raises(ValueError, match="one per engine"):
         agreed([])
+
+
+def test_members_wait_for_an_engine_that_is_coming() -> None:
+    decisions = plan(range(2), [], coming=[4])
+    assert next(decisions) == ()
+    assert decisions.send(Joined(4)) == (Assign(4, 0),)
+    assert decisions.send(Joined(9)) == (Assign(9, 1),)  # one that nobody named
+    gone = plan(range(2), [], coming=[4])
+    next(gone)
+    with pytest.raises(NoEngineError, match="2 members wait"):
+        gone.send(Failed(4, "no place"))
