@@ -14,7 +14,8 @@ from flows.show.terminal import check_lines, pairs, reporter, show
 
 app = typer.Typer()
 bench_app = typer.Typer(
-    help="Benchmarks of the learner, the gate and the endpoint.", no_args_is_help=True
+    help="Benchmarks of the learner, the population, the gate and the endpoint.",
+    no_args_is_help=True,
 )
 task_app = typer.Typer(help="Check tasks, your own included.", no_args_is_help=True)
 embedded_app = typer.Typer(
@@ -259,6 +260,7 @@ def bench_learning_command(
     only_report: Annotated[
         bool, typer.Option("--report", help="Compare the files that are there; run nothing.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option(help="PNG file: before and after.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare recipes of a round at equal answers with paired seeds; goes on after a kill."""
@@ -267,6 +269,7 @@ def bench_learning_command(
         LearningBench,
         bench_learning,
         learning_table,
+        plot_learning,
         report,
     )
 
@@ -277,7 +280,35 @@ def bench_learning_command(
         with reporter() as bars:
             bench = LearningBench(model, targets, systems, seeds, answers, rows)
             document = bench_learning(bench, config, work, out, bars)
+    if plot is not None and document["trials"]:
+        document["plot"] = str(plot_learning(document, plot))
     show(document, as_json, learning_table(document))
+
+
+@bench_app.command("population")
+def bench_population_command(
+    model: Annotated[str, typer.Option(help="As of `anchorage up --model`.")] = "embedded",
+    target: Annotated[str, typer.Option(help="Task whose rows are asked.")] = "gsm8k",
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(help="Worked examples of a prompt; repeatable. Default: 0 and 2."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts a member.")] = 32,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of which medians are taken.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Plain vLLM compiles the model; the engine does not.")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="TOML settings beside these.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure members of a population against plain vLLM. Exit code 1 under the bound."""
+    from flows.lab.bench.population import PopulationBench, bench_population, population_table
+
+    bench = PopulationBench(target, prompts, turns, shots=tuple(shots or (0, 2)), compiled=compiled)
+    with reporter() as bars:
+        document = bench_population(bench, model, config, bars)
+    show(document, as_json, population_table(document))
+    raise typer.Exit(0 if document["within"] else 1)
 
 
 @bench_app.command("endpoint")

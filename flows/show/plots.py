@@ -123,6 +123,25 @@ def rounds(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
+def before_and_after(lines: Sequence[tuple[str, float, float, bool]], title: str) -> Figure:
+    """A line from the anchor's accuracy to the candidate's for every trial and task.
+
+    Args:
+        lines: Label, accuracy before and after (shares), and whether the task was the target.
+        title: The figure's title.
+    """
+    figure, axes = _figure(title, "accuracy (%): the anchor's (open), the candidate's (full)", "")
+    figure.set_size_inches(8, 1.2 + 0.3 * len(lines))
+    for at, (_, before, after, target) in enumerate(lines):
+        colour, width = (COLOURS[0], 3.0) if target else (COLOURS[5], 1.4)
+        axes.plot([100 * before, 100 * after], [at, at], color=colour, linewidth=width)
+        axes.plot(100 * before, at, "o", color=colour, markerfacecolor="white", markersize=6)
+        axes.plot(100 * after, at, "o", color=colour, markersize=6)
+    axes.set_yticks(range(len(lines)), [label for label, *_ in lines])
+    axes.invert_yaxis()
+    return figure
+
+
 def heat_map(values: Mapping[str, Mapping[str, float]], title: str) -> Figure:
     """One row a version, one column a task, such as KL(anchor || version) in nats per token."""
     figure, axes = _figure(title, "", "")

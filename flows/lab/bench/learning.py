@@ -291,16 +291,19 @@ def _priors(result: Mapping[str, Any]) -> float:
 
 def learning_table(document: Mapping[str, Any]) -> Table:
     """A line for each target and system."""
-    drawn = Table(title="points gained on held-out rows, seed by seed", title_justify="left")
-    drawn.add_column("target")
-    drawn.add_column("system")
+    drawn = Table(
+        title="points gained on held-out rows, by seed; a million tokens; ratio to published",
+        title_justify="left",
+    )
+    drawn.add_column("target", no_wrap=True)
+    drawn.add_column("system", no_wrap=True)
     columns = (
-        "points by seed",
-        "of unchanged form",
-        "largest p",
+        "points",
+        "same form",
+        "p",
         "tokens",
-        "points / million",
-        "/ published",
+        "/ 1M",
+        "ratio",
         "priors",
     )
     for column in columns:
@@ -312,10 +315,26 @@ def learning_table(document: Mapping[str, Any]) -> Table:
             row["system"],
             " ".join(f"{each:+.1f}" for each in row["points"]),
             " ".join("-" if each is None else f"{each:+.1f}" for each in row["points_alike"]),
-            f"{row['largest_p']:.2g}",
-            f"{row['tokens']:,.0f}",
+            f"{row['largest_p']:.0e}",
+            f"{row['tokens'] / 1000:,.0f} k",
             f"{row['points_per_million_tokens']:.0f}",
             "-" if ratio is None else f"{ratio:.1f}",
             f"{row['priors']:+.1f}",
         )
     return drawn
+
+
+def plot_learning(document: Mapping[str, Any], path: Path) -> Path:
+    """Every trial's target and priors, before and after, as a PNG."""
+    from flows.show.plots import before_and_after  # matplotlib: only where something is drawn
+
+    lines = []
+    for each in sorted(document["trials"], key=lambda each: tuple(each["trial"].values())):
+        trial = each["trial"]
+        for name, row in sorted(each["tasks"].items(), key=lambda item: item[0] != trial["target"]):
+            own = name == trial["target"]
+            label = f"{trial['target']}, {trial['system']}, seed {trial['seed']}"
+            lines.append((label if own else name, *row["accuracy"], own))
+    figure = before_and_after(lines, f"{document['trials'][0]['trial']['model']}, held-out rows")
+    figure.savefig(path, dpi=110)
+    return path

@@ -16,6 +16,7 @@ from flows.lab.bench.learning import (
     bench_learning,
     changes,
     learning_table,
+    plot_learning,
     report,
 )
 from flows.lab.trials import PairedRun
@@ -110,6 +111,7 @@ def test_the_report_pairs_seeds_and_needs_no_model(tmp_path: Path) -> None:
     assert ours["ratio_to_published"] == pytest.approx(15.0)  # 10 and 20 times: the median
     assert ours["priors"] == pytest.approx(-1.0)
     assert learning_table(document).row_count == 2
+    assert plot_learning(document, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_committed_results_are_those_of_the_documents() -> None:

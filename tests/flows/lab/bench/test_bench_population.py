@@ -1,0 +1,51 @@
+"""The population's bench: its arithmetic, and a turn on planted engines beside a known rate."""
+
+from collections.abc import Callable
+from multiprocessing import Pipe
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from flows.lab.bench.population import PopulationBench, medians, one_turn, population_table
+from flows.session import Session
+
+TURNS = [
+    {"render": 0.1, "update": 0.1, "member": 2.0, "read": 1.0, "plain": 1.8},
+    {"render": 0.2, "update": 0.2, "member": 4.0, "read": 1.0, "plain": 4.0},
+    {"render": 0.1, "update": 0.0, "member": 1.0, "read": 1.0, "plain": 3.0},
+]
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    case = medians(TURNS)
+    assert case["member_s"] == 2.0
+    assert case["ratio"] == 1.0  # of 0.9, 1 and 3; of the medians it would be 1.5
+    assert case["read_ratio"] == 3.0
+    assert case["weight_share"] == pytest.approx(0.1)
+    document = {"target": "t", "prompts": 1, "members": 1, "cases": [{"shots": 0} | case]}
+    assert population_table(document).row_count == 1
+
+
+@pytest.mark.proof
+def test_a_turn_asks_both_the_same_prompts(planted: Callable[..., Session]) -> None:
+    session = planted()
+    service, population = session.service, session.population
+    population.open(service.anchor.directory)
+    task = service.task("gsm8k")
+    rows = service.rows("gsm8k", "train", 3)
+    prompts = [task.messages(row) for row in rows]
+    near, far = Pipe()
+    arrived: list[Any] = []
+
+    def plain() -> None:
+        arrived.append(far.recv())
+        far.send(0.25)
+
+    thread = Thread(target=plain)
+    thread.start()
+    turn = one_turn(PopulationBench("gsm8k", members=4), task, population, near, (rows, prompts))
+    thread.join()
+    assert arrived == [prompts]
+    assert (turn["render"], turn["plain"]) == (0.5, 0.25)
+    assert turn["member"] > turn["update"] > 0
