@@ -96,8 +96,14 @@ HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "earl
 # the choice among points does not save the harmful round.
 REAL_HARMFUL = HARMFUL | {"alpha": 0.02, "generations": 2, "selection": 0}
 REAL: dict[str, dict[str, Any]] = {
-    "tasks": {"target": "dates", "files": [*EXTRACTION.values()], "rows": 300, "curve_rows": 48},
-    "learner": {"generations": 10, "budget_minutes": 0},
+    "tasks": {
+        "target": "orders",
+        "files": [*EXTRACTION.values()],
+        "rows": 400,
+        "curve_every": 6,
+        "curve_rows": 48,
+    },
+    "learner": {"generations": 12},
     "gate": {"confirm": False},
     "review": {"mode": "auto"},
 }
@@ -134,7 +140,7 @@ def sections(model: str) -> dict[str, Any]:
     if model == EMBEDDED:
         return {}
     more = DOWNLOADED if given().get("tasks.data_dir") else ()
-    return REAL | {"tasks": REAL["tasks"] | {"priors": ["orders", "refusal", *more]}}
+    return REAL | {"tasks": REAL["tasks"] | {"priors": ["dates", "refusal", *more]}}
 
 
 def fresh_home(home: Path | None) -> Home:

@@ -18,12 +18,12 @@ def test_another_model_learns_an_extraction_and_promotes_by_itself(
     assert sections("embedded") == {}
     settings = load(None, model={"path": SMOLLM2}, **sections(SMOLLM2))
     assert settings.review.mode == "auto"
-    assert settings.tasks.priors == ("orders", "refusal")
+    assert settings.tasks.priors == ("dates", "refusal")
     assert {load_task(spec).name for spec in settings.tasks.files} == {"orders", "dates"}
-    assert settings.tasks.target == "dates"
+    assert settings.tasks.target == "orders"
     (tmp_path / "anchorage.toml").write_text(f'[tasks]\ndata_dir = "{tmp_path}"\n')
     settings = load(None, model={"path": SMOLLM2}, **sections(SMOLLM2))
-    assert settings.tasks.priors == ("orders", "refusal", "arc_challenge", "piqa")
+    assert settings.tasks.priors == ("dates", "refusal", "arc_challenge", "piqa")
     assert settings.tasks.data_dir == tmp_path
 
 
