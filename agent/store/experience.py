@@ -275,8 +275,7 @@ class ExperienceStore:
         """(principal, error, interactions) of a task's answers created after ``since``."""
         count = func.count(distinct(interactions.c.id))
         query = (
-            select(interactions.c.principal, answers.c.error, count)
-            .select_from(answers.join(interactions))
+            JOINED.with_only_columns(interactions.c.principal, answers.c.error, count)
             .where(interactions.c.task == task, answers.c.error.is_not(None))
             .where(interactions.c.created > since)
             .group_by(interactions.c.principal, answers.c.error)
@@ -304,12 +303,9 @@ class ExperienceStore:
 
     def verified(self, task: str, since: float = 0.0) -> int:
         """Interactions of a task created after ``since`` that have a reward."""
-        query = (
-            select(func.count(distinct(interactions.c.id)))
-            .select_from(answers.join(interactions))
-            .where(interactions.c.task == task, answers.c.reward.is_not(None))
-            .where(answers.c.error.is_(None), interactions.c.created > since)
-        )
+        query = JOINED.with_only_columns(func.count(distinct(interactions.c.id)))
+        query = query.where(interactions.c.task == task, interactions.c.created > since)
+        query = query.where(answers.c.reward.is_not(None), answers.c.error.is_(None))
         return int(self._all(query)[0][0])
 
     def rewards(
