@@ -52,6 +52,7 @@ from flows.show.prefect import (
     reported,
     server_answers,
     show_page,
+    stop_left,
     tell,
 )
 from flows.show.terminal import Silent
@@ -247,6 +248,7 @@ class Runner:
             try:
                 if now - registered_at >= PREFECT_S:
                     self.register()
+                    stop_left(list(self._names), self._running)
                     registered_at = now
                 self.tick()
             except (httpx.HTTPError, ObjectNotFound) as error:

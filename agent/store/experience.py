@@ -222,9 +222,8 @@ class ExperienceStore:
                 row = connection.execute(query).mappings().first()
                 if row is not None and is_whole(answers, row, owner):
                     verdict[SEAL] = seal_of(answers, {**row, **verdict}, owner)
-                    connection.execute(
-                        update(answers).where(answers.c.id == row["id"]).values(verdict)
-                    )
+                    open_still = (answers.c.id == row["id"]) & answers.c.judged.is_(None)
+                    connection.execute(update(answers).where(open_still).values(verdict))
 
     def unjudged(self, before: float, limit: int = 1000) -> list[Unjudged]:
         """Answers older than ``before`` whose verdict never came: a process died in between."""

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -70,6 +70,8 @@ VERDICTS = {
     "reject": RunState("FAILED", "Rejected"),
     "unchanged": RunState("CANCELLED", "Unchanged"),
 }
+UNDER_WAY = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+STOPPED = RunState("CANCELLED", "Stopped", "the service was stopped; the next round goes on")
 
 
 def ending(result: object) -> RunState:
@@ -166,11 +168,9 @@ def server_answers(wait_s: float = 0.0) -> bool:
     url = os.environ.get("PREFECT_API_URL")
     until = time.monotonic() + wait_s
     while url is not None:
-        try:
+        with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=2).status_code == httpx.codes.OK:
                 return True
-        except httpx.HTTPError:
-            pass
         if time.monotonic() >= until:
             return False
         time.sleep(0.5)
@@ -208,6 +208,17 @@ def told(method: str, path: str, body: object) -> Any:
 def tell(run_id: UUID, state: RunState) -> None:
     """Set a run's state."""
     told("POST", f"/flow_runs/{run_id}/set_state", {"state": state.to_json(), "force": True})
+
+
+def stop_left(deployments: Sequence[UUID], running: Collection[UUID]) -> None:
+    """Settle runs that a service which was stopped left as running, and what ran inside them."""
+    wanted = {"deployment_id": {"any_": [str(each) for each in deployments]}}
+    while wanted:
+        found = told("POST", "/flow_runs/filter", {"flow_runs": wanted | UNDER_WAY}) or []
+        left = [run["id"] for run in found if UUID(run["id"]) not in running]
+        for run_id in left:
+            tell(UUID(run_id), STOPPED)
+        wanted = {"parent_flow_run_id": {"any_": left}} if left else {}
 
 
 @dataclass

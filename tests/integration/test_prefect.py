@@ -22,7 +22,7 @@ from agent.store.ledger import Entry
 from deploy.consoles import USER, credentials
 from deploy.stack import choose_ports, client_environment
 from deploy.supervise import Probe, answers
-from flows.show.prefect import CURRENT, ShownProgress, event_of, reported
+from flows.show.prefect import CURRENT, ShownProgress, event_of, reported, stop_left
 from flows.show.terminal import Silent
 
 pytestmark = pytest.mark.integration
@@ -165,6 +165,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     made.down()
 
 
+@pytest.fixture
+def signed_in(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, desk.environment[name])
+    return desk
+
+
 def test_loops_never_overlap_and_after_a_pause_one_catches_up(desk: Desk, scale: Scale) -> None:
     """Loops of 9 s, planned every 6 s; then down, for as long as several would have taken."""
     if scale(0, 1) == 0:
@@ -184,6 +191,8 @@ def test_loops_never_overlap_and_after_a_pause_one_catches_up(desk: Desk, scale:
     assert all(min(b - e for e in ends if e < b) >= 5.9 for b in begins[1:] if b < begins[-1] - 20)
     states = Counter((run["state_type"], run["state_name"]) for run in desk.runs())
     assert not [state for state in states if state[0] == "FAILED"]
+    stopped = [run["id"] for run in desk.runs() if run["state_name"] == "Stopped"]
+    assert stopped == [lines[before - 1][0]]  # the one that `down` ended
     skipped = [run for run in desk.runs() if run["state_name"] == "Skipped"]
     assert any("a round is running" in run["state"]["message"] for run in skipped)
     assert any("catches up" in run["state"]["message"] for run in skipped)
@@ -252,6 +261,26 @@ def test_a_run_that_was_changed_in_prefect_is_refused_and_nothing_runs(
     assert made not in {line[0] for line in desk.rounds()}
 
 
+def test_what_a_stopped_service_left_running_is_settled_with_its_parts(signed_in: Desk) -> None:
+    """Runs of nobody's process: a deployment's, one inside it; a person's own run stays."""
+    flow = signed_in.ask("POST", "/flows/", {"name": "a test"})["id"]
+
+    def begun(**parts: Any) -> str:
+        body = {"flow_id": flow, "state": {"type": "RUNNING", "name": "Running"}, **parts}
+        return str(signed_in.ask("POST", "/flow_runs/", body)["id"])
+
+    deployed = signed_in.ask("POST", "/deployments/", {"name": "a test", "flow_id": flow})["id"]
+    left, ours, mine = begun(deployment_id=deployed), begun(deployment_id=deployed), begun()
+    task = {"flow_run_id": left, "task_key": "improve", "dynamic_key": "0"}
+    part = begun(parent_task_run_id=signed_in.ask("POST", "/task_runs/", task)["id"])
+    stop_left([UUID(deployed)], {UUID(ours)})
+
+    def states(*runs: str) -> set[str]:
+        return {signed_in.ask("GET", f"/flow_runs/{run}")["state"]["name"] for run in runs}
+
+    assert (states(left, part), states(ours, mine)) == ({"Stopped"}, {"Running"})
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
 def test_the_owner_reads_prefects_pages_in_a_browser(desk: Desk) -> None:
     """The page's scripts sign in with what the browser was told, and fill the page."""
@@ -272,13 +301,6 @@ def test_a_run_that_a_person_asks_for_gets_their_parameters(desk: Desk) -> None:
     lines = (desk.home.root / "rounds.jsonl").read_text().splitlines()
     assert parameters in [given for run, _, _, given in map(json.loads, lines) if run == made]
     assert UUID(made)
-
-
-@pytest.fixture
-def signed_in(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
-        monkeypatch.setenv(name, desk.environment[name])
-    return desk
 
 
 def test_what_a_run_shows_is_on_its_page(signed_in: Desk) -> None:
