@@ -9,7 +9,7 @@ LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 LOCK := requirements-$(EXTRA).lock
 
-.PHONY: demo demo-real test soak lint venv smollm2 lock clean
+.PHONY: demo demo-real test soak gpu lint venv smollm2 lock clean
 
 demo: venv
 	$(BIN)/anchorage demo
@@ -26,6 +26,14 @@ test: venv
 
 soak: venv
 	ANCHORAGE_SOAK=1 $(BIN)/python -m pytest -q --timeout=7200
+
+# Kernels and theta on this machine's CUDA device, in pieces of under ten minutes; a fault ends it.
+# Without the environment: a python with numpy, numba, torch, triton and safetensors is enough.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
+gpu:
+	for piece in bits speed place memory demo; do \
+	  $(GPU_PYTHON) -m flows.lab.bench.gpu $$piece --out build/gpu.json || exit; done
+	$(GPU_PYTHON) -m flows.lab.bench.gpu table --out build/gpu.json
 
 lint: venv
 	$(BIN)/ruff check .
