@@ -145,12 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("slot")
     given, foreign = parser.parse_known_args(argv)
     home = Home.at(given.home)
+    if "SUPERVISOR_ENABLED" in os.environ:
+        end_leaderless()  # a killed engine's core still holds the accelerator's memory
+    begin(home, given.slot)  # before anything is read that may be damaged
     foreign = [*(foreign or flags(_settings(home), cpu=on_cpu())), *_template(home)]
     for name, value in environment(home, cpu=on_cpu()).items():
         os.environ.setdefault(name, value)  # before torch is imported
-    if "SUPERVISOR_ENABLED" in os.environ:
-        end_leaderless()  # a killed engine's core still holds the accelerator's memory
-    begin(home, given.slot)
     fresh = "numba" not in sys.modules
     served = intact(home, given.slot)
     if fresh and "numba" in sys.modules:
