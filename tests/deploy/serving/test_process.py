@@ -18,6 +18,7 @@ from deploy.serving.served import (
     write_served,
     write_slot,
 )
+from deploy.serving.starts import starts
 
 
 @pytest.fixture
@@ -117,3 +118,13 @@ def test_a_damaged_file_is_named(home: Home) -> None:
         write_atomically(home.serving_json, text)
         with pytest.raises(UserError, match=r"is damaged|not a served version"):
             read_served(home)
+
+
+def test_a_start_that_fails_at_its_settings_is_counted(home: Home) -> None:
+    keep(home, load())
+    home.settings_json.write_text(home.settings_json.read_text().replace('"model"', '"mod%l"'))
+    with pytest.raises(UserError, match="damaged"):
+        process.main([str(home.root), BLUE, "--a-flag"])
+    count = starts(home, BLUE)
+    assert count is not None
+    assert count.begun == 1
