@@ -31,6 +31,7 @@ from flows.commands import doctor
 from flows.service import Service
 
 pytestmark = pytest.mark.integration
+ROWS_OF = {"state.db": ("ledger", "journal"), "experience.db": ("traffic",)}  # their checks
 ROWS = Path(__file__).parents[1] / "evaluators" / "rows"
 
 
@@ -152,13 +153,13 @@ class Stack:
         return answers_s, by, found
 
     def fault(self, name: str) -> str:
-        """What is wrong by one check of `doctor`, or ""."""
-        checks = doctor.HomeChecks(self.home).checks()
-        check = next(each for each in checks if each.name == name)
-        try:
-            check.look()
-        except Exception as error:
-            return str(error) or type(error).__name__
+        """What is wrong by one check of `doctor`, and by those of a database's rows, or ""."""
+        for check in doctor.HomeChecks(self.home).checks():
+            if check.name in (name, *ROWS_OF.get(name, ())):
+                try:
+                    check.look()
+                except Exception as error:
+                    return str(error) or type(error).__name__
         return ""
 
     def engine(self) -> State:
