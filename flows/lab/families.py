@@ -118,7 +118,6 @@ QWEN_VISION = {
     "out_hidden_size": HIDDEN,
     "patch_size": 14,
     "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
 }
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 FAMILIES: dict[str, Family] = {
@@ -151,19 +150,9 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         "OPTForCausalLM",
         "OPTConfig",
-        {
-            **ENDS,
-            "vocab_size": VOCABULARY,
-            "hidden_size": HIDDEN,
-            "ffn_dim": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": LENGTH,
-            "word_embed_proj_dim": HIDDEN,
-            "init_std": SPREAD,
-            "pad_token_id": 256,
-        },
+        {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN, "init_std": SPREAD},
         TIED,
+        without=("intermediate_size", "num_key_value_heads", "initializer_range"),
     ),
     "bloom": Family(
         "BloomForCausalLM",
@@ -200,18 +189,14 @@ FAMILIES: dict[str, Family] = {
         "Qwen3VLConfig",
         {"head_dim": 32, "rope_parameters": ROPE},
         text="Qwen3VLTextConfig",
-        vision={"vision_config": QWEN_VISION},
+        vision={"vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0]}},
     ),
     "qwen3_5": Family(
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5Config",
         LINEAR,
         text="Qwen3_5TextConfig",
-        vision={
-            "vision_config": {
-                k: v for k, v in QWEN_VISION.items() if k != "deepstack_visual_indexes"
-            }
-        },
+        vision={"vision_config": QWEN_VISION},
     ),
 }
 
