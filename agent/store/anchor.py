@@ -7,16 +7,18 @@ of its bytes and a step names that sha256, so that a journal replays with the we
 had.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -24,6 +26,9 @@ from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.penalty import check_weights
 from agent.store.tensorfile import DTYPES, Spec, beside, combined, hashed, sha256_of
+
+if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
+    import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -97,13 +102,16 @@ def locate(directory: Path) -> dict[str, Any]:
 
 def spec_of(handle: Any, name: str) -> Spec | str:
     """Shape and dtype of a stored tensor, or what is wrong with them."""
+    import torch
+
     stored = handle.get_slice(name)
     shape, code = tuple(stored.get_shape()), stored.get_dtype()
     if code not in DTYPES:
         return f"{name} is {code}, allowed: {', '.join(sorted(DTYPES))}"
     if 0 in shape:
         return f"{name} is empty, shape {list(shape)}"
-    return shape, DTYPES[code]
+    dtype: torch.dtype = getattr(torch, DTYPES[code])
+    return shape, dtype
 
 
 def _weight_of(names: Iterable[str], modules: Sequence[str]) -> str | None:
@@ -155,13 +163,13 @@ class Anchor:
         self.specs = MappingProxyType(dict(specs))
         self.tied: Mapping[str, str] = MappingProxyType({})
         self.fixed: frozenset[str] = frozenset()
-        self.parameters = sum(torch.Size(shape).numel() for shape, _ in specs.values())
+        self.parameters = sum(prod(shape) for shape, _ in specs.values())
         self._tensors: dict[str, torch.Tensor] = {
             name: files[name].get_tensor(name) for name in specs
         }
 
     @classmethod
-    def open(cls, directory: Path) -> "Anchor":
+    def open(cls, directory: Path) -> Anchor:
         """Map a directory with config.json and safetensors weights; UserError names what is wrong.
 
         Refused: no config or weights, code named by ``auto_map``, other dtypes, empty tensors,
@@ -190,7 +198,7 @@ class Anchor:
     @property
     def learnable(self) -> int:
         """How many weights a step can move."""
-        return self.parameters - sum(torch.Size(self.specs[n][0]).numel() for n in self.fixed)
+        return self.parameters - sum(prod(self.specs[n][0]) for n in self.fixed)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The mapped tensor in its own dtype; an alias gives what it is tied to. Do not write."""
@@ -208,6 +216,8 @@ class Anchor:
 
 def require_finite(anchor: Anchor) -> None:
     """Raise one UserError with every tensor that holds NaN or infinity: no engine answers sense."""
+    import torch
+
     counts = {
         name: int(tensor.numel() - torch.isfinite(tensor).sum())
         for name, tensor in anchor.tensors()
@@ -219,6 +229,8 @@ def require_finite(anchor: Anchor) -> None:
 
 def _equal(files: Mapping[str, Any], one: str, other: str) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes."""
+    import torch
+
     first, second = files[one].get_tensor(one), files[other].get_tensor(other)
     return first.dtype == second.dtype and torch.equal(first, second)
 
@@ -228,6 +240,8 @@ Floats = NDArray[np.float32]
 
 def read_floats(anchor: Anchor, path: Path) -> dict[str, Floats]:
     """One float32 array per tensor of the anchor, from a snapshot that belongs to it."""
+    import torch
+
     handle = open_tensors(path)
     if (handle.metadata() or {}).get("anchor", anchor.digest) != anchor.digest:
         raise UserError(f"{path}: belongs to another anchor than {anchor.digest[:12]}")

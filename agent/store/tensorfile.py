@@ -4,6 +4,8 @@ Layout of a file, https://github.com/huggingface/safetensors: eight bytes little
 the header, the header (JSON: name -> dtype, shape, offsets into the data), the data without gaps.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json
@@ -13,14 +15,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
+    import torch
 
-Spec = tuple[tuple[int, ...], torch.dtype]
 
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+Spec = tuple[tuple[int, ...], "torch.dtype"]
+
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # by torch's name
+DTYPES = {code: name for name, code in CODES.items()}
 BATCH = 1 << 26  # bytes hashed together
 WORTH_THREADS = 1 << 20  # bytes below which starting threads costs more than hashing
 
@@ -32,6 +38,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def raw(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in C order, without a copy where it is contiguous on the host."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -94,9 +102,9 @@ def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
     end = 0
     for name in file_order(specs):
         shape, dtype = specs[name]
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        entries[name] = entry
+        start, end = end, end + prod(shape) * dtype.itemsize
+        code = CODES[dtype_name(dtype)]
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

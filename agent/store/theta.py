@@ -16,15 +16,17 @@ search for kernels, at the start of a serving engine on the CPU, fails in a proc
 llvmlite: such a process imports this module to check its weights before it starts.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from agent.home import flush_folder
@@ -41,13 +43,16 @@ from agent.store.tensorfile import (
     write_tensors,
 )
 
+if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
+    import torch
+
 GROUP = 1 << 24  # elements rendered at a time
 TREE = "tree-"  # how a tree hash of delta begins
 
 Moves = Mapping[str, tuple[float, float]]
 """Tensor name -> (sum delta^2 after a step, sum (delta after - before)^2), in float64."""
 
-Slot = Callable[[str], torch.Tensor | None]
+Slot = Callable[[str], "torch.Tensor | None"]
 """Tensor name -> where its values go: flat, in the anchor's dtype; None: memory of its own."""
 
 
@@ -140,6 +145,8 @@ class Theta(ABC):
 
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of delta."""
+        import torch
+
         return {name: (shape, torch.float32) for name, (shape, _) in self.anchor.specs.items()}
 
     def delta_hash(self, like: str | None = None) -> str:
@@ -189,14 +196,14 @@ class Parameters(Theta):
         self.delta = {name: delta[name].reshape(-1) for name in anchor.names}
 
     @classmethod
-    def zeros(cls, anchor: Anchor, importance: Path | None = None) -> "Parameters":
+    def zeros(cls, anchor: Anchor, importance: Path | None = None) -> Parameters:
         """theta = theta_0."""
         shapes = {name: shape for name, (shape, _) in anchor.specs.items()}
         delta = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         return cls(anchor, delta, importance)
 
     @classmethod
-    def load(cls, anchor: Anchor, path: Path, importance: Path | None = None) -> "Parameters":
+    def load(cls, anchor: Anchor, path: Path, importance: Path | None = None) -> Parameters:
         """Read a snapshot of delta; UserError when it is damaged or of another anchor."""
         return cls(anchor, read_floats(anchor, path), importance)
 
@@ -210,6 +217,8 @@ class Parameters(Theta):
         into: Slot | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; a group of tensors is rendered at a time, on all cores."""
+        import torch
+
         from agent.learner.kernels_cpu import Render, render_many
 
         for names in groups(self.anchor.specs, order or self.anchor.names):
@@ -269,16 +278,19 @@ class Parameters(Theta):
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; shares memory with delta."""
+        import torch
+
         for name in names:
             yield name, torch.from_numpy(self.delta[name]).view(self.anchor.specs[name][0])
 
 
 def groups(specs: Mapping[str, Spec], names: Iterable[str]) -> Iterator[list[str]]:
     """The names in order, in lists whose tensors have GROUP elements together, or one tensor."""
+
     group: list[str] = []
     total = 0
     for name in names:
-        count = torch.Size(specs[name][0]).numel()
+        count = math.prod(specs[name][0])
         if group and total + count > GROUP:
             yield group
             group, total = [], 0
@@ -290,6 +302,8 @@ def groups(specs: Mapping[str, Spec], names: Iterable[str]) -> Iterator[list[str
 
 def stored(tensor: torch.Tensor) -> NDArray[np.float32] | NDArray[np.uint16]:
     """A flat view as the kernels take it: float32, or the bits of bfloat16."""
+    import torch
+
     flat = tensor.reshape(-1)
     bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
     array: NDArray[np.float32] | NDArray[np.uint16] = bits.numpy()

@@ -7,13 +7,14 @@ beside its place, flushed and renamed, so that one that carries a digest is whol
 lie in it, because an engine reads whatever it finds; nobody may write in it.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from agent.errors import UserError
@@ -26,12 +27,16 @@ from agent.store.tensorfile import (
     CODES,
     beside,
     combined,
+    dtype_name,
     file_order,
     sha256_of,
     tensor_hash,
     write_tensors,
 )
 from agent.store.theta import Parameters, Theta, layer_of
+
+if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
+    import torch
 
 __all__ = [
     "Anchor",
@@ -262,12 +267,14 @@ def _spec_problems(name: str, stored: Any, anchor: Anchor) -> Iterator[str]:
     shape, dtype = anchor.specs[name]
     if stored.get_shape() != list(shape):
         yield f"tensor {name} has shape {stored.get_shape()}, allowed: {list(shape)}"
-    if stored.get_dtype() != CODES[dtype]:
-        yield f"tensor {name} is {stored.get_dtype()}, allowed: {CODES[dtype]}"
+    if stored.get_dtype() != CODES[dtype_name(dtype)]:
+        yield f"tensor {name} is {stored.get_dtype()}, allowed: {CODES[dtype_name(dtype)]}"
 
 
 def _value_problems(name: str, tensor: torch.Tensor) -> Iterator[str]:
     """Values no weight may have."""
+    import torch
+
     bad = int(tensor.numel() - torch.isfinite(tensor).sum())
     if bad:
         yield f"tensor {name} holds {bad} values that are not finite"

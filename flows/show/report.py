@@ -60,14 +60,16 @@ class RoundReport:
 def table(report: RoundReport) -> Table:
     """Task, n, the three accuracies, difference with interval, and what the gate said."""
     title = f"round {report.round_id}: {report.target}, candidate {short(report.digest)}"
-    drawn = Table(title=f"{title}, verdict: {report.verdict}", title_justify="left")
-    drawn.add_column("task")
-    for column in ("n", "anchor %", "champion %", "candidate %", "difference (interval), points"):
-        drawn.add_column(column, justify="right")
-    drawn.add_column("gate")
+    # Without padding, and with headings of several lines: nothing is cut on 80 characters.
+    drawn = Table(title=f"{title}, verdict: {report.verdict}", title_justify="left", padding=(0, 0))
+    drawn.add_column("task", min_width=14)
+    for column in ("n", "anchor\n%", "champion\n%", "candidate\n%"):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    drawn.add_column("difference\n(interval),\npoints", justify="right", min_width=11)
+    drawn.add_column("gate", no_wrap=True)
     moved = report.shift.get("candidate", {})
     if moved:
-        drawn.add_column("KL to the anchor", justify="right")
+        drawn.add_column("KL to\nthe\nanchor", justify="right", min_width=9)
     for name, row in target_first(report):
         style = "bold" if row["role"] == "target" else ""
         drawn.add_row(

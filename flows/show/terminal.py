@@ -20,6 +20,7 @@ from agent.store.database import finite
 
 DIGEST = 12  # characters of a digest, which every command takes for the whole
 SHOWN = 6  # finished bars that stay
+WIDE = 120  # characters of a table that is not drawn in a terminal
 LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
 
 
@@ -55,8 +56,14 @@ class Silent:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text literally: a client's text may hold Rich markup."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    """A console that prints text literally: a client's text may hold Rich markup.
+
+    Into a file or a pipe, which have no width, tables are as wide as ``WIDE``.
+    """
+    made = Console(stderr=stderr, markup=False, emoji=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDE
+    return made
 
 
 class Bars:

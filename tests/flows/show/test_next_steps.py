@@ -1,6 +1,7 @@
 """What commands say at their end, pure: the round's table, one next step, progress, key times."""
 
 import io
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +17,7 @@ from flows.learn.curve import members_note
 from flows.serve.outlook import next_step
 from flows.serve.swaps import ServeOutcome
 from flows.show import terminal
-from flows.show.report import RoundReport, history_table, measured_lines, round_table
+from flows.show.report import RoundReport, history_table, measured_lines, round_table, table
 from flows.show.terminal import Bars, Left, learning_lines, pairs, reporter, show, waiting_table
 
 DIGEST = "d5688b74" + "0" * 56
@@ -64,6 +65,25 @@ def test_improve_ends_with_the_table_of_the_demo_and_never_a_printed_dict() -> N
     assert "promote" in text
     assert "{" not in text
     assert "piqa: more rows needed" in text_of(round_table(report("hold").to_json()), width=120)
+
+
+def test_the_table_of_a_round_is_whole_on_80_characters() -> None:
+    made = report("promote")
+    names = ("gsm8k", "arc_challenge", "proofwriter", "hellaswag")
+    tasks = {name: made.tasks["gsm8k" if name == "gsm8k" else "piqa"] for name in names}
+    moved = {name: {"kl": 0.0123, "low": 0.0102, "high": 0.0151} for name in names}
+    text = text_of(table(replace(made, tasks=tasks, shift={"candidate": moved})))
+    assert "…" not in text
+    for word in (*names, "(target)", "candidate", "difference", "+57.0)", "0.0151)", "pass"):
+        assert word in text
+
+
+def test_into_a_pipe_a_table_is_wider_than_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show({}, False, pairs("t", {"k": "x" * 100}))
+    assert "x" * 100 in capsys.readouterr().out
 
 
 def test_a_promotion_is_explained_by_its_target_first() -> None:
