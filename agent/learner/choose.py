@@ -3,18 +3,21 @@
 A point is (g, t): the weights anchor + t * delta_g, where delta_g is delta after g generations. All
 points answer the same selection rows, which neither train nor judge. The rule is fixed before any
 answer is seen: the generations that were measured while the round ran are compared at t = 1, then
-the fractions of T on the line through the best one. The point with the largest mean reward is
+the fractions of T on the line through the best one and, while its end is the best, one further. The
+point with the largest mean reward is
 taken; of equal ones the one nearest to the anchor, since it costs the least drift.
 """
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 T: Final = (0.25, 0.5, 0.75, 1.0, 1.25)
+BEYOND: Final = (1.5, 1.75, 2.0)  # each asked only where the one before it is the best
 
 Rewards = NDArray[np.float64]
 
@@ -58,6 +61,11 @@ def choose(
         point = Point(best.generation, t)
         if point not in means:
             means[point] = float((yield point).mean())
+    for before, t in pairwise((T[-1], *BEYOND)):
+        if _best(means, norms) != Point(best.generation, before):
+            break
+        point = Point(best.generation, t)
+        means[point] = float((yield point).mean())
     return Choice(_best(means, norms), means)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from agent.errors import UserError
 from agent.learner.calibrate import GRID, MEMBERS
-from agent.learner.choose import T
+from agent.learner.choose import BEYOND, T
 from agent.learner.es import members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
@@ -246,7 +246,7 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
 def _chosen_by(learner: LearnerSettings, batch: int) -> int:
     """Completions that calibrate sigma, measure generations and choose the candidate, at most."""
     tried = len(GRID) * (MEMBERS + 1) * batch if AUTO in (learner.sigma, learner.alpha) else 0
-    measured = learner.generations // learner.selection_every + 2 + len(T)
+    measured = learner.generations // learner.selection_every + 2 + len(T) + len(BEYOND)
     return tried + learner.selection * measured
 
 

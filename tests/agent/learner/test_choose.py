@@ -34,6 +34,13 @@ def test_a_point_on_the_line_wins_where_it_is_better() -> None:
     assert choice.point == Point(2, 0.5)
 
 
+@pytest.mark.parametrize(("peak", "asked"), [(1.25, 1.5), (1.5, 1.75), (1.75, 2.0), (3.0, 2.0)])
+def test_the_line_goes_on_while_its_end_is_the_best(peak: float, asked: float) -> None:
+    choice = chosen({2: 0.9 - abs(1 - peak)}, lambda point: 0.9 - abs(point.t - peak))
+    assert choice.point == Point(2, min(peak, 2.0))
+    assert max(point.t for point in choice.means) == asked
+
+
 def test_of_equal_points_the_nearest_to_the_anchor_is_taken() -> None:
     assert chosen({1: 0.2, 4: 0.2}, lambda point: 0.2).point == Point(1, min(T))
 
