@@ -112,7 +112,7 @@ def norms(own: Trials, target: str) -> Figure:
     """||delta||^2 against Eq. 2 and the closed form of L2, dashed (Fig. 6)."""
     figure, panes = _panes(1, f"Squared norm of delta, target {target}; dashed: predicted")
     for colour, (system, trials) in zip(_colours(own), sorted(own.items()), strict=True):
-        rows = trials[0]["norms"]
+        rows = min((each["norms"] for each in trials), key=len)  # some may have ended early
         x = [row[0] for row in rows]
         mean = [fmean(each["norms"][n][1] ** 2 for each in trials) for n in range(len(rows))]
         panes[0].plot(x, mean, color=colour, label=system)
@@ -153,10 +153,11 @@ def _curves(
     """One line a system: the mean over its seeds, and each seed thin."""
     for colour, (system, trials) in zip(_colours(own), sorted(own.items()), strict=True):
         lines = [[value(each, point) for point in each["curve"]] for each in trials]
-        x = [point["generation"] for point in trials[0]["curve"]]
+        shortest = min((each["curve"] for each in trials), key=len)  # some may have ended early
+        x = [point["generation"] for point in shortest]
         for line in lines if len(lines) > 1 else []:
-            pane.plot(x, line, color=colour, linewidth=0.5, alpha=0.5)
-        mean = [fmean(values) for values in zip(*lines, strict=True)]
+            pane.plot(x, line[: len(x)], color=colour, linewidth=0.5, alpha=0.5)
+        mean = [fmean(values) for values in zip(*lines, strict=False)]
         pane.plot(x, mean, color=colour, linewidth=1.8, marker=".", label=system)
     pane.set_ylabel(label)
     pane.set_xlabel("generation")

@@ -41,6 +41,10 @@ class GradientJob:
     sizes: Sizes
     folder: str  # of the trial
 
+    def measured(self, generation: int) -> bool:
+        """Whether a snapshot is wanted after this generation."""
+        return generation % self.every == 0 or generation == self.generations
+
     def to_json(self) -> str:
         """A document that ``from_json`` reads."""
         return json.dumps(asdict(self))
@@ -125,7 +129,7 @@ def grpo(job: GradientJob, model: Any, tokenizer: Any, kept: Kept, data: Mapping
 
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_more: Any) -> None:
             generation, rest = divmod(state.global_step, sizes.minibatches)
-            if not rest and generation % job.every == 0:
+            if not rest and job.measured(generation):
                 last = rewards[-a_generation:]
                 kept.keep(generation, sum(last) / len(last) if last else None)
 
@@ -165,7 +169,7 @@ def fine_tune(
         optimiser.zero_grad()
         model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
         optimiser.step()
-        if generation % job.every == 0:
+        if job.measured(generation):
             kept.keep(generation, None)
 
 

@@ -176,20 +176,25 @@ class Lab:
         known = {row["generation"] for row in curve}
         advance = self._progress.track(trial.name, study.generations)
         norms: list[list[float | None]] = []
-        place = None
-        begun = time.monotonic()
+        place, begun = None, time.monotonic()
+
+        def measure(now: Place) -> None:
+            nonlocal begun
+            reading = meter.read() if now.generation else self._first(trial, meter)
+            row = {"generation": now.generation, "tokens": now.tokens, **reading}
+            row["minutes"] = (time.monotonic() - begun) / 60
+            measured.add(row)
+            curve.append(row)
+            begun = time.monotonic()
+
         for place in self._places(trial, meter, folder):
             norms.append([place.generation, place.norm, place.walk, place.closed, place.reward])
-            due = place.generation % study.every == 0 or place.generation == study.generations
-            if due and place.generation not in known:
-                reading = meter.read() if place.generation else self._first(trial, meter)
-                row = {"generation": place.generation, "tokens": place.tokens, **reading}
-                row["minutes"] = (time.monotonic() - begun) / 60
-                measured.add(row)
-                curve.append(row)
-                begun = time.monotonic()
+            if place.generation % study.every == 0 and place.generation not in known:
+                measure(place)
             advance(place.generation)
         assert place is not None
+        if place.generation != curve[-1]["generation"]:  # one that ended early, too
+            measure(place)
         return {
             "trial": asdict(trial) | {"model": Path(trial.model).name},
             "settings": study.settings(),
