@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 from functools import cached_property
 
@@ -12,10 +13,11 @@ from agent.errors import UserError
 from agent.population.pool import Population
 from agent.population.schedule import Completion
 from agent.store.anchor import Anchor
+from agent.store.experience import Answer, Interaction, Judgement
 from evaluators.runner import read_samples
 from evaluators.task import Verdict
 from flows.learn import loop
-from flows.learn.collect import evaluation_pool
+from flows.learn.collect import collect_rows, evaluation_pool
 from flows.learn.weigh import weigh
 from flows.serve.promote import act
 from flows.session import Session
@@ -85,6 +87,43 @@ def test_a_graded_task_is_trained_judged_and_promoted(planted):
     assert target["method"] == "betting"
     low, high = row["interval"]["candidate"]
     assert low < row["candidate"] < high
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_a_capped_row_is_counted_in_collect_at_the_rounds_start_and_in_its_report(planted):
+    heard = Heard()
+    opened = planted("home", heard, gateway={"principal_cap": 0.01}, gate={"confirm": False})
+    service, task = opened.service, opened.service.task("gsm8k")
+    known = list(service.training_rows("gsm8k").items())[:20]
+    now = time.time()
+    for number, (key, row) in enumerate(known):
+        asked = {"inference_id": f"i{number}", "created": now - 60, "endpoint": "chat.completions"}
+        asked |= {"model": "m", "version": "v", "principal": f"p{number % 2}", "status": "ok"}
+        asked |= {"latency_s": 0.1, "prompt_tokens": 5, "completion_tokens": 1, "task": "gsm8k"}
+        asked |= {"source": "known", "example_id": key, "prompt": json.dumps(task.messages(row))}
+        asked |= {"prompt_hash": key, "row_hash": key, "group_hash": key}
+        service.experience.record([Interaction(**asked, answers=(Answer(0, "x", "stop"),))])
+        service.experience.judge([Judgement(f"i{number}", 0, judged=now, reward=1.0)])
+    collected = collect_rows(service, "gsm8k", 24)
+    capped = collected.counts()["over_cap"]
+    assert capped > 5
+    assert collected.preview()["set_aside"]["over_cap"] == capped
+    learnt = loop.learn(opened, "gsm8k", {"generations": 1})
+    report = weigh(opened, learnt.run_id).report
+    opened.close()
+    said = [line for line in heard.lines if "over_cap: principal: at most 1 of 24 rows" in line]
+    assert sum(int(line.split()[2]) for line in said) == capped
+    assert report.rows["set_aside"]["over_cap"] == capped
+    assert f"{capped} over_cap" in markdown(report, [], "")
 
 
 def planted_kind(opened):

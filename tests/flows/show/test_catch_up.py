@@ -1,5 +1,10 @@
 """What MLflow missed: learnt and judged without it, shown once it is back, and only once."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from flows.serve.promote import move_anchor, promote
 from flows.show.catch_up import catch_up
 
 pytestmark = pytest.mark.proof
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.integration
@@ -51,6 +57,27 @@ def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
     assert len(catch_up(back.service)) == 3 + 1  # and the head of the page, written again
     assert len(registry._client.get_metric_history(run.info.run_id, "norm")) == 2
     assert len([each for each in registry.versions() if each.digest == learnt.digest]) == 1
+    read = notebook(registry.uri)
+    assert f"round {learnt.run_id} FINISHED" in read
+    assert "verdict: promote" in read
+    assert re.search(r"gsm8k: \d+ fixed, 0 broken of \d+", read)
+    assert f"{learnt.digest[:12]} promote" in read
+    assert "## What to do" in read
+
+
+def notebook(uri: str) -> str:
+    """What the cells of docs/round.ipynb print one after another, on this MLflow."""
+    cells = json.loads((ROOT / "docs" / "round.ipynb").read_text("utf-8"))["cells"]
+    code = "\n".join("".join(each["source"]) for each in cells if each["cell_type"] == "code")
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"MLFLOW_TRACKING_URI": uri},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    return told.stdout
 
 
 def test_rounds_after_a_move_are_tied_to_the_new_anchor_and_all_replay(planted: Any) -> None:
