@@ -62,6 +62,7 @@ class Home:
     settings_json = _In("settings.json")  # the settings the running service was started with
     started_json = _In("started.json")  # the settings file and options that `up` was given
     salt = _In("salt")  # this installation's secret, which decides the sealed draws; mode 0600
+    first_key = _In("first.key")  # of a gateway on a cluster, made before it starts; mode 0600
     password = _In("password")  # the password of MLflow's and Prefect's servers; mode 0600
 
     # -- learning and evaluation --------------------------------------------------------------

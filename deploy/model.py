@@ -10,6 +10,7 @@ That is for platforms that start the processes themselves; on one machine ``up``
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
 import tempfile
@@ -18,11 +19,13 @@ from pathlib import Path
 
 from agent.config import Settings, keep, load
 from agent.errors import UserError
+from agent.gateway.keys import SCOPES, KeyStore
 from agent.home import Home
 from agent.population.decoding import decoding
 from agent.sections import EMBEDDED, SMOLLM2, ModelSettings
 from agent.store.anchor import require_finite
 from agent.store.companions import CompanionRecord
+from agent.store.experience import ExperienceStore
 from agent.store.ledger import Ledger
 from agent.store.weights import Anchor
 from deploy.embedded import MODEL
@@ -77,6 +80,23 @@ def prepare(home: Home, settings: Settings) -> Served:
     keep(home, settings)
     write_served(home, served)
     return served
+
+
+def first_key(home: Home, settings: Settings) -> None:
+    """A key for a gateway that listens beyond this machine, which does not start without any.
+
+    Its token lies in the home, readable by its owner alone; `anchorage key revoke` ends it.
+    """
+    if settings.gateway.loopback:
+        return
+    store = ExperienceStore.open(settings.gateway.experience_url or home.experience_db)
+    keys = KeyStore(store)
+    if not keys.list_keys():
+        made = keys.create_key("first", SCOPES)
+        home.first_key.unlink(missing_ok=True)
+        home.first_key.write_text(f"{made.token}\n", encoding="ascii")
+        home.first_key.chmod(0o600)
+    store.close()
 
 
 def resolve(model: ModelSettings, models: Path) -> Path:
@@ -211,4 +231,7 @@ if __name__ == "__main__":
     parser.add_argument("home", type=Path)
     parser.add_argument("settings", type=Path, nargs="?")
     arguments = parser.parse_args()
-    prepare(Home.at(arguments.home), load(arguments.settings))
+    os.umask(0o077)  # what is made here holds secrets
+    place, chosen = Home.at(arguments.home), load(arguments.settings)
+    prepare(place, chosen)
+    first_key(place, chosen)

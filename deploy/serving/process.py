@@ -133,7 +133,13 @@ def private_socket(path: Path) -> Path:
             f"allowed: {UNIX_PATH_BYTES}, choose a home with a shorter path"
         )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
+    try:
+        path.parent.chmod(0o700)
+    except PermissionError:
+        # A volume that a container mounts belongs to root. The socket itself is born 0600.
+        if owner := path.parent.stat().st_uid:
+            allowed = f"allowed: {os.getuid()}, or root"
+            raise UserError(f"{path.parent}: belongs to user {owner}; {allowed}") from None
     path.unlink(missing_ok=True)
     return path
 

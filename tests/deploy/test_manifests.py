@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,64 @@ def test_the_ray_cluster_is_one_that_ray_takes() -> None:
     for command in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]:
         assert "ray stop" in command or "RAY_USAGE_STATS_ENABLED=0" in command
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+def excluded(path: str) -> bool:
+    """Whether .dockerignore keeps a path out of the build context, by Docker's rules for globs.
+
+    A pattern names a path from the root of the context; ``**`` is any number of folders; what it
+    names is left out with all below it.
+    """
+    lines = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    for line in lines:
+        if line and not line.startswith("#"):
+            glob = re.escape(line).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+            if re.fullmatch(f"{glob}(?:/.*)?", path):
+                return True
+    return False
+
+
+def test_no_secret_and_no_environment_is_in_the_build_context() -> None:
+    for path in (
+        ".anchorage/password",
+        "demo/.anchorage/first.key",
+        ".venv/bin/python",
+        ".git/config",
+        "agent/__pycache__/home.pyc",
+        ".pytest_cache/README.md",
+        "build/gpu.json",
+    ):
+        assert excluded(path), path
+    dockerfile = (DEPLOY / "compose" / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (?:--\S+ )?(\S+) \S+$", dockerfile, re.MULTILINE)
+    assert {"requirements-${EXTRA}.lock", "deploy/compose/entrypoint.sh", "."} == set(copied)
+    for path in (
+        "requirements-cuda.lock",
+        "requirements-cpu.lock",
+        "deploy/compose/entrypoint.sh",
+        "deploy/embedded/model/model.safetensors",
+        "agent/home.py",
+        "pyproject.toml",
+        "README.md",
+    ):
+        assert not excluded(path), path
+        assert (DEPLOY.parent / path).is_file(), path
+
+
+def test_a_gpu_is_a_profile_of_compose_with_the_cuda_image() -> None:
+    services = documents(DEPLOY / "compose" / "compose.yaml")[0]["services"]
+    gpu = services["anchorage-gpu"]
+    assert (gpu["profiles"], gpu["extends"]) == (["gpu"], {"service": "anchorage"})
+    (extra,) = gpu["build"]["args"].values()
+    assert (DEPLOY.parent / f"requirements-{extra}.lock").is_file()
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+def test_a_fresh_volume_of_compose_belongs_to_the_images_user() -> None:
+    dockerfile = (DEPLOY / "compose" / "Dockerfile").read_text()
+    home = re.search(r"ANCHORAGE_HOME=(\S+)", dockerfile)
+    assert home is not None
+    assert f"install --directory --owner=anchorage --mode=0700 {home.group(1)}" in dockerfile
+    service = documents(DEPLOY / "compose" / "compose.yaml")[0]["services"]["anchorage"]
+    assert service["volumes"] == [f"home:{home.group(1)}"]

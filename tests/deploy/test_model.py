@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from agent.config import load
 from agent.errors import UserError
+from agent.gateway.keys import KeyStore
+from agent.home import Home
 from agent.sections import ModelSettings
+from agent.store.experience import ExperienceStore
 from agent.store.weights import Anchor
-from deploy.model import resolve
+from deploy.model import first_key, resolve
 
 Array = NDArray[np.float32]
 
@@ -118,3 +122,18 @@ def _gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path, {name: tensor for name, (_, tensor) in kept.items()}
+
+
+def test_a_gateway_beyond_this_machine_finds_a_key_before_it_starts(tmp_path: Path) -> None:
+    home, wide = Home.at(tmp_path / "home"), load(gateway={"host": "0.0.0.0"})
+    first_key(home, load())
+    assert not home.first_key.exists()
+    first_key(home, wide)
+    token = home.first_key.read_text()
+    assert home.first_key.stat().st_mode & 0o777 == 0o600
+    first_key(home, wide)  # a pod that starts again
+    assert home.first_key.read_text() == token
+    store = ExperienceStore.open(home.experience_db)
+    (key,) = KeyStore(store).list_keys()
+    store.close()
+    assert str(key["key_id"]) in token

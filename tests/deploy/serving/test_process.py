@@ -1,5 +1,10 @@
 """How the engine's process is told what to serve, and that nobody else can reach it."""
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +86,38 @@ def test_a_socket_gets_a_private_folder_and_no_old_file(home: Home) -> None:
     assert process.private_socket(path) == path
     assert not path.exists()
     assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+AS_USER_1000 = """
+import os, sys
+from pathlib import Path
+from agent.errors import UserError
+from deploy.serving.process import private_socket
+os.setgroups([]), os.setgid(1000), os.setuid(1000)
+for folder in sys.argv[1:]:
+    try:
+        print(private_socket(Path(folder) / "engine.sock").name)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user, which root alone can")
+def test_a_mounted_folder_of_roots_is_taken_and_another_users_is_not(tmp_path: Path) -> None:
+    """A pod's volume belongs to root and is the group's to write: it cannot be made 0700."""
+    root, mounted, foreign = (Path(tempfile.mkdtemp()) for _ in range(3))
+    root.chmod(0o777)
+    for folder, owner in ((mounted, 0), (foreign, 1001)):
+        os.chown(folder, owner, 1000)
+        folder.chmod(0o2777)
+    command = [sys.executable, "-c", AS_USER_1000, mounted, foreign, root / "own"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = ran.stdout.splitlines()
+    assert told[0] == told[2] == "engine.sock"
+    assert told[1] == f"{foreign}: belongs to user 1001; allowed: 1000, or root"
+    assert (root / "own").stat().st_mode & 0o777 == 0o700
+    for folder in (root, mounted, foreign):
+        shutil.rmtree(folder)
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
