@@ -126,9 +126,10 @@ def test_a_task_that_does_not_exist_is_refused(home: Home, sections: Options, wo
 def drawn(settings: Settings, changed: list[dict[str, Any]] | None = None) -> str:
     words = outlook(settings, ["piqa"], "none is scheduled")
     shown = console()
+    shown.width = 200
     with shown.capture() as captured:
         for table in settings_tables({"file": None, "changed": changed or [], **words}):
-            shown.print(table, width=200)
+            shown.print(table)
     return captured.get()
 
 
