@@ -23,6 +23,7 @@ from flows.show.prefect import (
     reported,
     round_page,
     run_name,
+    stop_left,
 )
 from flows.show.report import RoundReport
 from flows.show.terminal import Silent
@@ -138,6 +139,7 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, Any]] = []
         self.fails, self.busy = False, 0  # busy: requests that are answered 503 before others
+        self.runs: dict[str, list[UUID]] = {}  # under way, by their deployment or by the run around
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -145,7 +147,12 @@ class Server:
                 size = int(self.headers["Content-Length"] or 0)
                 body = json.loads(self.rfile.read(size)) if size else None
                 server.asked.append((self.command, self.path, body))
-                ids = None if self.path.endswith("/logs/") else {"id": str(uuid4())}
+                ids: Any = None if self.path.endswith("/logs/") else {"id": str(uuid4())}
+                if self.path.endswith("/flow_runs/filter"):
+                    wanted = body["flow_runs"]
+                    key = wanted.get("deployment_id") or wanted["parent_flow_run_id"]
+                    runs = [run for each in key["any_"] for run in server.runs.get(each, ())]
+                    ids = [{"id": str(run)} for run in runs]
                 reply = json.dumps(ids).encode()  # null for logs, as Prefect answers
                 server.busy -= 1
                 self.send_response(500 if server.fails else 503 if server.busy >= 0 else 201)
@@ -176,6 +183,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 RUN = UUID(int=7)
+
+
+def test_what_a_stopped_service_left_running_is_settled_with_its_parts(server: Server) -> None:
+    loop, deployment = uuid4(), uuid4()
+    left, ours, part, inner, own_part = (uuid4() for _ in range(5))
+    server.runs = {str(loop): [left], str(deployment): [ours], str(left): [part]}
+    server.runs |= {str(part): [inner], str(ours): [own_part]}
+    stop_left([loop, deployment], {ours})
+    settled = [path.split("/")[-2] for _, path, _ in server.asked if path.endswith("/set_state")]
+    assert settled == [str(left), str(part), str(inner)]
+    assert {body["state"]["name"] for body in server.bodies("POST", "/set_state")} == {"Stopped"}
+    looked = [body["flow_runs"]["state"] for body in server.bodies("POST", "/flow_runs/filter")]
+    assert all(set(each["type"]["any_"]) >= {"RUNNING", "PENDING"} for each in looked)
 
 
 def test_a_run_shows_its_name_lines_tasks_and_end(server: Server) -> None:
