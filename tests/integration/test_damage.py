@@ -247,11 +247,11 @@ def test_one_flipped_bit_in_each_kept_file_is_never_answered_from(
 ) -> None:
     """Every file that a check of `doctor` names, one after the other, each with a killed engine.
 
-    ``ANCHORAGE_DAMAGE``: only files whose path ends in one of these names, separated by commas.
+    ``DAMAGE_FILES``: only files whose path ends in one of these names, separated by commas.
     """
     if scale(0, 1) == 0:
         pytest.skip("a quarter of a minute for each of some thirty files: in the soak")
-    chosen = tuple(os.environ.get("ANCHORAGE_DAMAGE", "").split(","))
+    chosen = tuple(os.environ.get("DAMAGE_FILES", "").split(","))
     for path, check in doctor.kept_files(stack.home.root).items():
         if path.is_file() and path.stat().st_size and str(path).endswith(chosen):
             took_s, by, found = stack.spoil(path, check)
