@@ -27,11 +27,12 @@ import numpy as np
 from rich.table import Table
 
 from agent.config import keep, load
+from agent.errors import UserError
 from agent.home import Home
 from agent.learner.es import members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.population.placement import EngineOptions, environment, own_cores
+from agent.population.placement import EngineOptions, environment, on_cpu, own_cores
 from agent.population.pool import Population
 from evaluators.task import Message, Row, Task
 from flows.lab.bench.learning import EXTRACTION
@@ -162,7 +163,9 @@ def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _plain(options: EngineOptions, max_tokens: int, compiled: bool) -> Iterator[Connection]:
     """vLLM in a process of its own on the engine's cores: prompts in, seconds out."""
     near, far = get_context("spawn").Pipe()
-    model = str(options.model), options.dtype, options.max_model_len
+    # On the CPU a cache as large as the engine's: vLLM's own default is nearly all of the memory.
+    kv_cache = options.kv_cache_mib << 20 if on_cpu() else None
+    model = str(options.model), options.dtype, options.max_model_len, kv_cache
     arguments = far, *model, max_tokens, compiled
     process = get_context("spawn").Process(target=_answer, args=arguments)
     before = dict(os.environ)
@@ -174,7 +177,12 @@ def _plain(options: EngineOptions, max_tokens: int, compiled: bool) -> Iterator[
         os.environ.update(before)
     far.close()
     try:
-        near.recv()  # it is ready
+        try:
+            near.recv()  # it is ready
+        except EOFError:
+            raise UserError(
+                "bench population: plain vLLM did not start; it said why above"
+            ) from None
         yield near
     finally:
         near.close()
@@ -187,13 +195,20 @@ def _answer(
     model: str,
     dtype: Any,
     max_model_len: int | None,
+    kv_cache: int | None,
     max_tokens: int,
     compiled: bool,
 ) -> None:
     """Generate for every list of chats that comes, until the pipe ends."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(model=model, dtype=dtype, max_model_len=max_model_len, enforce_eager=not compiled)
+    llm = LLM(
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        enforce_eager=not compiled,
+        kv_cache_memory_bytes=kv_cache,
+    )
     write = llm.get_tokenizer().apply_chat_template
     settings = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     pipe.send(None)

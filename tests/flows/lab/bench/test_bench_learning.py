@@ -122,6 +122,7 @@ def test_the_committed_results_are_those_of_the_documents() -> None:
     for each in results:
         target = each["trial"]["target"]
         before, after = (f"{100 * share:.1f}" for share in each["tasks"][target]["accuracy"])
-        row = f"| {target} | {each['trial']['seed']} | {each['tasks'][target]['n']} | {before} | "
-        assert f"{row}{after} |" in page
-        assert f"{each['tokens']:,}" in page
+        who = f"| {target} | {each['trial']['system']} | {each['trial']['seed']} | "
+        assert f"{who}{each['tasks'][target]['n']} | {before} | {after} |" in page
+        assert f"| {each['tokens']:,} | " in page
+        assert f"| {each['reliability']:.2f} | " in page
