@@ -105,6 +105,7 @@ class Chat:
         self._tokenizer, self._reader, self._caller = tokenizer, reader, caller
         self._variables = dict(variables) | ({"chat_template": template} if template else {})
         self._ids: dict[str, list[int]] = {}  # by the conversation as JSON
+        self._given: dict[str, list[int]] = {}  # by a conversation and an answer to it
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a conversation; equal ones are kept.
@@ -140,21 +141,29 @@ class Chat:
         The template writes both. Where it does not write an answer behind the conversation as it
         is (one that drops or adds thinking), the answer ends with the end-of-sequence token.
         """
+        key = json.dumps([list(messages), answer])
+        if key not in self._given:
+            if len(self._given) >= CACHED_PROMPTS:
+                self._given.clear()
+            self._given[key] = self._answered(messages, answer)
+        return self.tokens(messages), self._given[key]
+
+    def _answered(self, messages: Messages, answer: str) -> list[int]:
         start, given = self.tokens(messages), [*messages]
         if given and given[-1]["role"] == "assistant":  # the first words of the answer
             answer = given.pop()["content"] + answer
-        whole = self._tokenizer.apply_chat_template(
+        whole: list[int] = self._tokenizer.apply_chat_template(
             [*given, {"role": "assistant", "content": answer}],
             tokenize=True,
             return_dict=False,
             **self._variables,
         )
         if whole[: len(start)] != start:
-            ids = self._tokenizer.encode(answer, add_special_tokens=False)
-            return start, [*ids, self._tokenizer.eos_token_id]
+            ids: list[int] = self._tokenizer.encode(answer, add_special_tokens=False)
+            return [*ids, self._tokenizer.eos_token_id]
         special, tail = set(self._tokenizer.all_special_ids), whole[len(start) :]
         end = next((at for at, token in enumerate(tail) if token in special), len(tail) - 1)
-        return start, tail[: end + 1]
+        return tail[: end + 1]
 
     def answer(self, text: str, tools: Tools = ()) -> tuple[str, Calls]:
         """What the endpoint gives as an answer's content, and the offered tools that it calls."""

@@ -130,7 +130,9 @@ def measure_rates(
     rates = [TaskRate(target, *per_answer, right, len(rows))]
     row_s = per_answer[0]
     if learner.fitness == "likelihood":
-        before, answers = population.spent(), [task.worked(row) for row in rows]
+        answers = [task.worked(row) for row in rows]
+        list(population.likelihoods(jobs[:1], prompts[:1], answers[:1]))  # what is paid once
+        before = population.spent()
         list(population.likelihoods(jobs, prompts, answers, learner.noise))
         row_s = _difference(before, population.spent())["generate"] / completions
     advance(1)
