@@ -3,7 +3,7 @@
 A mean over seeds has its t interval (95 %) from two seeds on. A claim that compares systems is
 decided on differences between trials of one seed:
 
-    seen          3 seeds or more, all differences have the claimed sign
+    seen          3 seeds or more, all differences have the claimed sign (or size)
     not seen      3 seeds or more, and one has not
     cannot tell   fewer seeds, or a system has not been run
 """
@@ -195,19 +195,20 @@ def _claims(target: str, groups: Mapping[str, Mapping[int, Result]]) -> list[Cla
         lost("es", "ES loses on the prior tasks"),
         _decided(
             "the loss of ES is a drift: the priors' mean rises again after its lowest by 1 point",
-            target, [recovers(r) - 1 for r in es.values()], 1,
+            target, [recovers(r) for r in es.values()], 1, beyond=1,
         ),
         lost("grpo", "GRPO loses on the prior tasks, too"),
         lost("random", "a random walk of the same steps loses on the prior tasks"),
         against("AWD (L2) keeps the prior tasks better than ES", "awd-l2", "es", end, 1),
         _decided(
             "and the target does not suffer: not more than 2 points below ES",
-            target, [gap + 100 * SUFFERS for gap in _gaps(groups, "awd-l2", "es", aim)], 1,
+            target, _gaps(groups, "awd-l2", "es", aim), 1, beyond=-100 * SUFFERS,
         ),
         against("four times the members keep the priors better than ES", "es-x4", "es", end, 1),
         _decided(
             "L1 and L2 keep the prior tasks alike (within 2 points)", target,
-            [100 * SUFFERS - abs(gap) for gap in _gaps(groups, "awd-l1", "awd-l2", end)], 1,
+            [abs(gap) for gap in _gaps(groups, "awd-l1", "awd-l2", end)], -1,
+            beyond=-100 * SUFFERS,
         ),
         against("KL of ES on the target is below GRPO's", "es", "grpo", kl(on_target), -1, "nats"),
         against("KL of ES on the priors is above GRPO's", "es", "grpo", kl(priors), 1, "nats"),
@@ -238,9 +239,14 @@ def _gaps(
 
 
 def _decided(
-    claim: str, target: str, values: Sequence[float], sign: int, unit: str = "points"
+    claim: str,
+    target: str,
+    values: Sequence[float],
+    sign: int,
+    unit: str = "points",
+    beyond: float = 0.0,
 ) -> Claim:
-    """The word on values, one a seed, of which the claim says that they have this sign."""
+    """The word on values, one a seed, of which the claim says: sign * value > beyond."""
     if not values:
         return Claim(claim, target, "not run", 0, "cannot tell")
     found = spread(values)
@@ -249,7 +255,7 @@ def _decided(
         text += f" ({found.low:+.3g} .. {found.high:+.3g})"
     if found.seeds < LEAST_SEEDS:
         return Claim(claim, target, text, found.seeds, "cannot tell")
-    word = "seen" if all(sign * each > 0 for each in values) else "not seen"
+    word = "seen" if all(sign * each > beyond for each in values) else "not seen"
     return Claim(claim, target, text, found.seeds, word)
 
 
@@ -268,7 +274,7 @@ def lambda_rule(results: Sequence[Result], target: str) -> tuple[float, bool] | 
 
     Returns:
         Lambda of L2 and whether it is within 2 points of ES on every seed that both have; the
-        lowest tried where none is. None without ES or a penalty.
+        lowest tried where none is. None without ES or with fewer than two lambdas.
     """
     groups = grouped(results)
     es, tried = groups.get((target, "es"), {}), dict[float, Mapping[int, Result]]()
@@ -276,12 +282,14 @@ def lambda_rule(results: Sequence[Result], target: str) -> tuple[float, bool] | 
         plain, _, lam = system.partition("@")
         if name == target and plain == "awd-l2":
             tried[float(lam) if lam else next(iter(own.values()))["settings"]["sizes"]["lam"]] = own
+    if len(tried) < 2 or not es:
+        return None
     for strength in sorted(tried, reverse=True):
         shared = sorted(tried[strength].keys() & es.keys())
         gaps = [_last(tried[strength][seed]) - _last(es[seed]) for seed in shared]
         if gaps and min(gaps) >= -SUFFERS:
             return strength, True
-    return (min(tried), False) if tried and es else None
+    return min(tried), False
 
 
 def _last(result: Result) -> float:

@@ -108,7 +108,9 @@ def test_an_interval_of_one_seed_is_none() -> None:
 def test_the_lambda_rule_takes_the_highest_that_keeps_the_target() -> None:
     high = three("awd-l2@9", (0.4, 0.5, 0.5), (0.9, 0.9, 0.9))
     assert lambda_rule([*ES, *ANCHORED, *high], "t") == (3.0, True)
-    assert lambda_rule([*ES, *high], "t") == (9.0, False)
+    higher = three("awd-l2@27", (0.4, 0.4, 0.4), (0.9, 0.9, 0.9))
+    assert lambda_rule([*ES, *high, *higher], "t") == (9.0, False)
+    assert lambda_rule([*ES, *high], "t") is None
     assert lambda_rule(ES, "t") is None
 
 
