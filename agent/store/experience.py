@@ -33,13 +33,13 @@ from agent.store.experience_db import (
 )
 from agent.store.seals import (
     JOINED,
-    asked,
     insert_sealed,
     is_whole,
     joined,
     record_of,
     seal_of,
     update_sealed,
+    whole_interactions,
 )
 
 Status = Literal["ok", "error", "cancelled"]
@@ -268,7 +268,7 @@ class ExperienceStore:
             found.session_id.is_not(None),
             found.prompt.is_not(None),
         )
-        return [record_of(Turn, row) for row in asked(self.engine, query)]
+        return [record_of(Turn, row) for row in whole_interactions(self.engine, query)]
 
     def errors(self, task: str, since: float = 0.0) -> list[tuple[str, str, int]]:
         """(principal, error, interactions) of a task's answers created after ``since``."""
@@ -337,7 +337,7 @@ class ExperienceStore:
     ) -> list[VersionTraffic]:
         """What one version answered or failed, created in (since, until], oldest first."""
         query = select(interactions).where(interactions.c.status != "cancelled")
-        rows = asked(self.engine, _of_version(query, version, since, until, newest))
+        rows = whole_interactions(self.engine, _of_version(query, version, since, until, newest))
         return sorted(record_of(VersionTraffic, row) for row in rows)
 
     def use(self, round_id: str, pool: Pool, rows: Sequence[ExperienceRow]) -> None:

@@ -129,7 +129,7 @@ def joined(engine: Engine, query: Select[Any], whole: bool = True) -> list[RowMa
     return [row for row in rows if _is_whole_pair(row) is whole]
 
 
-def asked(engine: Engine, query: Select[Any]) -> list[RowMapping]:
+def whole_interactions(engine: Engine, query: Select[Any]) -> list[RowMapping]:
     """Interactions of a query that are what was written."""
     with engine.connect() as connection:
         rows = [row._mapping for row in connection.execute(query)]
