@@ -30,16 +30,14 @@ from agent.sections import (
     INSTRUCT,
     SMOLLM2,
     BakingSettings,
-    EngineSettings,
     GateSettings,
-    GatewaySettings,
     LearnerSettings,
     ModelSettings,
-    ProjectionSettings,
     ReviewSettings,
     Section,
     TaskSettings,
 )
+from agent.sections_running import EngineSettings, GatewaySettings, ProjectionSettings
 
 PROFILES: dict[str, dict[str, Any]] = {
     EMBEDDED: {

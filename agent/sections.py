@@ -4,7 +4,6 @@ Defaults are written here and nowhere else. They are for real models; `agent.con
 puts the profile of a small model over them.
 """
 
-import ipaddress
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -33,7 +32,6 @@ TAKEN = frozenset(  # parameters of apply_chat_template, which are no variables 
 )
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
-LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 def _size(value: object) -> object:
@@ -303,144 +301,6 @@ class BakingSettings(Section):
         gt=1,
         description="Slow: more than this many median latencies of the old version.",
     )
-
-
-class GatewaySettings(Section):
-    """The endpoint."""
-
-    host: str = Field("127.0.0.1", description="Address to listen on; elsewhere keys are required.")
-    port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    principal_cap: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="Largest share of a round's rows from one principal; 0: off, as while only one "
-        "principal has keys or sends rows.",
-    )
-    retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
-    experience_url: str | None = Field(None, description="SQLAlchemy URL; not set: SQLite in home.")
-    rate: str = Field(
-        "", description="Requests of one principal, such as '600/minute'; empty: no limit."
-    )
-    token_quota: str = Field(
-        "", description="Tokens of one principal, such as '1000000/day'; empty: no limit."
-    )
-    max_body_bytes: int = Field(1 << 20, gt=0, description="Largest body of a request.")
-    chat_template_kwargs: tuple[str, ...] = Field(
-        ("enable_thinking", "thinking"),
-        description="Variables of the chat template that a request may set.",
-    )
-    max_n: int = Field(
-        8, gt=0, description="Most choices of a request, prompts of a batch counted."
-    )
-    max_in_flight: int = Field(64, gt=0, description="Requests inside the engine at once.")
-    max_queued: int = Field(256, gt=0, description="Requests that may wait to enter the engine.")
-    queue_timeout_s: float = Field(30.0, gt=0, description="Longest wait for the engine.")
-    answer_timeout_s: float = Field(600.0, gt=0, description="Longest time for a whole answer.")
-    silence_timeout_s: float = Field(
-        120.0, gt=0, description="Longest silence of the engine, or of a client that reads."
-    )
-    max_connections: int = Field(2048, gt=0, description="Open client connections in all.")
-    max_connections_per_address: int = Field(
-        512, gt=0, description="Open connections of one address (IPv6: of one /64)."
-    )
-    max_header_bytes: int = Field(16_384, gt=0, description="Largest head of a request.")
-    header_timeout_s: float = Field(10.0, gt=0, description="Longest time for such a head.")
-    idle_timeout_s: float = Field(
-        75.0, gt=0, description="Time a client's connection is kept between two requests."
-    )
-    retry_after_s: int = Field(2, ge=0, description="Retry-After of a 503, in seconds.")
-    verify_workers: int = Field(2, gt=0, description="Verifications at once.")
-    verify_timeout_s: float = Field(5.0, gt=0, description="Longest verification.")
-    capture_backlog: int = Field(
-        10_000, gt=0, description="Answers waiting to be stored; more are counted and dropped."
-    )
-
-    @field_validator("rate", "token_quota")
-    @classmethod
-    def _limits(cls, text: str) -> str:
-        """Read as the gateway will read it."""
-        from limits import parse_many  # here: most processes have no limit to read
-
-        try:
-            parse_many(text) if text else []
-        except ValueError:
-            raise ValueError("allowed: a number and a time, such as '600/minute'") from None
-        return text
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach the endpoint."""
-        if self.host in LOOPBACK_NAMES:
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-
-class EngineSettings(Section):
-    """The vLLM engines: one serves, the others evaluate members."""
-
-    population: int = Field(1, ge=1, description="Engines that evaluate members.")
-    placement: Literal["local", "ray"] = Field("local", description="Where those engines run.")
-    ray_address: str | None = Field(None, description="Ray cluster; not set: one of this machine.")
-    gpu_memory_utilization: float = Field(
-        0.45, gt=0, le=1, description="Share of its GPUs' memory that the serving engine takes."
-    )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs of the serving engine.")
-    population_gpu_memory_utilization: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of its GPUs' memory that each population engine takes; not set: 0.9 of "
-        "GPUs of its own, 0.45 beside another engine.",
-    )
-    population_tensor_parallel_size: int | None = Field(
-        None, ge=1, description="GPUs of each population engine; not set: as many as serving has."
-    )
-    max_num_seqs: int = Field(128, ge=1, description="Sequences in a batch, in paired runs alike.")
-    prefix_caching: bool = Field(
-        True,
-        description="Whether a population engine computes what prompts of one member's evaluation "
-        "have in common at their start (a system message, examples) once.",
-    )
-    master_device: Literal["auto", "cpu", "cuda"] = Field(
-        AUTO,
-        description="Where anchor and delta lie: host memory, or GPU memory (2 + 4 bytes a "
-        "parameter for bfloat16); 'auto': on the GPU where they fit beside the engine.",
-    )
-    swap: Literal["in_place", "blue_green"] = Field(
-        "in_place",
-        description="Load weights into the engine, or start a second one and switch to it.",
-    )
-    swap_deadline_s: float = Field(60.0, gt=0, description="Longest time for a swap.")
-
-    @property
-    def population_ranks(self) -> int:
-        """Tensor-parallel ranks of each population engine."""
-        return self.population_tensor_parallel_size or self.tensor_parallel_size
-
-    def device(self, on_cpu: bool) -> Literal["cpu", "cuda"]:
-        """Where delta lies if it fits; ``on_cpu``: whether vLLM's CPU build is installed."""
-        on_host = self.master_device == "cpu" or (self.master_device == AUTO and on_cpu)
-        return "cpu" if on_host else "cuda"
-
-
-class ProjectionSettings(Section):
-    """The servers of MLflow and Prefect, and the schedules of the flows."""
-
-    mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
-    loop_minutes: float = Field(
-        0.0, ge=0, description="Minutes from a round's end to the next scheduled one; 0: off."
-    )
-    loop_rows: int = Field(
-        0,
-        ge=0,
-        description="New verified rows of the target after which a round starts; 0: off.",
-    )
-    reconcile_seconds: float = Field(30.0, gt=0, description="Seconds between reconciliations.")
 
 
 def _whole(spec: str) -> str:

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("agent.home", 1),
     ("agent.config", 1),
     ("agent.sections", 1),
+    ("agent.sections_running", 1),
     ("agent.store", 1),
     ("agent", 2),
     ("evaluators.loading", 2),

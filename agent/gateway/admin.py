@@ -22,7 +22,8 @@ from agent.gateway.app import engine_at
 from agent.gateway.errors import ApiError
 from agent.gateway.exchange import GatewayParts
 from agent.gateway.fields import Strict
-from agent.gateway.hold import HoldConflictError
+from agent.gateway.hold import CandidateTrial, HoldConflictError
+from agent.gateway.hold import Route as EngineRoute
 from agent.gateway.requests import parse
 from agent.gateway.upstream import Upstream
 
@@ -56,6 +57,21 @@ class FlipRequest(Strict):
     socket: str
 
 
+class TrialRequest(FlipRequest):
+    """A candidate on another engine, started and verified, for a share of the requests."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    shadow: bool = False
+    salt: str
+    deadline_s: Seconds
+
+
+class TrialEnd(Strict):
+    """The digest whose trial ends; another one's goes on."""
+
+    version: Digest
+
+
 def create_admin(public: Starlette) -> Starlette:
     """The admin application of a public one; it must listen on a private socket only."""
     admin = Starlette(
@@ -63,6 +79,8 @@ def create_admin(public: Starlette) -> Starlette:
             Route("/hold", hold, methods=["POST"]),
             Route("/release", release, methods=["POST"]),
             Route("/flip", flip, methods=["POST"]),
+            Route("/trial", begin_trial, methods=["POST"]),
+            Route("/trial/end", end_trial, methods=["POST"]),
             Route("/drain", drained, methods=["GET"]),
             Route("/state", state, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
@@ -95,6 +113,27 @@ async def flip(request: Request) -> Response:
     """Send new requests to another engine at once."""
     _, order = parse(await request.body(), FlipRequest)
     _parts(request).admission.flip(order.version, _engine(request, order.socket))
+    return await state(request)
+
+
+async def begin_trial(request: Request) -> Response:
+    """Send a share of the requests to a candidate, for ``deadline_s`` unless it is asked again."""
+    _, order = parse(await request.body(), TrialRequest)
+    until = asyncio.get_running_loop().time() + order.deadline_s
+    admission = _parts(request).admission
+    if order.version == admission.route.version:
+        raise HoldConflictError("the champion itself cannot be on trial")
+    route = EngineRoute(order.version, _engine(request, order.socket))
+    admission.trial = CandidateTrial(route, order.share, order.shadow, order.salt, until)
+    return await state(request)
+
+
+async def end_trial(request: Request) -> Response:
+    """Send everything to the champion again; answers that the candidate has begun end there."""
+    _, order = parse(await request.body(), TrialEnd)
+    admission = _parts(request).admission
+    if admission.trial is not None and admission.trial.route.version == order.version:
+        admission.trial = None
     return await state(request)
 
 
@@ -133,6 +172,7 @@ async def state(request: Request) -> Response:
             "in_flight_by_version": admission.by_version(),
             "queued": admission.queued,
             "warm": sorted(admission.warm),
+            "trial": _trial(admission.trial),
             "capture_backlog": parts.capture.backlog,
         }
     )
@@ -143,6 +183,14 @@ async def metrics(request: Request) -> Response:
     return Response(_parts(request).metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
+def _trial(trial: CandidateTrial | None) -> dict[str, Any] | None:
+    left_s = trial.until - asyncio.get_running_loop().time() if trial else 0.0
+    if trial is None or left_s <= 0:
+        return None
+    about = {"version": trial.route.version, "share": trial.share, "shadow": trial.shadow}
+    return about | {"deadline_in_s": left_s}
+
+
 def _parts(request: Request) -> GatewayParts:
     parts: GatewayParts = request.app.state.parts
     return parts
@@ -151,7 +199,9 @@ def _parts(request: Request) -> GatewayParts:
 def _engine(request: Request, socket: str) -> Upstream:
     """The engine on that socket: one already known keeps its connections."""
     parts = _parts(request)
-    for route in (parts.admission.route, *parts.admission.warm.values()):
+    admission = parts.admission
+    tried = [admission.trial.route] if admission.trial else []
+    for route in (admission.route, *tried, *admission.warm.values()):
         if route.upstream.socket == Path(socket):
             return route.upstream
     return engine_at(parts.settings, Path(socket))

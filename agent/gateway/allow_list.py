@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent.gateway.errors import ApiError, ClientGoneError
 from agent.gateway.metrics import Metrics
-from agent.sections import LOOPBACK_NAMES
+from agent.sections_running import LOOPBACK_NAMES
 
 LOG = logging.getLogger("anchorage.gateway")
 ONE_MODEL = b"/v1/models/"  # and a name

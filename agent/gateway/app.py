@@ -21,7 +21,7 @@ from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
 from agent.gateway.requests import ServedModel, read_chat, read_completion, read_responses
 from agent.gateway.upstream import CONNECT_TIMEOUT_S, TransportLine, Upstream
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 from agent.store.experience import ExperienceStore
 from agent.store.forget import expire
 

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from agent.gateway.errors import error_body
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 State = Literal["head", "idle", "busy"]  # waits for a request's head, is kept, is being answered
 EVICTABLE: tuple[State, ...] = ("head", "idle")  # in this order

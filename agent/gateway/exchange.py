@@ -5,8 +5,9 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import orjson
@@ -16,13 +17,13 @@ from starlette.types import Receive
 from agent.gateway.answers import Answered, AnswerForm, ChatAnswer, ResponsesAnswer, aborted
 from agent.gateway.capture import Capture
 from agent.gateway.errors import ApiError, answer_timeout, bad_gateway, unavailable, until_gone
-from agent.gateway.hold import Admission, Route, Ticket
+from agent.gateway.hold import Admission, CandidateTrial, Route, Ticket
 from agent.gateway.keys import KeyStore, Principal, Quota
 from agent.gateway.metrics import Metrics
 from agent.gateway.requests import Call, ServedModel
 from agent.gateway.upstream import Reply
-from agent.sections import GatewaySettings
-from agent.store.experience import ExperienceStore, Interaction, Status
+from agent.sections_running import GatewaySettings
+from agent.store.experience import SHADOW, ExperienceStore, Interaction, Status
 
 UNFOLLOWABLE = "response_format or tools: the engine cannot follow this schema"
 PIN = re.compile("[0-9a-f]{12,64}")  # a digest, or its first characters, in `name@digest`
@@ -56,11 +57,14 @@ class GatewayParts:
     store: ExperienceStore
     keys: KeyStore
     versions: Versions
+    shadows: "set[asyncio.Task[None]]" = field(default_factory=set)  # answers that nobody sees
 
     def served(self) -> list[Route]:
         """The champion's route, then those of other engines that still hold their version."""
-        warm = self.admission.warm.values()
-        return [self.admission.route, *(route for route in warm if self._holds(route))]
+        trial = self.admission.trial
+        seen = [trial.route] if trial is not None and not trial.shadow else []
+        others = [*seen, *self.admission.warm.values()]
+        return [self.admission.route, *(route for route in others if self._holds(route))]
 
     def _holds(self, route: Route) -> bool:
         socket = route.upstream.socket
@@ -88,6 +92,7 @@ class Exchange:
     answered: Answered = field(default_factory=Answered)
     form: AnswerForm | None = None  # once the version is known
     recorded: bool = False
+    shadow: bool = False  # answered by a candidate for the record alone
 
     async def respond(self, receive: Receive) -> Response | None:
         """The whole answer, or None with ``reply`` open for a stream.
@@ -126,10 +131,18 @@ class Exchange:
         self.recorded = True
         row = self._row(status)
         self.parts.capture.submit(row, self.call)
+        self.parts.metrics.answers.labels(row.version[:12], self._kind(), status).inc()
         self.parts.metrics.tokens.labels("prompt").inc(row.prompt_tokens)
         self.parts.metrics.tokens.labels("completion").inc(row.completion_tokens)
-        self.parts.quota.spend(self.principal.owner, row.prompt_tokens + row.completion_tokens)
+        if not self.shadow:
+            self.parts.quota.spend(self.principal.owner, row.prompt_tokens + row.completion_tokens)
+            self._begin_shadow(status)
         self.close()
+
+    def _kind(self) -> str:
+        trial, plain = self.parts.admission.trial, self.call.model == self.parts.model.name
+        tried = trial is not None and plain and self.route == trial.route
+        return "shadow" if self.shadow else "trial" if tried else "served"
 
     def first_event(self) -> None:
         """Note how long a stream took to begin."""
@@ -158,13 +171,36 @@ class Exchange:
         self.ticket.route = await self._requested_route()
         try:
             async with asyncio.timeout(self.parts.settings.answer_timeout_s):
-                content = await self._send(self._body())
+                content = await self._content()
         except TimeoutError:
             raise answer_timeout() from None
         if content is None:
             return None
         assert self.reply is not None
         return self._whole(self.reply.status, content)
+
+    async def _content(self) -> bytes | None:
+        """The engine's answer; the champion's where a candidate on trial fails to begin one.
+
+        A trial costs no client an answer. Its failure is recorded against its version.
+        """
+        if self._kind() != "trial":
+            return await self._send(self._body())
+        try:
+            content = await self._send(self._body())
+            if self.reply is None or self.reply.status < 500:
+                return content
+        except ApiError as error:
+            if error.status < 500:
+                raise
+        failed = replace(self._row("error"), inference_id=uuid4().hex)
+        self.parts.capture.submit(failed, self.call)
+        self.parts.metrics.answers.labels(failed.version[:12], "trial", "error").inc()
+        if self.reply is not None:
+            await self.reply.close()
+        assert self.ticket is not None
+        self.ticket.route = self.parts.admission.route
+        return await self._send(self._body())
 
     async def _send(self, body: bytes) -> bytes | None:
         """The engine's whole answer, or None where a stream has begun."""
@@ -178,9 +214,12 @@ class Exchange:
             raise upstream.failure(error) from error
 
     async def _requested_route(self) -> Route:
-        """The champion, or the engine that holds the version of ``name@version``; else a 404."""
+        """The champion or a candidate on trial, or the engine that holds the version of
+        ``name@version``; else a 404.
+        """
         if self.call.model == self.parts.model.name:
-            return self.parts.admission.route
+            trial = self._trial()
+            return trial.route if trial and not trial.shadow else self.parts.admission.route
         name, _, version = self.call.model.rpartition("@")
         if name != self.parts.model.name:
             raise unknown_model(self.call.model, self.parts)
@@ -192,6 +231,44 @@ class Exchange:
             if digest is not None and route.version.startswith(digest):
                 return route
         raise unknown_model(self.call.model, self.parts, digest)
+
+    def _trial(self) -> CandidateTrial | None:
+        """The trial this request is in, with all of its session, or else of its principal."""
+        if self.call.model != self.parts.model.name:
+            return None
+        return self.parts.admission.on_trial(f"{self.principal.owner}\0{self.call.session_id}")
+
+    def _begin_shadow(self, status: Status) -> None:
+        """Have a candidate answer the same request once the client has its answer.
+
+        Dropped while as many are under way as requests may be inside the engine.
+        """
+        trial, shadows = self._trial(), self.parts.shadows
+        if trial is None or not trial.shadow or status != "ok":
+            return
+        if len(shadows) < self.parts.settings.max_in_flight:
+            payload = {k: v for k, v in self.call.payload.items() if not k.startswith("stream")}
+            call = replace(self.call, payload=payload, stream=False, responses=None)
+            twin = Exchange(
+                self.parts, call, self.principal, uuid4().hex, ticket=Ticket(trial.route)
+            )
+            twin.shadow = True
+            task = asyncio.create_task(twin.in_shadow())
+            shadows.add(task)
+            task.add_done_callback(shadows.discard)
+
+    async def in_shadow(self) -> None:
+        """Ask, record, and show it to nobody."""
+        try:
+            async with asyncio.timeout(self.parts.settings.answer_timeout_s):
+                content = await self._send(self._body())
+            assert self.reply is not None
+            self._whole(self.reply.status, content or b"")
+        except (ApiError, TimeoutError):
+            self.finish("error")
+        finally:
+            if self.reply is not None:
+                await self.reply.close()
 
     def _body(self) -> bytes:
         """The request for the engine, with the engine's model name and a salt of its cache.
@@ -243,7 +320,7 @@ class Exchange:
         return Interaction(
             inference_id=self.inference_id,
             created=self.created,
-            endpoint=self.call.endpoint,
+            endpoint=SHADOW if self.shadow else self.call.endpoint,
             model=self.parts.model.name,
             version=self.route.version,
             principal=self.principal.owner,

@@ -1,11 +1,15 @@
 """Admission: how many requests are inside the engine, and which version answers them.
 
+A candidate on trial answers a share of them, sticky by a key, until its time runs out: a controller
+that dies cannot keep it.
+
 Open: up to ``max_in_flight`` requests are inside, a bounded queue waits. Held: no request enters,
 so that no answer spans two versions. A hold is a lease that runs out: a controller that dies
 cannot keep it.
 """
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from collections import Counter, deque
@@ -39,6 +43,26 @@ class Ticket:
     mixed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class CandidateTrial:
+    """A candidate on a second engine that answers a share of the requests.
+
+    ``shadow``: it answers them too, and nobody sees it. ``salt``: whoever does not know it cannot
+    choose keys that are on trial.
+    """
+
+    route: Route
+    share: float
+    shadow: bool
+    salt: str
+    until: float  # loop time, s
+
+    def takes(self, key: str) -> bool:
+        """Whether requests with this key are on trial: always the same ones."""
+        drawn = hashlib.sha256(f"{self.salt}\0{self.route.version}\0{key}".encode()).digest()
+        return int.from_bytes(drawn[:8], "big") / 2**64 < self.share
+
+
 @dataclass(slots=True)
 class HoldLease:
     """One hold, and when it runs out."""
@@ -67,6 +91,7 @@ class Admission:
     lease: HoldLease | None = None
     draining: bool = False
     warm: dict[str, Route] = field(default_factory=dict)  # other versions with an engine running
+    trial: CandidateTrial | None = None
     _inside: set[Ticket] = field(default_factory=set)
     _queue: "deque[asyncio.Future[Ticket]]" = field(default_factory=deque)
     _left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,6 +115,13 @@ class Admission:
     def by_version(self) -> dict[str, int]:
         """Requests inside, counted by the version that answers them."""
         return dict(Counter(ticket.route.version for ticket in self._inside))
+
+    def on_trial(self, key: str) -> CandidateTrial | None:
+        """The trial that requests with this key are in, unless its time has run out."""
+        trial = self.trial
+        if trial is None or asyncio.get_running_loop().time() >= trial.until:
+            return None
+        return trial if trial.takes(key) else None
 
     async def enter(self) -> Ticket:
         """Wait for a place; ApiError 503 when draining, or the queue is full or slow.
@@ -241,6 +273,8 @@ class Admission:
         others.pop(route.version, None)
         self.warm = others
         self.route = route
+        if self.trial is not None and self.trial.route.upstream is route.upstream:
+            self.trial = None  # its engine serves everything now, with whatever weights
 
     def _end(self, lease: HoldLease) -> None:
         if self.lease is not lease:

@@ -34,6 +34,12 @@ class Metrics:
         self.tokens = Counter(
             "anchorage_tokens", "Tokens the engine counted", ["kind"], registry=registry
         )
+        self.answers = Counter(
+            "anchorage_answers",
+            "Answers by version: served, trial (a share of traffic), or shadow (seen by nobody)",
+            ["version", "kind", "status"],
+            registry=registry,
+        )
         self.verdicts = Counter(
             "anchorage_verdicts",
             "Verified answers; errors are not zero rewards",

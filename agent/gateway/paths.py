@@ -29,7 +29,7 @@ from agent.gateway.keys import KeyStore, Principal
 from agent.gateway.requests import Call, ServedModel, TaskAsked, parse, read_late_row, row_hash
 from agent.gateway.responses import ResponsesRequest
 from agent.gateway.stream import StreamedAnswer
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 from agent.store.feedback import Feedback, FeedbackRefusedError, LateRow, add, keep_row
 
 BODY_TIMEOUT_S = 30.0  # for a request's body to arrive

@@ -22,7 +22,7 @@ from agent.gateway.fields import (
 )
 from agent.gateway.responses import ResponsesRequest, ResponsesSchema, chat_body
 from agent.gateway.schema import SchemaError, check_schema
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 from agent.store.intake import text_hash
 
 Endpoint = Literal["chat.completions", "completions"]

@@ -25,7 +25,7 @@ from agent.gateway.connections import (
     backlog_for,
     raise_descriptor_limit,
 )
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 GRACE_S = 30  # for running answers to end after the signal to stop
 GC_THRESHOLD = 50_000  # new objects before the collector looks for cycles; default 700

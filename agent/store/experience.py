@@ -46,6 +46,8 @@ Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
 Pool = Literal["train", "gate", "sealed"]
 PLACE = ("round_id", "pool", "position", "inference_id", "principal")  # columns of rounds_used
+SHADOW = "shadow"  # endpoint of an answer that its client never saw: it judges its version alone
+SEEN = interactions.c.endpoint != SHADOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +263,10 @@ class ExperienceStore:
     def turns(self, task: str, since: float = 0.0) -> list[Turn]:
         """Requests of sessions that named a task and were answered, with a reward or without."""
         found = interactions.c
-        query = select(interactions).where(
-            found.task == task,
-            found.status == "ok",
-            found.created > since,
-            found.session_id.is_not(None),
-            found.prompt.is_not(None),
+        query = (
+            select(interactions)
+            .where(found.task == task, found.status == "ok", found.created > since, SEEN)
+            .where(found.session_id.is_not(None), found.prompt.is_not(None))
         )
         return [record_of(Turn, row) for row in whole_interactions(self.engine, query)]
 
@@ -275,7 +275,7 @@ class ExperienceStore:
         count = func.count(distinct(interactions.c.id))
         query = (
             JOINED.with_only_columns(interactions.c.principal, answers.c.error, count)
-            .where(interactions.c.task == task, answers.c.error.is_not(None))
+            .where(interactions.c.task == task, answers.c.error.is_not(None), SEEN)
             .where(interactions.c.created > since)
             .group_by(interactions.c.principal, answers.c.error)
             .order_by(interactions.c.principal, answers.c.error)
@@ -291,7 +291,7 @@ class ExperienceStore:
             select(func.count())
             .select_from(interactions)
             .where(interactions.c.task == task, interactions.c.row_hash.is_(None))
-            .where(interactions.c.created > since, interactions.c.status == "ok")
+            .where(interactions.c.created > since, interactions.c.status == "ok", SEEN)
         )
         if sessions:
             other = interactions.alias()
@@ -304,7 +304,7 @@ class ExperienceStore:
         """Interactions of a task created after ``since`` that have a reward."""
         query = JOINED.with_only_columns(func.count(distinct(interactions.c.id)))
         query = query.where(interactions.c.task == task, interactions.c.created > since)
-        query = query.where(answers.c.reward.is_not(None), answers.c.error.is_(None))
+        query = query.where(answers.c.reward.is_not(None), answers.c.error.is_(None), SEEN)
         return int(self._all(query)[0][0])
 
     def rewards(
@@ -381,7 +381,7 @@ def _columns(record: Any) -> dict[str, Any]:
 
 def _verified(*order: Any) -> Select[Any]:
     order = order or (interactions.c.created, answers.c.id)
-    return JOINED.where(answers.c.judged.is_not(None)).order_by(*order)
+    return JOINED.where(answers.c.judged.is_not(None), SEEN).order_by(*order)
 
 
 def _of_version(

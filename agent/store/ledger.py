@@ -8,8 +8,11 @@ The first part decides over rows as values: which state may follow which, and wh
 The class ``Ledger`` stores them.
 
     PROPOSED -> EVALUATED -> PASSED | HOLD | REJECT        PASSED | HOLD -> AWAIT_REVIEW -> APPROVED
-    PASSED | APPROVED -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
+    PASSED | APPROVED -> [CANARY] -> SWAP_INTENT -> SWAPPED -> BAKING -> CHAMPION | ROLLED_BACK
     ANCHOR: the model everything started from, or a champion that a person made the new anchor
+
+CANARY: on trial on a second engine, with a share of the traffic; the old version is served. From
+there it is swapped in, or ROLLED_BACK.
 
 PASSED is the state after the verdict `promote`: nothing is served yet. (Older rows call it PROMOTE;
 they are read as PASSED.)
@@ -37,21 +40,23 @@ ALLOWED: dict[str | None, frozenset[str]] = {
     "PROPOSED": frozenset({"EVALUATED", "REJECT"}),
     "EVALUATED": frozenset({"PASSED", "HOLD", "REJECT"}),
     "HOLD": frozenset({"EVALUATED", "AWAIT_REVIEW", "REJECT"}),
-    "PASSED": frozenset({"AWAIT_REVIEW", "SWAP_INTENT", "REJECT"}),
+    "PASSED": frozenset({"AWAIT_REVIEW", "CANARY", "SWAP_INTENT", "REJECT"}),
     "AWAIT_REVIEW": frozenset({"APPROVED", "REJECT"}),
-    "APPROVED": frozenset({"SWAP_INTENT", "REJECT"}),
+    "APPROVED": frozenset({"CANARY", "SWAP_INTENT", "REJECT"}),
+    "CANARY": frozenset({"SWAP_INTENT", "ROLLED_BACK"}),
     "SWAP_INTENT": frozenset({"SWAPPED", "ROLLED_BACK"}),
     "SWAPPED": frozenset({"BAKING", "CHAMPION", "ROLLED_BACK"}),
     "BAKING": frozenset({"CHAMPION", "ROLLED_BACK"}),
-    "CHAMPION": frozenset({"SWAP_INTENT", "ROLLED_BACK", "ANCHOR"}),
-    "ANCHOR": frozenset({"SWAP_INTENT", "ROLLED_BACK"}),
-    "ROLLED_BACK": frozenset({"SWAP_INTENT", "REJECT"}),
+    "CHAMPION": frozenset({"CANARY", "SWAP_INTENT", "ROLLED_BACK", "ANCHOR"}),
+    "ANCHOR": frozenset({"CANARY", "SWAP_INTENT", "ROLLED_BACK"}),
+    "ROLLED_BACK": frozenset({"CANARY", "SWAP_INTENT", "REJECT"}),
     "REJECT": frozenset(),
 }
 RENAMED = {"PROMOTE": "PASSED"}  # state in older rows -> state
 UNCHANGED, REFUSED, STALLED = REMARKS = ("UNCHANGED", "REFUSED", "STALLED")
 SETTLED = ("CHAMPION", "ANCHOR")
-UNSETTLED = ("SWAP_INTENT", "SWAPPED", "BAKING")
+UNSETTLED = ("CANARY", "SWAP_INTENT", "SWAPPED", "BAKING")
+BEGINS = ("CANARY", "SWAP_INTENT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ def state_of(entries: Entries, digest: str) -> str | None:
 
 
 def unsettled(entries: Entries) -> Entry | None:
-    """The newest row of a swap that is neither CHAMPION nor ROLLED_BACK; at most one is open."""
+    """The newest row of a trial or swap that is neither CHAMPION nor ROLLED_BACK; one at most."""
     newest = {entry.digest: entry for entry in entries if entry.state not in REMARKS}
     return next((entry for entry in newest.values() if entry.state in UNSETTLED), None)
 
@@ -124,9 +129,9 @@ def refusal(entries: Entries, digest: str, step: str) -> str | None:
         allowed = ", ".join(sorted(ALLOWED[now])) or "nothing"
         return f"{name}: is {now or 'unknown'}, not to become {step}; allowed: {allowed}"
     busy = unsettled(entries)
-    if step == "SWAP_INTENT" and busy:
+    if step in BEGINS and busy and busy.digest != digest:
         return f"{name}: {busy.digest[:12]} is {busy.state}, allowed: one swap at a time"
-    if step == "SWAP_INTENT" and digest == served:
+    if step in BEGINS and digest == served:
         return f"{name}: is the champion, allowed: another digest"
     if digest != served and (step == "ANCHOR" or (step == "ROLLED_BACK" and now in SETTLED)):
         return f"{name}: is not the champion, allowed: {str(served)[:12]}"

@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ import httpx
 
 from agent.home import Home
 from agent.population.schedule import Logprobs, Messages
-from deploy.serving.served import read_served
+from deploy.serving.served import Served, read_served
 
 HOST = "http://engine"
 QUICK_S = 5.0
@@ -200,6 +200,18 @@ class EngineControl(_Socket):
         return [_by_id(choice["logprobs"]["top_logprobs"]) for choice in choices]
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Of a trial: the share of requests, whether clients see its answers, and the secret that
+    chooses them. It ends ``deadline_s`` after it was begun or renewed.
+    """
+
+    share: float = 0.1
+    shadow: bool = False
+    salt: str = ""
+    deadline_s: float = 120.0
+
+
 class GatewayControl(_Socket):
     """The gateway's admin side (agent/gateway/admin.py)."""
 
@@ -218,6 +230,15 @@ class GatewayControl(_Socket):
     def flip(self, version: str, socket: Path) -> None:
         """Send new requests to another engine at once."""
         self._ask("POST", "/flip", {"version": version, "socket": str(socket)})
+
+    def begin_trial(self, served: Served, home: Home, terms: Terms) -> None:
+        """Let a candidate on another engine answer a share of the requests; again: renew it."""
+        engine = {"version": served.digest, "socket": str(home.engine_socket(served.slot))}
+        self._ask("POST", "/trial", engine | asdict(terms))
+
+    def end_trial(self, version: str) -> None:
+        """Send everything to the champion again."""
+        self._ask("POST", "/trial/end", {"version": version})
 
     def drained(self, version: str, wait_s: float) -> bool:
         """Whether no request is inside a version's engine, after waiting for it."""

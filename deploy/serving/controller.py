@@ -16,7 +16,7 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.store.weights import Anchor, preflight
 from deploy.serving import swap
-from deploy.serving.control import ControlError, EngineControl, GatewayControl, pinned
+from deploy.serving.control import ControlError, EngineControl, GatewayControl, Terms, pinned
 from deploy.serving.engines import Engines, engines_of, is_up
 from deploy.serving.intact import (
     Probes,
@@ -36,11 +36,13 @@ from deploy.serving.served import (
     write_slot,
 )
 
-Event = Literal["SWAP_INTENT", "SWAPPED", "ROLLED_BACK"]
+Event = Literal["SWAP_INTENT", "SWAPPED", "ROLLED_BACK", "CANARY"]
 Record = Callable[[Event, str, str], None]  # the ledger: event, digest, why
 Connect = Callable[[str], AbstractContextManager[EngineControl]]  # a slot -> its engine of now
-Strategy = Literal["in_place", "blue_green"]  # what can be set
+Strategy = Literal["in_place", "blue_green", "canary", "shadow"]  # what can be set
 Way = Strategy | Literal["cold", "offline"]  # for a dead engine; while the stack is down
+TRIALS = ("canary", "shadow")
+USUAL = Terms()
 AT_ANY_TIME = (swap.Intent, swap.RolledBack, swap.End)  # they touch no engine and no gateway
 
 
@@ -56,8 +58,11 @@ def change(
     keep_warm: bool = True,
     lease_s: float = 60.0,
     max_wait_s: float = 30.0,
+    terms: Terms = USUAL,
 ) -> swap.SwapOutcome:
     """Serve another version; the outcome says what is served now, and why if it is not this one.
+
+    By "canary" or "shadow" it is put on trial under the ``terms``, and the old one served on.
 
     A stack that is down serves it from its next start. UserError before anything is touched: a
     directory that fails its preflight, no recorded probes, a swap under way. LeaseLostError: it
@@ -69,11 +74,13 @@ def change(
         settle_offline(home, time.time())
     previous = _previous(home, anchor)
     other = GREEN if previous.slot == BLUE else BLUE
-    slot = other if strategy == "blue_green" else previous.slot
+    slot = other if strategy in ("blue_green", *TRIALS) else previous.slot
     target = Served(digest, str(directory), slot)
     protocol = {
         "in_place": lambda: swap.in_place(previous, target),
         "blue_green": lambda: swap.blue_green(previous, target, keep_warm=keep_warm),
+        "canary": lambda: swap.on_trial(previous, target),
+        "shadow": lambda: swap.on_trial(previous, target),
         "cold": lambda: swap.cold(previous, target),
         "offline": lambda: swap.offline(previous, target),
     }[strategy]()
@@ -90,6 +97,7 @@ def change(
             why=why,
             lease_s=lease_s,
             max_wait_s=max_wait_s,
+            terms=terms,
         ) as controller,
     ):
         return swap.run(protocol, controller.perform)
@@ -135,12 +143,13 @@ class Controller:
         why: str = "",
         lease_s: float = 60.0,
         max_wait_s: float = 30.0,
+        terms: Terms = USUAL,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._home, self._anchor, self._record = home, anchor, record
         self._gateway, self._engines, self._connect = gateway, engines, connect
         self._why, self._lease_s, self._max_wait_s = why, lease_s, max_wait_s
-        self._clock = clock
+        self._terms, self._clock = terms, clock
         self._leases = Leases(home)
         self._open = ExitStack()
         self._lease: Lease | None = None
@@ -168,8 +177,8 @@ class Controller:
                     self._probes = read_probes(self._home, target.digest)
             case swap.Begin(previous, target, alive):
                 self._begin(previous, target, alive)
-            case swap.Intent(target):
-                self._record("SWAP_INTENT", target.digest, self._why)
+            case swap.Intent(target, trial):
+                self._record("CANARY" if trial else "SWAP_INTENT", target.digest, self._why)
             case swap.Hold(wait):
                 self._hold = self._gateway.hold(self._wait_s(), self._left_s(), wait=wait)
             case swap.Pause():
@@ -192,6 +201,8 @@ class Controller:
                 self._record("SWAPPED", target.digest, self._why)
             case swap.Release(served):
                 self._gateway.release(served.digest, self._hold)
+            case swap.Flip(served, trial=True):
+                self._gateway.begin_trial(served, self._home, self._terms)
             case swap.Flip(served):
                 self._gateway.flip(served.digest, self._home.engine_socket(served.slot))
             case swap.Drain(previous):

@@ -21,6 +21,8 @@ Cold, for an engine that is dead, hung or holds unknown weights:
 
 Nothing of it needs the engine to work before. From the stamp on there is no way back but another
 swap: a controller that dies is finished by the watchdog, on the target.
+
+On trial, a second engine starts, is verified and gets a share; the old version is served on.
 """
 
 from collections.abc import Callable, Generator
@@ -52,9 +54,10 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Record in the ledger what is about to happen."""
+    """Record in the ledger what is about to happen: a swap, or a trial."""
 
     target: Served
+    trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +135,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """Send new requests to this version's engine."""
+    """Send new requests to this version's engine; on trial, a share of them."""
 
     served: Served
+    trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,15 +262,39 @@ def blue_green(previous: Served, target: Served, *, keep_warm: bool = True) -> P
         if stamped:
             yield Stamp(previous)
             yield Flip(previous)
-        yield StopOther(target)
-        yield RolledBack(target, str(fault))
-        yield End()
-        return SwapOutcome(False, previous, str(fault))
+        return (yield from _given_up(previous, target, fault))
     yield Drain(previous)
     if not keep_warm:
         yield StopOther(previous)
     yield End()
     return SwapOutcome(True, target)
+
+
+def on_trial(previous: Served, target: Served) -> Protocol:
+    """Start a second engine (``target.slot``), verify it, give it a share of the requests.
+
+    Taken again it goes on with a trial whose controller, engine or gateway was lost.
+    """
+    yield Preflight(target)
+    yield from _begin(previous, target, trial=True)
+    try:
+        yield StartOther(target)
+        yield Verify(target)
+        yield Flip(target, trial=True)
+    except LeaseLostError:
+        raise
+    except Exception as fault:
+        return (yield from _given_up(previous, target, fault))
+    yield End()
+    return SwapOutcome(True, previous, "on trial")
+
+
+def _given_up(previous: Served, target: Served, fault: Exception) -> Protocol:
+    """End the second engine, which answers nobody."""
+    yield StopOther(target)
+    yield RolledBack(target, str(fault))
+    yield End()
+    return SwapOutcome(False, previous, str(fault))
 
 
 def cold(previous: Served, target: Served) -> Protocol:
@@ -307,11 +335,13 @@ def run(protocol: Protocol, perform: Callable[[Step], None]) -> SwapOutcome:
         return outcome
 
 
-def _begin(previous: Served, target: Served, *, alive: bool = True) -> Generator[Step, None, None]:
+def _begin(
+    previous: Served, target: Served, *, alive: bool = True, trial: bool = False
+) -> Generator[Step, None, None]:
     """The lease, then the ledger; a ledger that refuses gives the lease back."""
     yield Begin(previous, target, alive)
     try:
-        yield Intent(target)
+        yield Intent(target, trial)
     except Exception:
         yield End()
         raise

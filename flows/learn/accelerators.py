@@ -37,7 +37,8 @@ from agent.population.capacity import (
     vllm_share,
 )
 from agent.population.placement import ALONE
-from agent.sections import EngineSettings, LearnerSettings, ModelSettings
+from agent.sections import LearnerSettings, ModelSettings
+from agent.sections_running import EngineSettings
 from agent.store.anchor import Anchor
 from deploy.model import resolve
 from flows.learn.plan import chosen

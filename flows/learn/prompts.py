@@ -7,7 +7,7 @@ what the client and its tools said after each answer.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -171,26 +171,33 @@ def sessions(
         judged[row.principal, row.session_id or f"\0{row.inference_id}"].append(row)
     kept, aside = list[ExperienceRow](), list[SetAside]()
     for owner, mine in judged.items():
-        last = max(mine, key=lambda r: (len(_parts(r.prompt)[0]), r.created, r.inference_id))
-        messages, tools = _parts(last.prompt)
-        cuts = [
-            at
-            for at, message in enumerate(messages)
-            if _role(message) == "assistant" and _key(messages[:at]) in asked[owner]
-        ]
-        if cuts:
-            ends = [*cuts[1:], len(messages)]
-            follow = [messages[at + 1 : end] for at, end in zip(cuts, ends, strict=True)]
-            talk = {"messages": messages[: cuts[0]], "follow": follow, "tools": tools}
-            last = replace(last, prompt=json.dumps(talk))
-        kept.append(last)
-        inner = {_key(messages[:at]) for at in [*cuts, len(messages)]}
+        row, parts = _conversation(mine, asked[owner])
+        kept.append(row)
         aside += [
-            SetAside(row, "duplicates", "its session is asked from another request")
-            for row in mine
-            if _key(_parts(row.prompt)[0]) not in inner
+            SetAside(each, "duplicates", "its session is asked from another request")
+            for each in mine
+            if _key(_parts(each.prompt)[0]) not in parts
         ]
     return kept, aside
+
+
+def _conversation(
+    judged: Sequence[ExperienceRow], asked: Collection[str]
+) -> tuple[ExperienceRow, set[str]]:
+    """The request that is a session's example, and the beginnings of it that were requests, too.
+
+    ``asked``: messages of all requests of the session, as keys.
+    """
+    last = max(judged, key=lambda r: (len(_parts(r.prompt)[0]), r.created, r.inference_id))
+    messages, tools = _parts(last.prompt)
+    answers = [at for at, message in enumerate(messages) if _role(message) == "assistant"]
+    cuts = [at for at in answers if _key(messages[:at]) in asked]
+    if cuts:
+        ends = [*cuts[1:], len(messages)]
+        follow = [messages[at + 1 : end] for at, end in zip(cuts, ends, strict=True)]
+        talk = {"messages": messages[: cuts[0]], "follow": follow, "tools": tools}
+        last = replace(last, prompt=json.dumps(talk))
+    return last, {_key(messages[:at]) for at in [*cuts, len(messages)]}
 
 
 def whole(prompt: str | None, completion: str, tool_calls: str | None) -> list[Message] | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from agent.store.experience import ExperienceStore
@@ -27,7 +27,36 @@ def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
     if entry is None or entry.state not in ("SWAPPED", "BAKING"):
         return {"state": "nothing bakes"}
     swapped = [each for each in service.ledger.of(entry.digest) if each.state == "SWAPPED"][-1]
-    new, old = traffic_of(service, swapped)
+    seen = watch(service, swapped)
+    if seen.worse:
+        why = f"worse in live traffic: {seen.worse}"
+        return seen.figures | {"state": _back(session, entry, why)}
+    if not (seen.enough or seen.late or end):
+        return seen.figures | {"state": "BAKING", "wanted": baking.rows}
+    service.record(entry.digest, "CHAMPION", seen.why, statistics=seen.figures, epoch=epoch)
+    return seen.figures | {"state": "CHAMPION"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A version's live traffic against that of the version before it.
+
+    ``worse`` names the watches with evidence against it; ``enough``: it has ``baking.rows``
+    rewards; ``late``: ``baking.minutes`` are over; ``pairs``: rewards compared so far.
+    """
+
+    figures: dict[str, Any]
+    worse: str
+    enough: bool
+    late: bool
+    pairs: int
+    why: str  # it is kept, with the tests that had data
+
+
+def watch(service: Service, begun: Entry) -> Seen:
+    """Compare since the row that let a version answer; the window of the other ends there."""
+    baking = service.settings.baking
+    new, old = traffic_of(service, begun)
     watched = watches(
         new,
         old,
@@ -35,17 +64,12 @@ def bake(session: Session, *, end: bool = False) -> dict[str, Any]:
         error_margin=baking.error_margin,
         latency_factor=baking.latency_factor,
     )
-    figures: dict[str, Any] = {"digest": entry.digest, "rewards": new.count, "before": old.count}
+    figures: dict[str, Any] = {"digest": begun.digest, "rewards": new.count, "before": old.count}
     figures |= {each.name: asdict(each) for each in watched}
     worse = "; ".join(each.text() for each in watched if each.worse(baking.alpha))
-    if worse:
-        return figures | {"state": _back(session, entry, f"worse in live traffic: {worse}")}
-    waited_s = time.time() - swapped.time
-    if new.count < baking.rows and waited_s < 60 * baking.minutes and not end:
-        return figures | {"state": "BAKING", "wanted": baking.rows}
-    why = _settled(watched, new, waited_s)
-    service.record(entry.digest, "CHAMPION", why, statistics=figures, epoch=epoch)
-    return figures | {"state": "CHAMPION"}
+    waited_s = time.time() - begun.time
+    enough, late = new.count >= baking.rows, waited_s >= 60 * baking.minutes
+    return Seen(figures, worse, enough, late, watched[0].n, _settled(watched, new, waited_s))
 
 
 def settle_for(session: Session, digest: str) -> None:
@@ -55,11 +79,11 @@ def settle_for(session: Session, digest: str) -> None:
         bake(session, end=True)
 
 
-def traffic_of(service: Service, swapped: Entry) -> tuple[Traffic, Traffic]:
-    """Traffic of a version since its swap, and the newest of the version before it until then."""
+def traffic_of(service: Service, begun: Entry) -> tuple[Traffic, Traffic]:
+    """Traffic of a version since its swap or trial, and the newest of the one before until then."""
     store, window = service.experience, service.settings.baking.window
-    new = _traffic(store, swapped.digest, since=swapped.time)
-    old = _traffic(store, str(swapped.before), until=swapped.time, newest=window)
+    new = _traffic(store, begun.digest, since=begun.time)
+    old = _traffic(store, str(begun.before), until=begun.time, newest=window)
     return new, old
 
 

@@ -170,6 +170,7 @@ def next_step(digest: str, state: str, why: str = "") -> str:
         "APPROVED": f"approved, served next: `anchorage status`, or `anchorage promote {name}`",
         "AWAIT_REVIEW": "waits for review: look at it in MLflow, then `anchorage review approve "
         f"{name} --reason ...` or {reject}",
+        "CANARY": "on trial, a share of live traffic decides: `anchorage status --watch`",
         "HOLD": f"held, not served: {why}; `anchorage plan` says how many rows the gate needs",
         "REJECT": f"rejected, the champion stays: {why}",
         "unchanged": why,

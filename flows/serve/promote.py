@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from agent.errors import UserError
 from agent.home import is_locked, locked
 from agent.store.weights import short
-from deploy.serving.controller import Event
+from deploy.serving.controller import TRIALS, Event
 from flows.serve.bake import settle_for
 from flows.serve.swaps import ServeOutcome, finish, swap
 from flows.service import Service
@@ -78,6 +78,8 @@ def is_owed(service: Service, digest: str, state: str) -> bool:
 def promote(session: Session, digest: str, why: str = "passed the gate") -> ServeOutcome:
     """Serve a digest by a verified swap, after which it bakes. What baked before is settled first.
 
+    Where the settings want a trial first, that is begun (`flows.serve.trial` ends it).
+
     Raises:
         UserError: The ledger does not let it be served, or nothing was touched and why.
     """
@@ -90,7 +92,8 @@ def promote(session: Session, digest: str, why: str = "passed the gate") -> Serv
     def write(event: Event, of: str, reason: str, epoch: int) -> None:
         service.record(of, event, reason, epoch=epoch)
 
-    outcome = swap(session, digest, write, why)
+    chosen = service.settings.engines.swap
+    outcome = swap(session, digest, write, why, chosen if chosen in TRIALS else None)
     if outcome.served == digest:
         with suppress(UserError):  # another controller has settled it, or rolled it back, meanwhile
             service.record(digest, "BAKING", "live traffic is watched")

@@ -24,6 +24,7 @@ from deploy.serving.control import observe
 from deploy.serving.starts import failing
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
+from flows.serve.trial import judge_trial
 from flows.service import Service
 from flows.session import Session
 from flows.show import mlflow
@@ -48,7 +49,7 @@ class Disagreement:
 
 
 def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
-    """Settle what disagrees, judge the version that bakes, carry out what people did in MLflow.
+    """Settle what disagrees, judge the version on trial or baking, do what MLflow's users did.
 
     MLflow comes last: one that hangs delays neither a repair nor a rollback.
 
@@ -63,7 +64,10 @@ def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
             settle() if settle else repair(session)
 
     def judge_fresh() -> None:
-        if service.ledger.unsettled() is not None:
+        entry = service.ledger.unsettled()
+        if entry is not None and entry.state == "CANARY":
+            judge_trial(session, entry)
+        elif entry is not None:
             bake(session)
 
     _each("engines", lambda: remark_stalled(service))

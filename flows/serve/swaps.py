@@ -15,10 +15,11 @@ from typing import Any
 
 from agent.errors import UserError
 from agent.population.schedule import Engine
+from agent.store.intake import keyed
 from agent.store.ledger import StaleEpoch
 from agent.store.weights import identity, require, short
-from deploy.serving.control import ControlError
-from deploy.serving.controller import Event, Way, change, connect
+from deploy.serving.control import ControlError, Terms
+from deploy.serving.controller import TRIALS, Event, Way, change, connect
 from deploy.serving.engines import is_up
 from deploy.serving.intact import Probes, read_probes, write_probes
 from deploy.serving.lease import LeaseLostError, Leases
@@ -45,7 +46,8 @@ class ServeOutcome:
     @property
     def done(self) -> bool:
         """Whether it came as asked: served, or recorded where no swap was due (yet)."""
-        return self.served == self.asked or self.state in ("REJECT", "ANCHOR", "APPROVED")
+        states = ("REJECT", "ANCHOR", "APPROVED", "CANARY")
+        return self.served == self.asked or self.state in states
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -62,7 +64,7 @@ def swap(
         digest: What to serve.
         write: Writes the ledger's rows, under the epoch taken when the intent is due.
         why: The reason, for the ledger.
-        strategy: How, such as "cold".
+        strategy: How, such as "cold"; "canary" and "shadow" put it on trial.
 
     Raises:
         UserError: Nothing was touched, and why.
@@ -70,7 +72,9 @@ def swap(
     """
     service = session.service
     epoch: list[int] = []
-    strategy = strategy or service.settings.engines.swap
+    if strategy is None:
+        chosen = service.settings.engines.swap
+        strategy = "blue_green" if chosen in TRIALS else chosen  # a way back takes no trial
     # Not for a cold start that was asked for: it must not depend on anything that can fail.
     certificate = kept_certificate(service) if strategy == "in_place" else None
     if certificate is not None and certificate.way == "fresh":
@@ -82,7 +86,8 @@ def swap(
         ensure_probes(session, digest)
 
     def record(event: Event, of: str, reason: str) -> None:
-        if event == "SWAP_INTENT":  # under the lease, before anything moves: older epochs are out
+        # Under the lease, before anything moves: older epochs are out.
+        if event in ("SWAP_INTENT", "CANARY"):
             epoch.append(service.take_over())
         write(event, of, reason or why, epoch[0])
 
@@ -96,13 +101,22 @@ def swap(
             why=why,
             strategy=strategy,
             lease_s=service.settings.engines.swap_deadline_s,
+            terms=terms(service),
         )
     except ControlError as error:
         if epoch:
             raise
         raise UserError(f"digest {short(digest)}: nothing was changed: {error}") from error
-    state = "SWAPPED" if done.swapped else "ROLLED_BACK"
+    swapped = "SWAPPED" if done.served.digest == digest else "CANARY"
+    state = swapped if done.swapped else "ROLLED_BACK"
     return ServeOutcome(digest, done.served.digest, state, done.reason)
+
+
+def terms(service: Service) -> Terms:
+    """Of a trial. It lapses where nobody looks after it for some polls."""
+    engines, poll_s = service.settings.engines, service.settings.projection.reconcile_seconds
+    salt, deadline_s = keyed(service.salt, "trial"), max(60.0, 4 * poll_s)
+    return Terms(engines.canary_share, engines.swap == "shadow", salt, deadline_s)
 
 
 def swap_surely(session: Session, digest: str, write: Write, why: str) -> ServeOutcome:
@@ -176,7 +190,7 @@ def finish(session: Session) -> str | None:
     intent = service.ledger.open_intent()
     if intent is None:
         return None
-    with _alone(service):
+    with alone(service):
         epoch, still = service.take_over(), service.ledger.open_intent()
         if still is None or still.digest != intent.digest:
             return None
@@ -188,7 +202,7 @@ def finish(session: Session) -> str | None:
 
 
 @contextmanager
-def _alone(service: Service) -> Iterator[None]:
+def alone(service: Service) -> Iterator[None]:
     """Hold the swap's lease without swapping: no other controller writes the ledger meanwhile."""
     leases, served = Leases(service.home), _served(service)
     lease_s = service.settings.engines.swap_deadline_s

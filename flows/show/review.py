@@ -78,6 +78,8 @@ def _acts(standing: Standing) -> tuple[str, list[tuple[str, str, str, str]]]:
             ("approve", tag, approve, effect),
             ("reject", f"set the tag `{REVIEW}` to `reject`", reject, kept),
         ]
+    if state == "CANARY":
+        return "It is on trial: a share of live traffic decides whether it is served.", []
     if standing.served:
         kind = "is served and watched" if state in ("SWAPPED", "BAKING") else "is served"
         undo = "set the alias `champion` to the version with the alias `previous`"

@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from anchors import made_by_a_round
 from spoilt import KINDS
 from tiny import tiny_model
 
@@ -40,6 +41,11 @@ from deploy.serving.lease import Leases
 from deploy.serving.served import BLUE, GREEN, Served, read_served
 from deploy.stack import Ports, services
 from deploy.supervise import Program, survivors
+from flows.serve.promote import promote
+from flows.serve.reconcile import poll
+from flows.service import Service
+from flows.session import Session
+from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -169,7 +175,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     home = Home.at(folder / "home")
     even, odd = Served(anchor.digest, str(anchor.directory)), Served(made.name, str(made))
     path = {"path": str(anchor.directory), "max_model_len": 512, "dtype": "float32"}
-    settings = load(model=path, engines={"max_num_seqs": 16})
+    (folder / "letters.py").write_text(LETTERS)
+    rows = ({"id": f"row {n}", "letters": "a"} for n in range(20))
+    (folder / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = {"target": "letters", "files": [f"{folder / 'letters.py'}:TASK"], "priors": []}
+    settings = load(
+        model=path,
+        engines={"max_num_seqs": 16, "swap": "canary"},
+        tasks=tasks,
+        review={"mode": "auto"},
+        baking={"rows": TRIED, "window": 200},
+    )
 
     def only(*names: str) -> Callable[[Home, Settings, Ports], list[Program]]:
         return lambda *given: [each for each in services(*given) if each.name in names]
@@ -406,6 +422,81 @@ def test_a_load_that_fails_ends_on_the_old_version(
     assert set(answer.text) <= running.letters[old.digest]
 
 
+LETTERS = """
+from evaluators.task import Source, Task, Verdict
+
+TASK = Task(
+    name="letters",
+    source=Source("", eval_split="train", file="letters.jsonl"),
+    key=lambda row: row["id"],
+    fields=lambda row: {"id": row["id"]},
+    template="{id}",
+    verify=lambda text, row: Verdict(float(set(text) <= set(row["letters"])), 0.0, text),
+    gold=lambda row: row["letters"],
+    wrong=lambda row: "?",
+    target=True,
+    max_tokens=8,
+)
+"""
+TRIED = 250  # rewards of a candidate on trial
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of a session: when it began, who answered, whether it succeeded."""
+
+    session: str
+    at: float
+    version: str
+    ok: bool
+
+
+@contextlib.contextmanager
+def visiting(running: Running, letters: set[str]) -> Iterator[list[Asked]]:
+    """Clients with sessions of two requests; an answer is right if it is in these letters."""
+    stop, asked = threading.Event(), list[Asked]()
+    row = json.dumps({"id": "visit", "letters": "".join(sorted(letters))})
+
+    def visit(http: httpx.Client, session: str) -> None:
+        about = {"task": "letters", "example": row, "session_id": session}
+        body = {"model": "anchorage", "messages": QUESTION, "max_tokens": 4, "temperature": 1.0}
+        for _ in range(2):
+            began = time.time()
+            reply = http.post(PATH, json=body | {"metadata": about, "ignore_eos": True})
+            version = reply.headers.get("x-model-version", "")
+            asked.append(Asked(session, began, version, reply.status_code == 200))
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=running.endpoint, timeout=60) as http:
+            for count in range(1_000_000):
+                if stop.is_set():
+                    return
+                visit(http, f"{number}-{count}-{len(letters)}")
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        threads = [pool.submit(client, number) for number in range(CLIENTS)]
+        try:
+            yield asked
+        finally:
+            stop.set()
+            for each in threads:
+                each.result()
+
+
+def tried(session: Session, digest: str) -> list[tuple[float, float]]:
+    """Promote, and poll until the trial is over; when it was in force."""
+    service = session.service
+    outcome = promote(session, digest)
+    assert outcome.state == "CANARY", outcome
+    began = last = time.time()
+    while service.ledger.state(digest) == "CANARY":
+        assert time.time() - began < 420, service.ledger.of(digest)
+        time.sleep(1.0)
+        last = time.time()
+        poll(session)
+    return [(began, last)]
+
+
 CONTROLLER = """
 import os, sys, time
 from pathlib import Path
@@ -476,3 +567,51 @@ def test_blue_green_flips_between_two_warm_engines_under_streams(running: Runnin
         assert right.startswith(answer.version)
     assert {answer.version for answer in answers} == {d[:12] for d in running.letters}
     SupervisedEngines(running.home).stop(GREEN)
+
+
+def test_a_canary_takes_its_share_and_everything_or_nothing_follows(
+    running: Running, scale: Callable[[int, int], int]
+) -> None:
+    """Eight clients; a bad candidate is withdrawn, a good one swapped in, nobody is failed."""
+    if scale(0, 1) == 0:
+        pytest.skip("two trials of real engines: in the soak")
+    if read_served(running.home).digest != running.even.digest:
+        running.change(running.even)
+    (running.home.root / "salt").write_text("a salt of tests")  # who is on trial is then known
+    service = Service.at(running.home.root)
+    old, new = service.champion(), running.odd.digest
+    assert old == running.even.digest
+    made_by_a_round(service, new, 1)
+    for state in ("PROPOSED", "EVALUATED", "PASSED"):
+        service.record(new, state, "a test")
+    session = Session(service, Silent())
+    with visiting(running, running.letters[old]) as bad:
+        while len(bad) < 300:
+            time.sleep(0.1)
+        tried(session, new)
+    assert service.ledger.state(new) == "ROLLED_BACK"
+    assert "worse on trial: reward 1.000 -> 0.000" in service.ledger.of(new)[-1].why
+    assert read_served(running.home).digest == service.champion() == old
+    assert SupervisedEngines(running.home).pid(GREEN) is None
+    with visiting(running, running.letters[old] | running.letters[new]) as good:
+        while len(good) < 300:
+            time.sleep(0.1)
+        [(began, ended)] = tried(session, new)
+        after = time.time()
+        while not any(each.at > after for each in good):
+            time.sleep(0.1)
+    assert service.ledger.state(new) == "BAKING"
+    assert read_served(running.home).digest == service.champion() == new
+    assert all(each.ok for each in (*bad, *good))
+    by_session: dict[str, list[Asked]] = {}
+    for each in good:
+        if began < each.at < ended - 1.0:
+            by_session.setdefault(each.session, []).append(each)
+    whole = [two for two in by_session.values() if len(two) == 2]
+    assert all(one.version == other.version for one, other in whole)
+    share = sum(two[0].version == new[:12] for two in whole) / len(whole)
+    assert abs(share - 0.1) <= 0.02, f"{share:.3f} of {len(whole)} sessions"
+    assert {each.version for each in good if each.at > after} == {new[:12]}
+    lines = httpx.get(f"{running.endpoint}/metrics").text
+    assert f'anchorage_answers_total{{kind="trial",status="ok",version="{new[:12]}"}}' in lines
+    assert 'kind="trial",status="error"' not in lines

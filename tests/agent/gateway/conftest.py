@@ -24,7 +24,7 @@ from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import private_socket, public_server, public_socket, server_of
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 from agent.store.experience import ExperienceStore, Unjudged
 
 A = "a" * 64

@@ -15,7 +15,7 @@ from agent.gateway.exchange import Versions
 from agent.gateway.hold import Route
 from agent.gateway.requests import ServedModel
 from agent.gateway.upstream import Upstream
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 A = "a" * 64
 SHORT = A[:12]

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from agent.gateway.connections import ConnectionTable, _network
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 HEAD = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.gateway.errors import ApiError
 from agent.gateway.requests import ServedModel, read_chat, read_completion
 from agent.gateway.schema import SchemaError, check_schema
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 HELLO = [{"role": "user", "content": "hello"}]

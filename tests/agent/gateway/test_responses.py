@@ -11,7 +11,7 @@ import pytest
 from agent.gateway.answers import ResponsesAnswer
 from agent.gateway.keys import KeyStore
 from agent.gateway.requests import ServedModel, read_responses
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 
 SHORT = "a" * 12
 LOOK = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}

@@ -27,7 +27,7 @@ from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
-from agent.sections import GatewaySettings
+from agent.sections_running import GatewaySettings
 from agent.store.experience import ExperienceStore
 
 async def engine(request):

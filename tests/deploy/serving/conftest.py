@@ -83,9 +83,11 @@ class FakeEngine:
 class FakeGateway:
     """The gateway's admin side; it names a version and sends clients to a slot's engine."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, clock: Callable[[], float] = lambda: 0.0) -> None:
         self.version = version
         self.slot = BLUE
+        self.clock = clock
+        self.trial: tuple[str, str, float] | None = None  # version, slot, end
         self.hold: str | None = None
         self.alive = True
         self.holds = 0
@@ -108,6 +110,11 @@ class FakeGateway:
                 return httpx.Response(409, text="held")
             case "/flip":
                 self._to(body)
+            case "/trial":
+                until = self.clock() + body["deadline_s"]
+                self.trial = (body["version"], Path(body["socket"]).stem, until)
+            case "/trial/end":
+                self.trial = None
             case "/drain":
                 return httpx.Response(200, json={"drained": True})
             case "/state":
@@ -137,8 +144,8 @@ class World:
         self.home, self.old, self.new, self.anchor = home, old, new, anchor
         write_served(home, old)
         self.engines: dict[str, FakeEngine] = {BLUE: FakeEngine(old.digest)}
-        self.gateway = FakeGateway(old.digest)
         self.now = 1000.0
+        self.gateway = FakeGateway(old.digest, lambda: self.now)
         self.records: list[tuple[str, str]] = []
         self.cold_starts = 0
         self.starts_fail = False
@@ -214,6 +221,13 @@ class World:
         admits = self.gateway.hold is None and reachable and not engine.paused
         if admits:
             assert engine.weights == self.gateway.version
+        if tried := self.tried():
+            assert self.engines[tried[1]].weights == tried[0]
+
+    def tried(self) -> tuple[str, str] | None:
+        """The version on trial and its slot, while its time lasts."""
+        trial = self.gateway.trial
+        return None if trial is None or self.now >= trial[2] else trial[:2]
 
     def settled(self) -> str:
         """The version served, once everything is open, running and of one mind."""

@@ -50,6 +50,15 @@ COLD = [
     swap.Release,
     swap.End,
 ]
+TRIAL = [
+    swap.Preflight,
+    swap.Begin,
+    swap.Intent,
+    swap.StartOther,
+    swap.Verify,
+    swap.Flip,
+    swap.End,
+]
 ORDER = {"in_place": IN_PLACE, "blue_green": BLUE_GREEN, "cold": COLD}
 
 
@@ -66,6 +75,8 @@ def protocol(world: Any, strategy: str) -> swap.Protocol:
         return swap.in_place(world.old, world.new)
     if strategy == "cold":
         return swap.cold(world.old, world.new)
+    if strategy == "trial":
+        return swap.on_trial(world.old, replace(world.new, slot=GREEN))
     return swap.blue_green(world.old, replace(world.new, slot=GREEN))
 
 
@@ -374,3 +385,55 @@ def test_a_warm_engine_with_other_weights_is_started_again(world: Any) -> None:
     assert outcome.swapped
     assert world.cold_starts == starts + 1
     assert world.settled() == world.old.digest
+
+
+def test_a_trial_gives_the_candidate_a_share_and_serves_the_old_version(world: Any) -> None:
+    taken: list[type] = []
+    outcome = swap_in(world, "trial", after=lambda step: taken.append(type(step)))
+    assert taken == TRIAL
+    assert (outcome.swapped, outcome.served) == (True, world.old)
+    assert world.tried() == (world.new.digest, GREEN)
+    assert world.settled() == world.old.digest
+    assert world.records == [("CANARY", world.new.digest)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", TRIAL, ids=lambda kind: kind.__name__)
+def test_any_fault_in_a_trials_beginning_serves_the_old_version(
+    world: Any, kind: type, when: str
+) -> None:
+    with suppress(FaultError):
+        swap_in(world, "trial", **{when: raise_at(kind, FaultError("broken"))})
+    if Leases(world.home).current():
+        world.now += 20.0
+        assert world.watchdog().tick()
+    world.check()
+    assert world.settled() == world.old.digest
+    begun = kind in (swap.StartOther, swap.Verify, swap.Flip)
+    assert (("ROLLED_BACK", world.new.digest) in world.records) == begun
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", TRIAL, ids=lambda kind: kind.__name__)
+def test_a_controller_that_dies_in_a_trial_leaves_everything_to_the_old_version(
+    world: Any, kind: type, when: str
+) -> None:
+    """Nobody renews the trial: it lapses. Who takes it up again begins where it was."""
+    with pytest.raises(Death):
+        swap_in(world, "trial", **{when: raise_at(kind, Death())})
+    world.check()
+    world.now += 200.0
+    world.watchdog().tick()
+    assert world.tried() is None
+    assert world.settled() == world.old.digest
+    assert swap_in(world, "trial").swapped
+    assert world.tried() == (world.new.digest, GREEN)
+    assert world.settled() == world.old.digest
+
+
+def test_a_version_on_trial_is_swapped_in_without_another_start(world: Any) -> None:
+    assert swap_in(world, "trial").swapped
+    starts = world.cold_starts
+    assert swap_in(world, "blue_green").swapped
+    assert world.cold_starts == starts
+    assert world.settled() == world.new.digest

@@ -37,6 +37,7 @@ def text_of(*drawn: Any, width: int = 80) -> str:
     [
         ("PASSED", "passed, not served: `anchorage promote d5688b74`"),
         ("AWAIT_REVIEW", "`anchorage review approve d5688b74 --reason ...`"),
+        ("CANARY", "on trial, a share of live traffic decides"),
         ("HOLD", "held, not served: few rows"),
         ("REJECT", "rejected, the champion stays: few rows"),
         ("unchanged", "few rows"),
