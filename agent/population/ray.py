@@ -105,13 +105,33 @@ class EngineActor:
 
 
 class RayEngine(RemoteEngine):
-    """The ``Engine`` protocol over one actor; call ``attach`` first."""
+    """The ``Engine`` protocol over one actor; call ``attach`` first.
+
+    Its place is asked for at once and waited for by the first call, so that the engines of a
+    population wait for theirs together.
+    """
 
     def __init__(self, options: EngineOptions, place: Placement, limit_s: float = LIMIT_S):
+        from ray.util.placement_group import placement_group
+
         super().__init__(self._ask)
-        self._limit_s = limit_s
-        self._group = _reserve(place)
-        self._actor = _started(self._group, place, options, limit_s)
+        self._options, self._place, self._limit_s = options, place, limit_s
+        # Ranks of one engine: one node.
+        self._group = placement_group([_bundle(place)], strategy="STRICT_PACK")
+        self._actor: Any = None
+
+    def ready(self) -> None:
+        """Wait for the place and start the actor in it, which starts its engine meanwhile.
+
+        Raises:
+            EngineStartError: No node had the place in time.
+        """
+        if self._actor is not None:
+            return
+        if not self._group.wait(self._place.wait_s):
+            bundle, wait_s = _bundle(self._place), self._place.wait_s
+            raise EngineStartError(f"ray: no node had {bundle} free within {wait_s:g} s")
+        self._actor = _started(self._group, self._place, self._options, self._limit_s)
 
     def close(self) -> None:
         """End the engine, then its actor, which may be busy or gone; free its place."""
@@ -119,12 +139,14 @@ class RayEngine(RemoteEngine):
         from ray.util import remove_placement_group
 
         if ray.is_initialized():
-            ray.wait([self._actor.close.remote()], timeout=CLOSE_S)
-            ray.kill(self._actor)
+            if self._actor is not None:
+                ray.wait([self._actor.close.remote()], timeout=CLOSE_S)
+                ray.kill(self._actor)
             remove_placement_group(self._group)
 
     def _ask(self, method: str, arguments: Json) -> Any:
         """One call and its result."""
+        self.ready()
         reply = self._get(self._actor.call.remote(method, arguments))
         if "error" not in reply:
             return reply["result"]
@@ -141,18 +163,6 @@ class RayEngine(RemoteEngine):
         except ray.exceptions.RayError as error:
             reason = str(error).strip().split("\n")[0]
             raise EngineLostError(f"engine on ray: {type(error).__name__}: {reason}") from error
-
-
-def _reserve(place: Placement) -> Any:
-    """A placement group of one bundle, or one line that the cluster has no such place."""
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    bundle = _bundle(place)
-    group = placement_group([bundle], strategy="STRICT_PACK")  # ranks of one engine: one node
-    if not group.wait(place.wait_s):
-        remove_placement_group(group)
-        raise EngineStartError(f"ray: no node had {bundle} free within {place.wait_s:g} s")
-    return group
 
 
 def _started(group: Any, place: Placement, options: EngineOptions, limit_s: float) -> Any:

@@ -100,5 +100,9 @@ def test_what_serves_is_not_given_to_an_engine(cluster: list[float]) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_place_no_node_has_is_told(tmp_path: Path) -> None:
+    place = Placement(cpus=0.5, gpus=64, wait_s=0.5)
+    population = Population([lambda: RayEngine(EngineOptions(tmp_path), place)] * 2)
     with pytest.raises(UserError, match=r"no node had \{'CPU': 0.5, 'GPU': 64\}"):
-        RayEngine(EngineOptions(tmp_path), Placement(cpus=0.5, gpus=64, wait_s=0.5))
+        population.open(tmp_path)
+    assert len(population.incidents) == 2
+    population.close()
