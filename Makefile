@@ -9,7 +9,7 @@ LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-
 INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 LOCK := requirements-$(EXTRA).lock
 
-.PHONY: demo demo-real test soak gpu lint venv smollm2 lock clean
+.PHONY: demo demo-real test soak gpu lint docs venv smollm2 lock clean
 
 demo: venv
 	$(BIN)/anchorage demo
