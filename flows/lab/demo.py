@@ -94,7 +94,7 @@ PREFECT_S = 60.0  # its server starts in the background; flows wait this long to
 HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "early_stop": False}
 # A model of 135 M parameters on two cores: an hour. Its candidate is the last generation, so that
 # the choice among points does not save the harmful round.
-REAL_HARMFUL = HARMFUL | {"alpha": 0.02, "generations": 2, "selection": 0}
+REAL_HARMFUL = HARMFUL | {"fitness": "reward", "alpha": 0.05, "generations": 2, "selection": 0}
 REAL: dict[str, dict[str, Any]] = {
     "tasks": {
         "target": "orders",

@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,26 @@ def prepared(root: Path) -> Pod:
     return pod
 
 
+def engine_answers(path: Path) -> bool:
+    """Whether the engine behind a socket is well."""
+    with EngineControl.at(path) as engine:
+        return engine.healthy()
+
+
+@pytest.fixture
+def volumes() -> Iterator[Path]:
+    """A folder that user 1000 may look into, as it may into the root of a container."""
+    with tempfile.TemporaryDirectory(prefix="anchorage-pod-", ignore_cleanup_errors=True) as root:
+        Path(root).chmod(0o755)
+        yield Path(root)
+
+
 def test_every_container_starts_as_user_1000_and_answers(
-    tmp_path: Path, scale: Callable[[int, int], int]
+    volumes: Path, scale: Callable[[int, int], int]
 ) -> None:
     if scale(0, 1) == 0:
         pytest.skip("an engine, MLflow and Prefect: in the soak")
-    pod = prepared(tmp_path)
+    pod = prepared(volumes)
     service, url = pod.root / "service", "http://127.0.0.1:{}{}"
     checks: dict[str, Callable[[], bool]] = {
         "prefect": lambda: (
@@ -150,16 +165,16 @@ def test_every_container_starts_as_user_1000_and_answers(
                 url.format(pod.ports[4200], "/api/health"), auth=("anchorage", "secret")
             ).is_success
         ),
-        "engine": lambda: EngineControl.at(service / "sockets/engine.sock").healthy(),
+        "engine": lambda: engine_answers(service / "sockets/engine.sock"),
         "gateway": lambda: httpx.get(url.format(pod.ports[8000], "/healthz")).is_success,
         "mlflow": lambda: httpx.get(url.format(pod.ports[5000], "/health")).is_success,
     }
-    for name, well in checks.items():
-        with pod.running(name) as process:
-            pod.until(name, process, well)
-    for name in ("watchdog", "flows"):  # they answer nobody; they go on
-        with pod.running(name) as process:
-            time.sleep(20)
+    with ExitStack() as together:  # the gateway is well when the engine is
+        for name, well in checks.items():
+            pod.until(name, together.enter_context(pod.running(name)), well)
+        others = {n: together.enter_context(pod.running(n)) for n in ("watchdog", "flows")}
+        time.sleep(20)  # these two answer nobody; they go on
+        for name, process in others.items():
             assert process.poll() is None, (pod.root / f"{name}.log").read_text()[-1500:]
     names = {"prepare", *checks, "watchdog", "flows"}
     assert names == set(containers())

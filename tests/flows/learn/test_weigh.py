@@ -147,6 +147,21 @@ def belittling(kind):
     return Belittling
 
 
+def rounding(kind):
+    """An engine whose answers change with the number of rows in a batch, as in bfloat16."""
+
+    class Rounding(kind):
+        def generate(self, prompts, max_tokens, member=None, noise="normal"):
+            answers = super().generate(prompts, max_tokens, member, noise)
+            few = len(prompts) < 64
+            return [
+                replace(answer, text=answer.text + " ") if few and at % 4 == 0 else answer
+                for at, answer in enumerate(answers)
+            ]
+
+    return Rounding
+
+
 def stale(kind):
     """An engine that keeps the weights it has when a directory is loaded."""
 
@@ -190,6 +205,16 @@ def test_what_a_cold_engine_does_not_repeat_is_held(planted, population, cold, t
     assert {reason["step"] for reason in report.decisive()} == {"cold"}
     assert any(re.search(text, reason["text"]) for reason in report.decisive())
     assert opened.service.ledger.state(learnt.digest) == "HOLD"
+
+
+def test_answers_that_change_with_their_batch_are_asked_again_in_it(planted):
+    opened = planted("home", gate={"confirm": False})
+    kind = planted_kind(opened)
+    learnt = loop.learn(opened, "gsm8k")
+    opened.close()
+    session, _ = doubted(opened, rounding(kind), rounding(kind))
+    assert weigh(session, learnt.run_id).report.verdict == "promote"
+    session.close()
 
 
 def test_a_model_is_asked_cold_once(planted):
