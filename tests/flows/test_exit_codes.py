@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_the_executable_ends_with_the_same_codes(folder: Path, scale) -> None:
         ended(code, done.stderr)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background jobs ignore the interrupt signal, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_broken_task_and_an_interrupt_are_no_success(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     shutil.copy(EXAMPLES / "json_answer.jsonl", tmp_path)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import agents
+import exchange
 import pytest
 
 from agent.population.pool import Population
@@ -42,9 +42,9 @@ def test_an_agents_exchange_is_learnt_from(
     """Tool call, result, answer: the last answer's reward moves the weights that gave all turns."""
     if scale(0, 1) == 0:
         pytest.skip("four generations of conversations: in the soak")
-    rows = agents.questions(200)
-    service = agents.desk(tmp_path, rows[48:], learner=LEARNER)
-    agents.converse(service, rows[:48])
+    rows = exchange.questions(200)
+    service = exchange.desk(tmp_path, rows[48:], learner=LEARNER)
+    exchange.converse(service, rows[:48])
     rewards = learnt(service, launcher)
     [run] = service.journal.runs()
     assert run.plan["rows"]["from_traffic"] == 48

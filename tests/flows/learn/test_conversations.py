@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import agents
+import exchange
 import pytest
 
 from agent.learner.es import Applied, Step
@@ -30,9 +30,9 @@ COUNT = 6
 @pytest.fixture(scope="module")
 def talked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Service, list[Row]]:
     """A home after six sessions through its endpoint."""
-    rows = agents.questions(60 + COUNT)
-    service = agents.desk(tmp_path_factory.mktemp("desk"), rows[COUNT:])  # others than are sent
-    agents.converse(service, rows[:COUNT])
+    rows = exchange.questions(60 + COUNT)
+    service = exchange.desk(tmp_path_factory.mktemp("desk"), rows[COUNT:])  # others than are sent
+    exchange.converse(service, rows[:COUNT])
     return service, rows
 
 
@@ -52,10 +52,10 @@ def test_a_session_is_one_example_with_the_reward_of_its_end(
     assert by_question.keys() == {row["question"] for row in rows[:COUNT]}
     for row in rows[:COUNT]:
         asked = by_question[row["question"]]
-        assert asked.messages == [{"role": "user", "content": agents.ASKED}]
-        assert asked.tools == agents.TOOLS
+        assert asked.messages == [{"role": "user", "content": exchange.ASKED}]
+        assert asked.tools == exchange.TOOLS
         [[result]] = asked.follow or []
-        assert (result["role"], result["content"]) == ("tool", agents.told(row))
+        assert (result["role"], result["content"]) == ("tool", exchange.told(row))
         assert isinstance(asked.prompt, Conversation)
     verdicts = service.experience.rows("desk")
     assert [each.reward for each in verdicts] == [0.0] * COUNT  # of the last answers alone
@@ -76,7 +76,7 @@ class Desk:
     """An engine that calls the tool, and answers right once its theta has moved enough."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._gold = {agents.told(row): str(row["answer"]) for row in rows}
+        self._gold = {exchange.told(row): str(row["answer"]) for row in rows}
         self.calls: list[Sequence[Prompt]] = []
         self._theta: Parameters
 
@@ -138,7 +138,7 @@ def test_a_round_asks_every_member_turn_by_turn_and_rewards_the_end(
         opening, call, result = after["messages"]
         assert [opening] == before["messages"]
         assert call["tool_calls"][0]["id"] == result["tool_call_id"]  # the member's own call
-        assert after["tools"] == agents.TOOLS
+        assert after["tools"] == exchange.TOOLS
     assert len(engine.calls) == 2 * 4  # two turns of four members
     [generation] = service.journal.generations(learnt.run_id)
     assert generation.rewards.mean(axis=1) == pytest.approx([1.1, 0.1, 1.1, 0.1])
@@ -189,4 +189,4 @@ def test_sessions_are_those_of_one_principal(session: str | None, owner: str) ->
 
 def test_without_a_verifier_of_conversations_tools_are_set_aside() -> None:
     with pytest.raises(ValueError, match="it came with tools"):
-        as_sent(TASKS["gsm8k"], {}, json.dumps({"messages": [USER], "tools": agents.TOOLS}))
+        as_sent(TASKS["gsm8k"], {}, json.dumps({"messages": [USER], "tools": exchange.TOOLS}))
