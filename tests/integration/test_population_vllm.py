@@ -295,7 +295,7 @@ def test_a_shared_start_of_prompts_is_computed_once_and_changes_no_answer(
 def test_bad_calls_leave_a_sound_engine(engine: EngineProcess, pair: tuple[Path, Path]) -> None:
     engine.load(pair[0])
     before = probes(engine)
-    with pytest.raises(UserError, match=r"prompt 1: \d+ tokens, allowed: under 128"):
+    with pytest.raises(UserError, match=r"prompt 1: \d+ tokens, allowed: under 256"):
         engine.generate([PROMPTS[0], [{"role": "user", "content": "long " * 100}]], 4)
     with pytest.raises(UserError, match="max_tokens must be at least 1"):
         engine.generate(PROMPTS, 0)
