@@ -1,5 +1,6 @@
 """The worker extension against a runner that keeps what it is given, and shards of one tensor."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -191,6 +192,7 @@ def test_files_that_are_written_while_they_are_loaded_are_not_taken_for_the_dige
     extension = WeightsExtension()
     extension.model_runner = Meddling(one)
     extension.model_runner.file = other / "model.safetensors"
+    time.sleep(0.05)  # the kernel's clock of changes ticks every few milliseconds
     with pytest.raises(UserError, match="was changed while it was loaded"):
         extension.anchorage_load(str(other))
     assert extension.anchorage_state()["served"] == "half loaded"
