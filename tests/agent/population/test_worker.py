@@ -182,7 +182,9 @@ class Meddling(Runner):
 
     def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
         super().reload_weights(weights_iterator)
-        self.file.write_bytes(self.file.read_bytes())
+        content = self.file.read_bytes()
+        with self.file.open("r+b") as file:  # in place: it is mapped, and may not be cut
+            file.write(content)
 
 
 def test_files_that_are_written_while_they_are_loaded_are_not_taken_for_the_digest(
