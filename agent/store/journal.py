@@ -8,23 +8,19 @@ committed, in the same transaction.
 
 import dataclasses
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agent.errors import UserError
 from agent.learner.drift import Drift
 from agent.learner.es import Step, scaling
 from agent.store.database import Database, Value, canonical, fault, seal
-
-Rewards = NDArray[np.float64]
+from agent.store.packed import Rewards, pack, unpack
 
 
 class DamagedError(UserError):
@@ -83,19 +79,6 @@ class Chosen:
     t: float
     delta_hash: str  # of the scaled delta
     evidence: dict[str, Any]
-
-
-def pack(rewards: Rewards) -> bytes:
-    """Float64 array -> zlib of its npy form, which carries shape and dtype and no code."""
-    file = io.BytesIO()
-    np.save(file, np.asarray(rewards, np.float64), allow_pickle=False)
-    return zlib.compress(file.getvalue())
-
-
-def unpack(blob: bytes) -> Rewards:
-    """Inverse of ``pack``: the float64 array, bit for bit."""
-    array: Rewards = np.load(io.BytesIO(zlib.decompress(blob)), allow_pickle=False)
-    return array
 
 
 RUNS = """SELECT r.*, o.digest, o.reason, o.finished FROM runs r

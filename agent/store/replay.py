@@ -16,7 +16,8 @@ from agent.errors import UserError
 from agent.home import Home
 from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
-from agent.store.journal import DamagedError, Generation, Journal, Rewards
+from agent.store.journal import DamagedError, Generation, Journal
+from agent.store.packed import Rewards
 from agent.store.theta import TREE, Parameters
 from agent.store.weights import export
 

@@ -43,8 +43,8 @@ SEALED = (interactions, answers, feedback, keys, rounds_used, forgotten)
 def seal_of(table: Table, row: Mapping[Any, Any], owner: str = "") -> str:
     """sha256 of a row's columns, and of the inference id of the interaction it belongs to.
 
-    SQLite checks the structure of its pages, not what is written in them. The numbers of rows are
-    left out: the database gives them out, and a row that one leads astray has another owner.
+    The numbers of rows are left out: the database gives them out, and a row that one leads astray
+    has another owner.
     """
     columns = [each for each in table.c if each.name not in ("id", "interaction_id", SEAL)]
     fields = {each.name: _as_read(each, row.get(each.name)) for each in columns}

@@ -25,7 +25,8 @@ from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.population.decoding import generation_config
 from agent.population.placement import OFFLINE, available_cores, on_cpu, serving_cores
-from agent.population.vllm import EXTENSION, import_model_class, model_arguments, whole_prompts
+from agent.population.vllm import import_model_class
+from agent.population.vllm_arguments import EXTENSION, model_arguments, whole_prompts
 from agent.store.weights import identity
 from deploy.serving.intact import intact, require_version
 from deploy.serving.served import BLUE, Served

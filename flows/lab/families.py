@@ -21,7 +21,7 @@ from agent.population.certify import Certificate, certify
 from agent.population.placement import EngineOptions
 from agent.population.process import EngineLauncher
 from agent.population.schedule import Engine, Way
-from agent.population.vllm import vllm_version
+from agent.population.vllm_arguments import vllm_version
 from agent.store.tensorfile import dtype_name
 from flows.service import Service
 from flows.session import Session, certificate_key

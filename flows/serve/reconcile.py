@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agent.registry import REVIEW
+from agent.review import REVIEW
 from agent.store.ledger import STALLED
 from agent.store.weights import short
 from deploy.consoles import signer

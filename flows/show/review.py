@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent.registry import REVIEW
+from agent.review import REVIEW
 from agent.store.weights import short
 from flows.show.report import RoundReport, difference, divergence, percent, target_first
 

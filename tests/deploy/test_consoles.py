@@ -16,7 +16,7 @@ import pytest
 
 from agent.errors import UserError
 from agent.home import Home, secret
-from agent.registry import REVIEW
+from agent.review import REVIEW
 from deploy.consoles import USER, HostGuard, reviewed, reviews, sign, signer
 from deploy.stack import choose_ports, client_environment
 from deploy.supervise import Probe, answers

@@ -12,7 +12,7 @@ import pytest
 
 from agent.errors import UserError
 from agent.population.placement import EngineOptions, environment, on_cpu
-from agent.population.vllm import model_arguments, torchvision_for_import
+from agent.population.vllm_arguments import model_arguments, torchvision_for_import
 
 
 def test_options_travel_as_json() -> None:

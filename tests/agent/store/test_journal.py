@@ -18,7 +18,8 @@ from agent.errors import UserError
 from agent.learner import es
 from agent.learner.drift import Drift
 from agent.learner.penalty import Penalty
-from agent.store.journal import DamagedError, Journal, pack, unpack
+from agent.store.journal import DamagedError, Journal
+from agent.store.packed import pack, unpack
 
 ANCHOR = "a" * 64
 
