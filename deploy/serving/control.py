@@ -194,6 +194,9 @@ class EngineControl(_Socket):
             "logprobs": k,
             "ignore_eos": True,
             "return_tokens_as_token_ids": True,
+            # Nothing that the engine keeps of other requests: a prompt read in two parts rounds
+            # differently, and what was kept may be of other weights.
+            "cache_salt": secrets.token_hex(16),
         }
         answer = self._ask("POST", "/v1/completions", body, timeout_s=timeout_s)
         choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))

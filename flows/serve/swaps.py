@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from agent.errors import UserError
@@ -21,7 +22,7 @@ from agent.store.weights import identity, require, short
 from deploy.serving.control import ControlError, Terms
 from deploy.serving.controller import TRIALS, Event, Way, change, connect
 from deploy.serving.engines import is_up
-from deploy.serving.intact import Probes, read_probes, write_probes
+from deploy.serving.intact import Probes, one_at_a_time, read_probes, write_probes
 from deploy.serving.lease import LeaseLostError, Leases
 from deploy.serving.served import Served, read_served
 from flows.service import Service
@@ -252,7 +253,8 @@ def cold_engine(session: Session, digest: str) -> Iterator[Engine]:
     try:
         if is_up(service.home) and not _known(service, digest):
             prompts = probe_prompts(service)
-            expected = cold.top_logprobs(prompts, TOKENS, POSITIONS)
+            ask = partial(cold.top_logprobs, k=TOKENS, positions=POSITIONS)
+            expected = one_at_a_time(ask, prompts)
             require_loaded()
             write_probes(service.home, digest, Probes.of(prompts, expected))
         yield cold
@@ -269,7 +271,10 @@ def probe_served(service: Service) -> None:
     prompts = probe_prompts(service)
     with connect(service.home, served.slot) as engine:
         ids = [engine.tokens(prompt) for prompt in prompts]
-        expected = engine.top_logprobs(engine.model(), ids, TOKENS, POSITIONS, timeout_s=START_S)
+        model = engine.model()
+        expected = one_at_a_time(
+            lambda few: engine.top_logprobs(model, few, TOKENS, POSITIONS, timeout_s=START_S), ids
+        )
     write_probes(service.home, served.digest, Probes.of(prompts, expected))
 
 

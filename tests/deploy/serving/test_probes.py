@@ -1,5 +1,6 @@
 """Recorded answers: what was kept comes back, and only equal behaviour passes."""
 
+import json
 from pathlib import Path
 
 import httpx
@@ -33,9 +34,10 @@ def test_what_was_kept_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 1e-4, 5e-3])
 def test_the_largest_difference_is_found_wherever_it_is(shift: float) -> None:
-    def answer(_request: httpx.Request) -> httpx.Response:
-        rows = [[dict(place) for place in row] for row in TABLE]
-        rows[1][1][4] += shift
+    def answer(request: httpx.Request) -> httpx.Response:
+        table = [[dict(place) for place in row] for row in TABLE]
+        table[1][1][4] += shift
+        rows = [table[number] for (number,) in json.loads(request.content)["prompt"]]
         choices = [
             {
                 "index": i,
@@ -48,13 +50,38 @@ def test_the_largest_difference_is_found_wherever_it_is(shift: float) -> None:
         return httpx.Response(200, json={"choices": choices})
 
     with EngineControl(httpx.MockTransport(answer)) as engine:
-        found = difference(engine, "m", [[1], [2]], Probes.of(PROMPTS, TABLE))
+        found = difference(engine, "m", [[0], [1]], Probes.of(PROMPTS, TABLE))
     assert found == pytest.approx(shift)
     if shift <= TOLERANCE:
         require_equal(found, "a" * 64)
     else:
         with pytest.raises(ControlError, match=r"0\.005"):
             require_equal(found, "a" * 64)
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(0.0, True), (5e-3, False)])
+def test_log_p_that_changes_with_its_batch_is_compared_prompt_by_prompt(
+    wrong: float, passes: bool
+) -> None:
+    """In bfloat16 a batch moved SmolLM2's by 0.13 nats; a wrong tensor is told apart anyway."""
+    salts = set[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = json.loads(request.content)
+        salts.add(asked["cache_salt"])
+        batch = 0.13 if len(asked["prompt"]) > 1 else 0.0
+        choices = []
+        for index, (number,) in enumerate(asked["prompt"]):
+            rows = [{f"token_id:{k}": v + batch for k, v in p.items()} for p in TABLE[number]]
+            rows[0] = {k: v + wrong * (number == 1) for k, v in rows[0].items()}
+            choices.append({"index": index, "logprobs": {"top_logprobs": rows}})
+        return httpx.Response(200, json={"choices": choices})
+
+    with EngineControl(httpx.MockTransport(answer)) as engine:
+        found = difference(engine, "m", [[0], [1]], Probes.of(PROMPTS, TABLE))
+    assert found == pytest.approx(wrong)
+    assert (found <= TOLERANCE) is passes
+    assert len(salts) == 3  # one for both together, and one for each alone
 
 
 def test_an_undefined_difference_does_not_pass() -> None:
