@@ -169,7 +169,7 @@ def test_training_rows_of_the_embedded_model_are_not_taken_for_held_out_ones(nam
 @pytest.mark.proof
 def test_real_training_rows_are_not_taken_for_held_out_ones(real_rows: Path | None):
     if real_rows is None:
-        pytest.skip("no real rows here")
+        pytest.skip("ANCHORAGE_TEST_DATA names no folder: the tasks' real rows are not in the tree")
     held = HeldOut()
     for name in ("countdown", "gsm8k", "proofwriter", "hellaswag", "piqa", "arc_challenge"):
         held.add(TASKS[name], rows(TASKS[name], "eval", data_dir=real_rows))

@@ -243,7 +243,7 @@ def test_a_verdict_starts_and_ends_no_process(
     shared: Sandbox, here: Protections, attack: str
 ) -> None:
     if "seccomp" not in here.active:
-        pytest.skip("no seccomp here")
+        pytest.skip("this kernel gives no seccomp: the sandbox says so, and promises nothing here")
     verdict = shared.verify(attack, ROW)
     assert verdict.error or verdict.extracted in ("1", "38")  # EPERM, ENOSYS
     assert verdict.error is None or "PermissionError" in verdict.error
@@ -260,7 +260,7 @@ def test_a_verdict_changes_no_file(
     shared: Sandbox, here: Protections, attack: str, tmp_path: Path
 ) -> None:
     if not {"landlock", "seccomp"} & here.active:
-        pytest.skip("neither Landlock nor seccomp here")
+        pytest.skip("this kernel gives neither Landlock nor seccomp, and the sandbox says so")
     (folder := tmp_path / "folder").mkdir()
     (file := tmp_path / "file").write_text("kept")
     verdict = shared.verify(attack, ROW | {"file": str(file), "folder": str(folder)})
@@ -273,7 +273,7 @@ def test_a_verdict_changes_no_file(
 @pytest.mark.parametrize("attack", ["socket", "udp", "unix", "ctypes socket"])
 def test_a_verdict_reaches_nobody(shared: Sandbox, here: Protections, attack: str) -> None:
     if "seccomp" not in here.active:
-        pytest.skip("no seccomp here")
+        pytest.skip("this kernel gives no seccomp: the sandbox says so, and promises nothing here")
     with socket.create_server(("127.0.0.1", 0)) as server:
         verdict = shared.verify(attack, ROW | {"port": server.getsockname()[1]})
     assert "PermissionError" in (verdict.error or "") or verdict.extracted == "1"
@@ -284,7 +284,7 @@ def test_a_verdict_cannot_leave_its_view(
     shared: Sandbox, here: Protections, attack: str, tmp_path: Path
 ) -> None:
     if not here.complete:
-        pytest.skip("no Landlock or seccomp here")
+        pytest.skip("this kernel lacks Landlock or seccomp, and the sandbox says so")
     verdict = shared.verify(attack, ROW | {"folder": str(tmp_path)})
     assert "PermissionError" in (verdict.error or "") or verdict.extracted == "1"
 
