@@ -107,7 +107,7 @@ def reachable(numbers: tuple[int, ...]) -> set[Fraction]:
     return values
 
 
-@pytest.mark.parametrize("numbers", [(2, 3, 7), (4, 4, 9), (1, 5, 8)])
+@pytest.mark.parametrize("numbers", [(6,), (2, 5), (2, 3, 7), (4, 4, 9), (0, 5, 8), (1, 2, 5, 7)])
 def test_solve_finds_exactly_the_reachable_targets(numbers: tuple[int, ...]) -> None:
     values = reachable(numbers)
     for target in range(-20, 130):

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import select, update
 
 from agent.config import load
-from agent.gateway.capture import RowRefusedError
+from agent.gateway.verifier import RowRefusedError
 from agent.home import Home
 from agent.store.experience import Answer, Interaction, Judgement, Unjudged
 from agent.store.experience_db import answers, interactions
@@ -59,7 +59,7 @@ def store(service: Service, task: str, requests: Mapping[str, Mapping[str, Any]]
 
 
 def answered(task: str, completion: str) -> Unjudged:
-    return Unjudged("i", 0, task, None, None, completion, "v")
+    return Unjudged("i", 0, task, None, None, completion, "v", "ann")
 
 
 def why(collected: Collected) -> dict[str, tuple[str, str, str]]:
@@ -80,6 +80,7 @@ BAD = [
     ("gsm8k", {"question": QUESTION, "answer": 7}, "no gold answer"),
     ("gsm8k", {"question": "a \ud800 b", "answer": "#### 7"}, "surrogates not allowed"),
     ("countdown", {"nums": [2, 3], "target": 7}, "no gold answer .* no solution"),
+    ("countdown", {"nums": [97, 89, 83, 79, 73], "target": 10**12}, "no solution"),
     ("countdown", {"nums": [1] * 9, "target": 7}, "9 numbers; allowed: 1 to 5"),
     ("countdown", {"nums": ["1e999999999"], "target": 7}, "allowed: integers|invalid literal"),
     ("countdown", {"nums": 5, "target": 5}, "does not make a prompt"),
