@@ -14,13 +14,14 @@ from starlette.types import ASGIApp
 from agent.errors import UserError
 from agent.gateway import paths
 from agent.gateway.allow_list import ONE_MODEL, AllowList, PublicPath
-from agent.gateway.capture import Capture, Check, Verifier, Verify
+from agent.gateway.capture import Capture
 from agent.gateway.exchange import GatewayParts, Versions
 from agent.gateway.hold import Admission, Recover, Route
 from agent.gateway.keys import KeyStore, Quota
 from agent.gateway.metrics import Metrics
 from agent.gateway.requests import ServedModel, read_chat, read_completion, read_responses
 from agent.gateway.upstream import CONNECT_TIMEOUT_S, TransportLine, Upstream
+from agent.gateway.verifier import Check, Verifier, Verify
 from agent.sections_running import GatewaySettings
 from agent.store.experience import ExperienceStore
 from agent.store.forget import expire
@@ -46,7 +47,7 @@ def create_app(
     """The public application; its ``state.parts`` is what ``admin.create_admin`` works on.
 
     upstream: the engine's socket, or a transport in its place. verify, check: see
-    ``capture``. version: digest of the weights the engine serves now. keys: where None, those of
+    ``verifier``. version: digest of the weights the engine serves now. keys: where None, those of
     ``experience``; beyond this machine there must be one from the start. recover: called with
     that digest when a hold runs out; it restores the engine and returns the digest served then.
     versions: those beside the champion. UserError where the settings contradict each other.

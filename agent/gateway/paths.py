@@ -54,7 +54,7 @@ def completer(read: Read) -> Callable[[Request], Awaitable[Response]]:
             _allow(principal, "submit_task")
         await parts.quota.take(principal.owner)
         if call.task is not None:
-            await _fitting(parts, call.task, "metadata.example")
+            await _fitting(parts, principal, call.task, "metadata.example")
         exchange = Exchange(parts, call, principal, request.state.request_id)
         return await exchange.respond(request.receive) or StreamedAnswer(exchange)
 
@@ -117,7 +117,7 @@ async def give_row(request: Request) -> Response:
     principal = await _principal(request, "submit_task")
     inference_id, asked = read_late_row(await _body(request), parts.model.tasks)
     await parts.quota.take(principal.owner)
-    await _fitting(parts, asked, "example")
+    await _fitting(parts, principal, asked, "example")
     await parts.capture.settle(_own_id(inference_id), SETTLE_S)
     row = LateRow(
         inference_id=inference_id,
@@ -137,9 +137,9 @@ async def give_row(request: Request) -> Response:
     return _json(record | {"recorded": bool(unjudged)}, 201 if unjudged else 200)
 
 
-async def _fitting(parts: GatewayParts, asked: TaskAsked, name: str) -> None:
+async def _fitting(parts: GatewayParts, who: Principal, asked: TaskAsked, name: str) -> None:
     """ApiError 400 for a row that does not fit its task."""
-    if reason := await parts.capture.refusal(asked):
+    if reason := await parts.capture.refusal(who.owner, asked):
         raise ApiError(400, f"{name}: {reason}", param=name, code="row_refused")
 
 

@@ -140,6 +140,7 @@ class Unjudged:
     example: str | None
     completion: str
     version: str
+    principal: str
     prompt: str | None = None  # JSON
     tool_calls: str | None = None  # JSON
 

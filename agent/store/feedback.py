@@ -115,6 +115,7 @@ def keep_row(store: ExperienceStore, row: LateRow, *, any_owner: bool = False) -
                 example=row.example,
                 completion=completion or "",
                 version=interaction["version"],
+                principal=interaction["principal"],
                 prompt=interaction["prompt"],
                 tool_calls=tool_calls,
             )

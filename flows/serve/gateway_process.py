@@ -11,10 +11,10 @@ from typing import Any
 from agent.errors import UserError
 from agent.gateway.admin import create_admin
 from agent.gateway.app import create_app
-from agent.gateway.capture import RowRefusedError
 from agent.gateway.exchange import Versions
 from agent.gateway.requests import ServedModel
 from agent.gateway.serve import serve
+from agent.gateway.verifier import RowRefusedError
 from agent.store.experience import Unjudged
 from deploy.serving.served import SLOTS, read_served, read_slot
 from deploy.serving.watchdog import settled

@@ -1,5 +1,6 @@
 """Rewards from traffic: what is kept, what is verified, and what the owner is told."""
 
+import asyncio
 import json
 import math
 import threading
@@ -11,8 +12,10 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from agent.gateway.capture import RowRefusedError
+from agent.gateway.capture import _written
+from agent.gateway.keys import KeyStore
 from agent.gateway.requests import row_hash
+from agent.gateway.verifier import RowRefusedError, Turns
 from agent.store import feedback
 from agent.store.experience import Answer, Interaction, Unjudged
 from agent.store.experience_db import answers, interactions
@@ -160,6 +163,94 @@ def test_a_check_that_hangs_or_fails_delays_a_request_and_does_not_refuse_it(sta
     finally:
         release.set()
     assert [row.reward for row in running.store.rows("gsm8k")] == [1.0]
+
+
+def test_a_verdict_that_cannot_be_written_costs_no_other_one(start: Any) -> None:
+    """Three of one moment; what the second one's verifier read is no Unicode."""
+
+    def verify(answer: Unjudged, row: Any) -> Any:
+        read = "\ud800" if answer.choice == 1 else "A"
+        return SimpleNamespace(reward=1.0, format=0.0, extracted=read)
+
+    running = start(verify=verify)
+    ask(running, n=3, metadata={"task": "gsm8k", "example": RIGHT})
+    assert [row.choice for row in running.store.rows("gsm8k")] == [0, 2]
+
+
+def test_an_interaction_that_cannot_be_written_costs_no_other_one(
+    store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(batch: Any) -> list[Interaction]:
+        store.record(batch)
+        return list(batch)
+
+    rows_sent = [
+        Interaction(ident, 1.0, "completions", model, A, "ann", "ok", 0.1, 1, 1)
+        for ident, model in (("a", "tiny"), ("b", "\ud800"), ("c", "tiny"))
+    ]
+    assert [row.inference_id for row in _written(write, rows_sent, "rows")] == ["a", "c"]
+    assert store.find("b") is None
+    assert [record.fields["count"] for record in caplog.records] == [1]  # type: ignore[attr-defined]
+
+
+def test_one_owners_slow_rows_end_nobody_elses_verifications(start: Any, store: Any) -> None:
+    """Twenty whose verifier hangs; they are told, and another owner's row is judged."""
+    keys = KeyStore(store)
+    slow, honest = (
+        {"Authorization": f"Bearer {keys.create_key(name, ['infer', 'submit_task']).token}"}
+        for name in ("eve", "ann")
+    )
+    release = threading.Event()
+
+    def verify(answer: Unjudged, row: Any) -> Any:
+        if row.get("slow"):
+            release.wait(60)
+        return SimpleNamespace(reward=1.0, format=0.0, extracted="A")
+
+    running = start(keys=keys, verify=verify, verify_timeout_s=0.05, verify_workers=2)
+    body = {"model": "tiny", "messages": HELLO}
+    ill = body | {"n": 5, "metadata": {"task": "gsm8k", "example": '{"slow": 1}'}}
+    well = body | {"metadata": {"task": "gsm8k", "example": RIGHT}}
+    try:
+        with running.http() as client:
+            for sent, who in ((ill, slow),) * 4 + ((well, honest),):
+                assert client.post("/v1/chat/completions", json=sent, headers=who).is_success
+        running.settled()
+    finally:
+        release.set()
+    assert [(row.principal, row.reward) for row in store.rows("gsm8k")] == [("ann", 1.0)]
+    assert {row.error for row in store.rewards("eve")} == {"timeout after 0.05 s", "verifier stuck"}
+
+
+async def served_in_turn(waiting: list[str]) -> list[str]:
+    """Who of those that wait for the one place got it, in order."""
+    turns, served = Turns(1), list[str]()
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    async def first() -> None:
+        async with turns.of("first"):
+            begun.set()
+            await end.wait()
+
+    async def one(owner: str) -> None:
+        async with turns.of(owner):
+            served.append(owner)
+
+    tasks = [asyncio.create_task(first())]
+    await begun.wait()
+    tasks += [asyncio.create_task(one(owner)) for owner in waiting]
+    await asyncio.sleep(0)
+    tasks[1].cancel()  # one that gives up keeps no place
+    end.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5), turns.of("last"):
+        return served
+
+
+def test_those_who_wait_for_a_verification_are_served_in_turn() -> None:
+    served = asyncio.run(served_in_turn(["gone", *["eve"] * 50, "ann", "bob", "ann"]))
+    assert served[:5] == ["eve", "ann", "bob", "eve", "ann"]
+    assert len(served) == 53
 
 
 def give(running: Any, expected: int, **fields: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agent.gateway.capture import Finding
 from agent.gateway.metrics import Metrics
+from agent.gateway.verifier import Finding
 from flows.show.watch import figures, reading, view
 
 STATUS: dict[str, Any] = {
