@@ -167,6 +167,7 @@ class Earned(NamedTuple):
     inference_id: str
     task: str
     reward: float
+    principal: str
 
 
 class VersionTraffic(NamedTuple):
@@ -175,6 +176,7 @@ class VersionTraffic(NamedTuple):
     created: float
     status: Status
     latency_s: float
+    principal: str
 
 
 class ExperienceStore:
@@ -324,7 +326,10 @@ class ExperienceStore:
         until: float | None = None,
         newest: int | None = None,
     ) -> list[Earned]:
-        """Rewards of one version on any task, created in (since, until], by inference id."""
+        """Rewards of one version on any task, created in (since, until], by inference id.
+
+        ``newest``: so many at most, the newest of each principal in turn.
+        """
         query = JOINED.where(answers.c.reward.is_not(None))
         rows = joined(self.engine, _of_version(query, version, since, until, newest))
         return sorted(record_of(Earned, row) for row in rows)
@@ -336,7 +341,10 @@ class ExperienceStore:
         until: float | None = None,
         newest: int | None = None,
     ) -> list[VersionTraffic]:
-        """What one version answered or failed, created in (since, until], oldest first."""
+        """What one version answered or failed, created in (since, until], oldest first.
+
+        ``newest``: as `earned`.
+        """
         query = select(interactions).where(interactions.c.status != "cancelled")
         rows = whole_interactions(self.engine, _of_version(query, version, since, until, newest))
         return sorted(record_of(VersionTraffic, row) for row in rows)
@@ -388,11 +396,16 @@ def _verified(*order: Any) -> Select[Any]:
 def _of_version(
     query: Select[Any], version: str, since: float, until: float | None, newest: int | None
 ) -> Select[Any]:
-    """The newest rows of one version within a time."""
+    """The newest rows of one version within a time, of each principal in turn.
+
+    So that one who sends thousands does not leave the others out of the newest ones.
+    """
     query = query.where(interactions.c.version == version, interactions.c.created > since)
     if until is not None:
         query = query.where(interactions.c.created <= until)
-    return query.order_by(interactions.c.created.desc()).limit(newest)
+    newest_first = interactions.c.created.desc()
+    turn = func.row_number().over(partition_by=interactions.c.principal, order_by=newest_first)
+    return query.order_by(turn, newest_first).limit(newest)
 
 
 def _id_of(inference_id: str | BindParameter[Any]) -> Select[Any]:

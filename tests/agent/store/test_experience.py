@@ -88,8 +88,9 @@ def test_what_is_recorded_and_judged_is_read_back(store: ExperienceStore) -> Non
     assert [(r.inference_id, r.reward) for r in rows] == [("i1", 1.0), ("i2", 0.0), ("i3", 1.0)]
     assert [r.inference_id for r in store.rows("gsm8k", since=1.0, until=2.0)] == ["i2"]
     assert store.rows("countdown") == []
-    assert store.earned(A) == [("i1", "gsm8k", 1.0), ("i2", "gsm8k", 0.0), ("i3", "gsm8k", 1.0)]
-    assert store.earned(A, since=1.0, until=2.0) == [("i2", "gsm8k", 0.0)]
+    earned = [("i1", 1.0), ("i2", 0.0), ("i3", 1.0)]
+    assert store.earned(A) == [(ident, "gsm8k", value, "ann") for ident, value in earned]
+    assert store.earned(A, since=1.0, until=2.0) == [("i2", "gsm8k", 0.0, "ann")]
     assert [row.inference_id for row in store.earned(A, newest=2)] == ["i2", "i3"]
     assert store.earned(B) == []
 
