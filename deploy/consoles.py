@@ -237,15 +237,22 @@ def reviews(home: Home) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def signer(home: Home, version: str, word: str, wait_s: float = 1.0) -> str | None:
+def signer(
+    home: Home, version: str, word: str, wait_s: float = 1.0, since: float = 0.0
+) -> str | None:
     """The user who signed an act on a version; None for one that was not made in MLflow's pages.
 
-    A name is kept a moment after MLflow has answered, so one that is missing is waited for.
+    A name is kept a moment after MLflow has answered, so one that is missing is waited for. What
+    was signed before ``since`` (unix seconds) was answered then: it does not count again.
     """
     until = time.monotonic() + wait_s
-    while (noted := reviews(home).get(f"{version} {word}")) is None and time.monotonic() < until:
+    while True:
+        noted = reviews(home).get(f"{version} {word}")
+        if noted is not None and noted["time"] > since:
+            return str(noted["user"])
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.05)
-    return str(noted["user"]) if noted else None
 
 
 if __name__ == "__main__":

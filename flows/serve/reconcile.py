@@ -206,10 +206,13 @@ def _answer_review(session: Session, disagreement: Disagreement) -> str:
     """Do what a user who signed in to MLflow asked for, or put it back with a note.
 
     After a move the alias stands at the champion. While MLflow cannot be written the move stays
-    unanswered, and the next poll answers it.
+    unanswered, and the next poll answers it. A move signed before the champion last changed was
+    answered by then: an alias that comes to stand there again was moved by nobody.
     """
     service, number, word = session.service, disagreement.version, disagreement.word
-    who, note = signer(service.home, number, word or "champion"), ""
+    moves = (row.time for row in service.ledger.history(1 << 30) if row.before != row.after)
+    since = next(moves, 0.0) if disagreement.kind == "moved" else 0.0
+    who, note = signer(service.home, number, word or "champion", since=since), ""
     text = f"{disagreement.text} by {who or 'nobody who signed in'}"
     if who is None:
         note = f"{text}: put back"

@@ -123,6 +123,7 @@ def test_a_review_has_its_signers_name_or_nobodys(tmp_path: Path) -> None:
     assert signer(home, "3", "approve") == "ann"
     assert signer(home, "3", "reject", wait_s=0.0) is None
     assert signer(home, "4", "approve", wait_s=0.0) is None
+    assert signer(home, "3", "approve", wait_s=0.0, since=time.time() + 1) is None
 
 
 @pytest.fixture(scope="module")

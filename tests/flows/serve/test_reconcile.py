@@ -127,6 +127,9 @@ def test_an_alias_moved_to_a_passed_version_is_carried_out(make_desk: Any) -> No
     desk.move(desk.digests[0])  # the original model
     poll(desk.session)
     assert desk.agree() == desk.digests[0]
+    desk.move(digest, who=None)  # as a damaged database would: its signature was answered before
+    assert "by nobody who signed in: put back" in repair(desk.session)[0]
+    assert desk.agree() == desk.digests[0]
 
 
 @pytest.mark.parametrize("verdict", ["REJECT", "HOLD", None])
