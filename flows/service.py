@@ -43,10 +43,9 @@ def _user() -> str:
 
 
 @cache
-def _say_once(lines: tuple[str, ...]) -> None:
-    """Settings that do not count, said once a process: on stderr, or in a service's log."""
-    for line in lines:
-        LOG.warning("settings: %s", line)
+def _say_once(line: str) -> None:
+    """What is left out of account, said once a process: on stderr, or in a service's log."""
+    LOG.warning("%s", line)
 
 
 class Service:
@@ -58,6 +57,7 @@ class Service:
         self.actor = f"{_user()}@{socket.gethostname()}"  # as the ledger names who decided
         self._anchors: dict[str, Anchor] = {}
         self._training: dict[str, dict[str, Row]] = {}
+        self._evaluation: dict[tuple[str, int], list[Row]] = {}
 
     @classmethod
     def at(cls, root: Path | None = None, config: Path | None = None) -> "Service":
@@ -69,7 +69,8 @@ class Service:
         home = Home.at(root)
         if config is None and home.settings_json.is_file():
             settings = kept(home)
-            _say_once(tuple(unheeded(home, settings)))
+            for line in unheeded(home, settings):
+                _say_once(f"settings: {line}")
             return cls(home, settings)
         return cls(home, load(config))
 
@@ -277,11 +278,40 @@ class Service:
         return [name for name in names if name != self.task(target).name]
 
     def rows(self, task: str, split: Split, count: int) -> list[Row]:
-        """Up to ``count`` rows of a split ("train", "eval"), the same rows at every call."""
+        """Up to ``count`` rows of a split ("train", "eval"), the same rows at every call.
+
+        Evaluation rows that the model cannot take are left out, and said so once; training rows
+        are set aside with their reason where prompts are collected.
+        """
         chosen = self.task(task)
         if self._made_here(chosen):
             return list(embedded_rows(task, split, count, seed=0))
-        return rows(chosen, split, data_dir=self.settings.tasks.data_dir, limit=count)
+        if split == "eval" and (task, count) in self._evaluation:
+            return list(self._evaluation[task, count])
+        found = rows(chosen, split, data_dir=self.settings.tasks.data_dir, limit=count)
+        if split == "train":
+            return found
+        self._evaluation[task, count] = self._that_fit(chosen, found)
+        return list(self._evaluation[task, count])
+
+    def _that_fit(self, task: Task, found: list[Row]) -> list[Row]:
+        """The rows whose prompts, worked examples included, are shorter than the model's length.
+
+        An engine refuses a longer one: it would end a start at its probes, or a round when its
+        candidate is judged, after all that was learnt.
+        """
+        from agent.population.decoding import count_tokens  # see the imports above
+
+        limit, shots = self.settings.model.max_model_len, self.shots(task.name)
+        chats = [task.messages(row, shots(row)) for row in found]
+        lengths = [count_tokens(self.origin.directory, chat, limit) for chat in chats]
+        longer = [length for length in lengths if length >= limit]
+        if longer and all(name != task.name for name, _ in self._evaluation):
+            _say_once(
+                f"{task.name}: {len(longer)} of {len(found)} evaluation rows are left out: their"
+                f" prompts have up to {max(longer)} tokens; model.max_model_len allows {limit - 1}"
+            )
+        return [row for row, length in zip(found, lengths, strict=True) if length < limit]
 
     def training_rows(self, task: str) -> Mapping[str, Row]:
         """The training rows that may be named by id, by id; read once."""

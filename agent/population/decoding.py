@@ -10,6 +10,7 @@ answers.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from agent.population.schedule import Logprobs, Message, Messages, Prompt
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")  # change greedy answers
 CACHED_PROMPTS = 20_000
+MESSAGE_TOKENS = 8  # a chat template's own, for each message; measured ones add 4 to 6
 
 Tools = Sequence[Mapping[str, Any]]  # as the chat completions API has them
 Calls = Sequence[Mapping[str, Any]]  # {"name", "arguments"} each
@@ -244,3 +246,27 @@ def kl_sums(anchor: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
         sum(p - q for p, q in zip(*rows, strict=True))
         for rows in zip(anchor, candidate, strict=True)
     ]
+
+
+def count_tokens(model: Path, messages: Sequence[Message], exact_from: int = 0) -> int:
+    """Tokens of a chat in the model's tokenizer, its template's allowed for; 0 where it is not
+    a ``tokenizer.json``: then the engine alone can tell.
+
+    A chat with fewer UTF-8 bytes than ``exact_from`` is not tokenised, and its bytes are given: no
+    text has more tokens than bytes.
+    """
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return 0
+    texts, frame = [str(m["content"] or "") for m in messages], MESSAGE_TOKENS * len(messages)
+    if (most := frame + sum(len(text.encode()) for text in texts)) < exact_from:
+        return most
+    encode = _tokenizer(path).encode
+    return frame + sum(len(encode(text).ids) for text in texts)
+
+
+@cache
+def _tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer  # the light part of transformers, which takes seconds
+
+    return Tokenizer.from_file(str(path))

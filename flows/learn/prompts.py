@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
 from agent.population.conversation import Conversation, said
+from agent.population.decoding import count_tokens
 from agent.population.schedule import Completion, Prompt
 from agent.store.experience import ExperienceRow, Turn
 from agent.store.intake import SetAside
@@ -31,7 +30,6 @@ from evaluators.task import (
 )
 from flows.service import Service
 
-MESSAGE_TOKENS = 8  # a chat template's own, for each message; measured ones add 4 to 6
 FIELDS = frozenset({"row", "messages", "sent"})  # of an entry in a round's file
 TALK = frozenset({"follow", "tools"})  # further ones of a conversation
 
@@ -254,24 +252,6 @@ def _message(message: Any, talks: bool) -> Message:
 def too_long(service: Service, task: Task, messages: Sequence[Message]) -> str | None:
     """Why a prompt leaves no room for its answer, or None. Tokens are counted a little high."""
     return over(service, task, count_tokens(service.origin.directory, messages))
-
-
-def count_tokens(model: Path, messages: Sequence[Message]) -> int:
-    """Tokens of a chat in the model's tokenizer, its template's allowed for; 0 where it is not
-    a ``tokenizer.json``: then the engine alone can tell.
-    """
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        return 0
-    encode = _tokenizer(path).encode
-    return sum(MESSAGE_TOKENS + len(encode(str(m["content"] or "")).ids) for m in messages)
-
-
-@cache
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer  # the light part of transformers, which takes seconds
-
-    return Tokenizer.from_file(str(path))
 
 
 def over(service: Service, task: Task, tokens: int) -> str | None:

@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 from anchors import candidate_of, made_by_a_round, tiny_anchor
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home
+from agent.population.decoding import count_tokens
 from agent.store.ledger import StaleEpoch
 from deploy.serving.control import ControlError
 from deploy.serving.lease import LeaseLostError
 from deploy.serving.served import Served, read_served, write_served
 from evaluators.examples import json_answer
+from flows.learn.evaluate import pools
 from flows.serve import swaps
 from flows.serve.promote import promote
 from flows.serve.swaps import probe_prompts
@@ -120,3 +123,29 @@ def test_an_empty_list_of_priors_is_none_of_them(tmp_path: Path) -> None:
     assert own_target(tmp_path, priors=[]).priors("json_answer") == []
     assert len(probe_prompts(own_target(tmp_path / "again", priors=[]))) == 1
     assert "piqa" in own_target(tmp_path / "all").priors("json_answer")
+
+
+def test_evaluation_rows_longer_than_the_model_takes_are_left_out_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = own_target(tmp_path, priors=["refusal"])
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(service.origin.directory / "tokenizer.json"))
+    every = service.rows("refusal", "eval", 50)
+    lengths = [
+        count_tokens(service.origin.directory, service.task("refusal").messages(row))
+        for row in every
+    ]
+    limit = sorted(lengths)[20]  # a prompt of that many tokens leaves no room for one more
+    model = {"path": service.settings.model.path, "max_model_len": limit}
+    tasks = service.settings.tasks.model_dump()
+    short = Service(Home.at(tmp_path / "short"), load(model=model, tasks=tasks))
+    left = [row for row, length in zip(every, lengths, strict=True) if length < limit]
+    assert short.rows("refusal", "eval", 50) == short.rows("refusal", "eval", 50) == left
+    assert all(row in left for pool in pools(short, "refusal") for row in pool if row in every)
+    (line,) = [each.getMessage() for each in caplog.records if "left out" in each.getMessage()]
+    assert line == (
+        f"refusal: {len(every) - len(left)} of {len(every)} evaluation rows are left out: their"
+        f" prompts have up to {max(lengths)} tokens; model.max_model_len allows {limit - 1}"
+    )
