@@ -68,7 +68,18 @@ def letter_sentence(letter: str) -> str:
 
 def next_letter(letter: str, count: int) -> str:
     """Another of the first ``count`` letters, never the given one (count >= 2)."""
-    return LETTERS[(LETTERS.index(letter) + 1) % count]
+    place = LETTERS[:count].find(letter) if len(letter) == 1 else -1
+    return LETTERS[next_place(place, count)]
+
+
+def next_place(place: int, count: int) -> int:
+    """Another of the places 0..count - 1; ValueError where the given one is none of them.
+
+    Rows come from clients, too, and a gold answer that no option has is none.
+    """
+    if not 0 <= place < count:
+        raise ValueError(f"the answer is none of the {count} options")
+    return (place + 1) % count
 
 
 def letter_verdict(completion: str, gold: str, count: int) -> Verdict:

@@ -21,6 +21,14 @@ def answer(row: Row) -> str:
     return LETTER_OF.get(gold, gold)
 
 
+def options(row: Row) -> list[str]:
+    """The options' texts; as many as there are labels."""
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if len(texts) != len(labels):
+        raise ValueError(f"choices: {len(texts)} texts, {len(labels)} labels")
+    return list(texts)
+
+
 TASK = Task(
     name="arc_challenge",
     source=Source(
@@ -31,11 +39,11 @@ TASK = Task(
     key=lambda row: str(row["id"]),
     fields=lambda row: {
         "question": row["question"],
-        "options": lettered(row["choices"]["text"]),
+        "options": lettered(options(row)),
     },
     template=TEMPLATE,
     verify=lambda completion, row: letter_verdict(completion, answer(row), 5),
     gold=lambda row: letter_sentence(answer(row)),
-    wrong=lambda row: letter_sentence(next_letter(answer(row), len(row["choices"]["text"]))),
+    wrong=lambda row: letter_sentence(next_letter(answer(row), len(options(row)))),
     max_tokens=64,
 )

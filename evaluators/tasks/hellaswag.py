@@ -6,7 +6,7 @@ across the sources, so a row is known by its content.
 
 import re
 
-from evaluators.choice import digit_verdict, numbered
+from evaluators.choice import digit_verdict, next_place, numbered
 from evaluators.task import Row, Source, Task, content_key
 
 TEMPLATE = """\
@@ -34,6 +34,6 @@ TASK = Task(
     template=TEMPLATE,
     verify=lambda completion, row: digit_verdict(completion, label(row), _DIGIT),
     gold=label,
-    wrong=lambda row: str((int(row["label"]) + 1) % 4),
+    wrong=lambda row: str(next_place(int(row["label"]), len(row["endings"]))),
     max_tokens=16,
 )

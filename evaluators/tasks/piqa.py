@@ -6,7 +6,7 @@ label is 0 or 1, the answer is label + 1; the test split has no labels.
 
 import re
 
-from evaluators.choice import digit_verdict, numbered
+from evaluators.choice import digit_verdict, next_place, numbered
 from evaluators.task import Row, Source, Task, content_key
 
 TEMPLATE = """\
@@ -38,6 +38,6 @@ TASK = Task(
     template=TEMPLATE,
     verify=lambda completion, row: digit_verdict(completion, answer(row), _DIGIT),
     gold=answer,
-    wrong=lambda row: str(2 - int(row["label"])),
+    wrong=lambda row: str(next_place(int(row["label"]), 2) + 1),
     max_tokens=16,
 )

@@ -93,6 +93,27 @@ BAD = [
 ]
 
 
+PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
+ARC = {"id": "x", "question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+ARC |= {"answerKey": "A"}
+HELLASWAG = {"ctx": "c", "endings": ["a", "b", "c", "d"], "label": "2"}
+MMLU = {"question_id": 1, "question": "q", "options": ["a", "b"], "answer": "B", "category": "c"}
+NO_OPTION = "answer is none of the"
+BAD_CHOICES = [  # of tasks that are no targets
+    *(("piqa", PIQA | {"label": label}, NO_OPTION) for label in (7, -1, "2", 2.5)),
+    ("piqa", PIQA | {"label": None}, "no gold answer"),
+    ("arc_challenge", ARC | {"choices": {"text": ["a"], "label": ["A", "B"]}}, "1 texts, 2 labels"),
+    ("arc_challenge", ARC | {"choices": {"text": ["a", "b"], "label": []}}, "2 texts, 0 labels"),
+    ("arc_challenge", ARC | {"choices": {"text": [], "label": []}}, NO_OPTION),
+    ("arc_challenge", ARC | {"choices": ["a", "b"]}, "does not make a prompt"),
+    *(("arc_challenge", ARC | {"answerKey": key}, NO_OPTION) for key in ("C", "3", "AB", "")),
+    *(("hellaswag", HELLASWAG | {"label": label}, NO_OPTION) for label in (4, "9", -1)),
+    ("hellaswag", HELLASWAG | {"endings": ["a", "b"]}, NO_OPTION),
+    ("hellaswag", HELLASWAG | {"label": ""}, "no gold answer"),
+    *(("mmlu_pro", MMLU | {"answer": answer}, NO_OPTION) for answer in ("C", "Z", "", "AB")),
+]
+
+
 @pytest.mark.parametrize(("task", "row", "reason"), BAD)
 def test_a_row_that_does_not_fit_is_refused_with_the_reason_and_ends_no_round(
     service: Service, task: str, row: Mapping[str, Any], reason: str
@@ -291,7 +312,10 @@ def test_what_the_endpoint_refused_is_counted_with_principal_and_reason(service:
 
 def test_the_endpoint_refuses_a_row_at_once_or_by_its_verdict(service: Service) -> None:
     """The inputs of ``BAD``: each by one of the two, with the same reason as in collecting."""
-    for task, row, reason in BAD:
+    for task, good in (("piqa", PIQA), ("arc_challenge", ARC), ("hellaswag", HELLASWAG)):
+        assert row_problem(service.task(task), good) is None
+    assert row_problem(service.task("mmlu_pro"), MMLU) is None
+    for task, row, reason in (*BAD, *BAD_CHOICES):
         problem = admit(service, service.task(task), row)
         if problem is None:
             with pytest.raises(RowRefusedError) as told:
