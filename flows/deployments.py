@@ -39,7 +39,7 @@ from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
 from flows.serve.outlook import new_rows
-from flows.serve.reconcile import poll, repair
+from flows.serve.reconcile import attempt, poll, repair
 from flows.service import Service
 from flows.session import Session, session
 from flows.show.catch_up import Display
@@ -380,13 +380,14 @@ def watch(service: Service) -> None:
 
     The display has a thread of its own: an MLflow that hangs delays no repair and no rollback. A
     flow is run only where something disagrees, so that Prefect's list of runs stays short.
+    No duty's failure ends the thread, which nobody would start again.
     """
     opened = Session(Service(service.home, service.settings), Silent())
     Display(opened.service, service.settings.projection.reconcile_seconds)
     while True:
         time.sleep(service.settings.projection.reconcile_seconds)
         poll(opened, lambda: _settle(str(service.home.root)))
-        announce(opened.service)
+        attempt("events", lambda: announce(opened.service))
 
 
 def _settle(home: str) -> None:

@@ -88,11 +88,12 @@ class RoundFiles:
 
     def selection(self) -> dict[int, list[float]]:
         """Rewards of the selection rows, in one order, by the generations done before."""
-        return {int(generation): row for generation, row in self._read(SELECTION, {}).items()}
+        return {int(generation): row for generation, row in self._sealed(SELECTION).items()}
 
     def add_to_selection(self, generation: int, rewards: Sequence[float]) -> None:
         """Keep the rewards of one generation."""
-        self._write(SELECTION, json.dumps(self.selection() | {generation: list(rewards)}))
+        kept = self.selection() | {generation: list(rewards)}
+        self._seal(SELECTION, {str(each): row for each, row in kept.items()})
 
     def pace(self) -> tuple[PaceRow, ...]:
         """One row a generation, in order."""
@@ -107,13 +108,11 @@ class RoundFiles:
 
     def write_judged(self, report: Mapping[str, Any], tables: Mapping[str, Sequence[str]]) -> None:
         """Keep the gate's report, and the per-sample tables of each model by their paths."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_sealed(self._folder / JUDGED, {"report": report, "tables": tables})
+        self._seal(JUDGED, {"report": report, "tables": tables})
 
     def judged(self) -> Mapping[str, Any] | None:
         """{"report", "tables"}; None before the round was judged."""
-        path = self._folder / JUDGED
-        return read_sealed(path) if path.is_file() else None
+        return self._sealed(JUDGED) or None
 
     def judged_at(self) -> int | None:
         """When the verdict was written, in ns: another number when a round is judged again."""
@@ -124,13 +123,11 @@ class RoundFiles:
 
     def shown(self) -> dict[str, Any]:
         """{"generations": how many were shown, "report": ``judged_at`` of the one shown}."""
-        cursor: dict[str, Any] = {"generations": 0, "report": None}
-        cursor.update(self._read(SHOWN, {}))
-        return cursor
+        return {"generations": 0, "report": None} | self._sealed(SHOWN)
 
     def write_shown(self, generations: int, report: int | None) -> None:
         """Remember how much was shown."""
-        self._write(SHOWN, json.dumps({"generations": generations, "report": report}))
+        self._seal(SHOWN, {"generations": generations, "report": report})
 
     def forget_shown(self) -> None:
         """Have all of the round shown again."""
@@ -139,6 +136,15 @@ class RoundFiles:
     def _read(self, name: str, default: Any) -> Any:
         path = self._folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+    def _sealed(self, name: str) -> dict[str, Any]:
+        """A document that decides something; UserError where it is not what was written."""
+        path = self._folder / name
+        return read_sealed(path) if path.is_file() else {}
+
+    def _seal(self, name: str, document: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_sealed(self._folder / name, document)
 
     def _write(self, name: str, text: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ def table(path: Path) -> None:
     import pyarrow.parquet as pq
 
     if path.suffix == ".json":
-        json.loads(path.read_bytes())
+        read_sealed(path)
         return
     if not is_as_signed(path):
         raise RuntimeError(f"{path.name}: is not what was written")
@@ -320,7 +320,7 @@ def ports(home: Home) -> str:
 def all_documents(home: Home) -> list[Path]:
     """The JSON files of a home that no other check looks at."""
     named = [home.stack_json, home.started_json, home.ports_json, home.reviews_json]
-    named += [home.aliases_json, home.shown_json]
+    named += [home.aliases_json, home.shown_json, home.announced_json]
     named += [*home.root.glob("certificates/*.json"), *home.runs.glob("*/*.json")]
     return [path for path in named if path.exists()]
 

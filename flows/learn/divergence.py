@@ -7,12 +7,12 @@ open evaluation rows, and kept with their log p under the anchor's digest; log q
 is computed once for every version. The interval is a bootstrap over continuations.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from agent.home import write_atomically
+from agent.home import read_sealed, write_sealed
 from agent.population.decoding import kl_sums
 from agent.population.pool import Population
 from agent.store.weights import short
@@ -58,8 +58,7 @@ def shift(
         on_version = _logprobs(population, questions, drawn.ids)
         tasks_of = [each.task.name for each in questions]
         _keep(path, estimates(tasks_of, drawn.logprobs, on_version))
-    measured: Shift = json.loads(path.read_text(encoding="utf-8"))
-    return measured
+    return read_sealed(path)
 
 
 def estimates(tasks: Sequence[str], on_anchor: Logprobs, on_version: Logprobs) -> Shift:
@@ -105,7 +104,7 @@ def _drawn(
         prompts = [each.messages for each in questions]
         ids = population.ask(lambda engine: engine.sample(prompts, TOKENS, SEED))
         _keep(path, {"ids": ids, "logprobs": _logprobs(population, questions, ids)})
-    return Continuations(**json.loads(path.read_text(encoding="utf-8")))
+    return Continuations(**read_sealed(path))
 
 
 def _logprobs(
@@ -116,6 +115,6 @@ def _logprobs(
     return population.ask(lambda engine: engine.prompt_logprobs(prompts, ids))
 
 
-def _keep(path: Path, value: object) -> None:
+def _keep(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(value))
+    write_sealed(path, value)

@@ -3,7 +3,6 @@
 A finished table is kept under its digest and harness hash; its rows are not evaluated again.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.home import is_as_signed, sign_file, write_atomically
+from agent.home import is_as_signed, read_sealed, sign_file, write_sealed
 from agent.population.certify import ProbeReply, allowed
 from agent.population.decoding import decoding
 from agent.population.pool import Population
@@ -280,8 +279,8 @@ def _cold_reply(
                 limits = [q.task.max_tokens for q in first]
                 answers = engine.generate([q.messages for q in first], limits)
                 made = replace(made, batch=tuple(each.text for each in answers))
-        write_atomically(kept, json.dumps(asdict(made)))
-    document = json.loads(kept.read_text(encoding="utf-8"))
+        write_sealed(kept, asdict(made))
+    document = read_sealed(kept)
     return ColdReply(**(document | {"reply": ProbeReply.from_json(document["reply"])}))
 
 

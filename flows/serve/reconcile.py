@@ -70,13 +70,13 @@ def poll(session: Session, settle: Callable[[], Any] | None = None) -> None:
         elif entry is not None:
             bake(session)
 
-    _each("engines", lambda: remark_stalled(service))
-    _each("reconcile", lambda: reconcile(disagreements))
-    _each("baking", judge_fresh)
-    _each("MLflow", lambda: reconcile(wishes))
+    attempt("engines", lambda: remark_stalled(service))
+    attempt("reconcile", lambda: reconcile(disagreements))
+    attempt("baking", judge_fresh)
+    attempt("MLflow", lambda: reconcile(wishes))
 
 
-def _each(duty: str, act: Callable[[], Any]) -> None:
+def attempt(duty: str, act: Callable[[], Any]) -> None:
     """The boundary of one duty: its failure is logged, and the next poll tries again."""
     try:
         act()

@@ -6,7 +6,6 @@ is new, oldest first; every pass can be repeated, and what one missed the next o
 a command that runs without a stack (``showing``) until it ends.
 """
 
-import json
 import logging
 import threading
 import time
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.home import Home, locked, write_atomically
+from agent.home import Home, locked, read_sealed, write_sealed
 from agent.registry import STATE
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -52,7 +51,7 @@ def catch_up(service: Service) -> list[str]:
         done += _show_states(service)
         mlflow.show_aliases(service)
         if done or newest != _shown_row(service):
-            write_atomically(service.home.shown_json, json.dumps({"ledger": newest}))
+            write_sealed(service.home.shown_json, {"ledger": newest})
         return done
 
 
@@ -134,7 +133,7 @@ def _newest_row(service: Service) -> int:
 def _shown_row(service: Service) -> int:
     """Number of the ledger's row up to which states and aliases are shown."""
     path = service.home.shown_json
-    return int(json.loads(path.read_text("utf-8"))["ledger"]) if path.is_file() else 0
+    return int(read_sealed(path)["ledger"]) if path.is_file() else 0
 
 
 class Display:

@@ -6,7 +6,6 @@ A server that is away costs a warning, and the work goes on.
 
 import base64
 import io
-import json
 import logging
 import os
 import time
@@ -20,7 +19,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx
 
-from agent.home import write_atomically
+from agent.home import read_sealed, write_sealed
 from agent.store.ledger import Entry
 from agent.store.weights import short
 from flows.service import Service
@@ -390,11 +389,11 @@ def announce(service: Service) -> None:
         return
     path, newest = service.home.announced_json, service.ledger.history(1)[0].seq
     if not path.is_file():
-        write_atomically(path, json.dumps({"ledger": newest}))
-    seen = int(json.loads(path.read_text("utf-8"))["ledger"])
+        write_sealed(path, {"ledger": newest})
+    seen = int(read_sealed(path)["ledger"])
     if newest == seen:
         return
     rows = [row for row in reversed(service.ledger.history(newest - seen)) if row.seq > seen]
     events = [event for row in rows if (event := event_of(row)) is not None]
     if not events or told("POST", "/events", events) is not None:
-        write_atomically(path, json.dumps({"ledger": newest}))
+        write_sealed(path, {"ledger": newest})

@@ -176,7 +176,12 @@ def test_loops_never_overlap_and_after_a_pause_one_catches_up(desk: Desk, scale:
     """Loops of 9 s, planned every 6 s; then down, for as long as several would have taken."""
     if scale(0, 1) == 0:
         pytest.skip("three minutes of schedules: in the soak; its decisions are unit tests")
-    wait(lambda: len([line for line in desk.rounds() if line[1] == "ends"]) >= 2)
+
+    def under_way() -> bool:
+        words = [line[1] for line in desk.rounds()]
+        return words.count("ends") >= 2 and words[-1] == "begins"
+
+    wait(under_way)
     desk.down()
     before = len(desk.rounds())
     time.sleep(25)

@@ -40,6 +40,7 @@ from evaluators.sandbox import protections
 from flows.cli import app
 from flows.commands import checks, doctor
 from flows.commands.checks import MachineNeeds
+from flows.round_files import RoundFiles
 from flows.service import Service
 
 
@@ -106,6 +107,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = home.run("0001-t")
     run.mkdir(parents=True)
     (run / "curve.json").write_text("[]")
+    RoundFiles(home, "0001-t").add_to_selection(0, [0.5, 1.0])
+    for path in (home.announced_json, home.shown_json, table.with_name("cold-a.json")):
+        write_sealed(path, {"ledger": 1})
     for path in (home.password, home.salt, home.mlflow / "pages"):
         secret(path)
     service.ledger.close()
@@ -148,6 +152,12 @@ def flip(path: Path, place: float = 0.6) -> None:
 
 def one(folder: Path, pattern: str = "*") -> Path:
     return next(each for each in sorted(folder.rglob(pattern)) if each.is_file())
+
+
+def edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
 
 
 def first_bytes(path: Path) -> None:
@@ -248,9 +258,22 @@ BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
     ("secret pages", lambda p: flip(p.home.mlflow / "pages"), "is not what was written", "yes"),
     ("swap.json", overdue, "overdue", "yes"),
     ("documents", lambda p: one(p.home.runs).write_text("[{"), "Expecting", "no"),
+    ("documents", lambda p: edit(p.home.announced_json, ": 1", ": 2"), "damaged", "no"),
+    (
+        "documents",
+        lambda p: edit(one(p.home.runs, "selection.json"), "0.5", "0.7"),
+        "damaged",
+        "no",
+    ),
     ("probes", lambda p: flip(one(p.home.probes)), "", "yes"),
     ("snapshots", lambda p: flip(one(p.home.snapshots), 0.95), "another hash", "yes"),
     ("evaluations", lambda p: flip(one(p.home.evaluations, "*.parquet")), "not what", "yes"),
+    (
+        "evaluations",
+        lambda p: edit(one(p.home.evaluations, "cold*"), ": 1", ": 2"),
+        "damaged",
+        "yes",
+    ),
     ("importance", lambda p: flip(one(p.home.importance)), "another sha256", "no"),
     ("engine starts", stalled, "3 starts ended before it answered", "yes"),
     ("processes", lambda p: p.home.stack_json.write_text("{}"), "supervisord is dead", "no"),
@@ -487,3 +510,20 @@ def test_engines_that_do_not_fit_are_a_fault(tmp_path: Path) -> None:
     assert "on the CPU" in checks.engines(home, load(), MODEL)
     with pytest.raises(UserError, match=r"engines.population: 100000: needs .*, allowed here: "):
         checks.engines(home, many, MODEL)
+
+
+# Checks whose fault needs more than one act on a home, with the tests that break what they look at.
+BROKEN_ELSEWHERE: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(MACHINE, test_what_the_machine_lacks_is_said),
+    "engines": test_engines_that_do_not_fit_are_a_fault,
+    "sandbox": test_own_tasks_need_the_sandboxs_protections,
+    "anchor": test_a_changed_anchor_is_a_fault,
+    "anchor files": test_files_beside_the_anchor_are_recorded_and_put_back,
+    "served version": test_another_version_than_the_ledgers_is_a_fault,
+}
+
+
+def test_every_check_has_a_test_that_breaks_what_it_looks_at(patient: Patient) -> None:
+    checked = [each.name for each in doctor.HomeChecks(patient.home).checks()]
+    assert len(set(checked)) == len(checked)
+    assert set(checked) == {each[0] for each in BREAKS} | set(BROKEN_ELSEWHERE)

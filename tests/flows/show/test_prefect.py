@@ -10,9 +10,11 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from agent.errors import UserError
 from agent.store.ledger import Entry
 from flows.learn import loop
 from flows.learn.weigh import weigh
+from flows.serve.reconcile import attempt
 from flows.show import prefect
 from flows.show.prefect import (
     CURRENT,
@@ -279,5 +281,9 @@ def test_decisions_are_announced_once_and_after_an_outage(server: Server, plante
     announce(service)
     announce(service)
     (events,) = server.bodies("POST", "/events")
+    service.home.announced_json.write_text('{"ledger": 9}x')
+    with pytest.raises(UserError, match=r"announced\.json: is damaged"):
+        announce(service)
+    attempt("events", lambda: announce(service))  # as the service's look does: it goes on
     (verdict,) = [each for each in service.ledger.of(learnt.digest) if each.state in VERDICTS]
     assert [event["event"] for event in events] == [prefect.EVENTS[verdict.state]]
