@@ -283,6 +283,9 @@ class Ledger:
             if field:
                 raise UserError(f"ledger row {number}: {field} is damaged")
             tip = str(row["hash"])
+        epochs = [row[0] for row in self._database.rows("SELECT epoch FROM epochs ORDER BY epoch")]
+        if epochs != [*range(1, len(epochs) + 1)] or any(r["epoch"] > len(epochs) for r in rows):
+            raise UserError(f"ledger: its epochs are not 1 to {len(epochs)}, each once")
         return len(rows)
 
     def close(self) -> None:

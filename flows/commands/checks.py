@@ -4,10 +4,12 @@ import json
 import resource
 import shutil
 import sqlite3
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import quote
@@ -19,6 +21,7 @@ from agent.errors import UserError
 from agent.home import Home, is_as_signed, read_sealed, secret
 from agent.population.capacity import Machine
 from agent.store.anchor import Anchor
+from agent.store.database import Database
 from agent.store.experience import ExperienceStore
 from agent.store.seals import damaged
 from agent.store.tensorfile import sha256_of
@@ -169,6 +172,46 @@ def mend_database(home: Home, path: Path, settings: Callable[[], Settings]) -> N
     else:  # MLflow and Prefect make theirs anew when they start, and are shown everything again
         with closing(sqlite3.connect(path)) as made:
             made.execute("VACUUM")
+
+
+@cache
+def _new_schema(name: str) -> dict[tuple[str, str], str]:
+    """As `_schema`, of a new database of this name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        (Database(path) if name == "state.db" else ExperienceStore.open(path)).close()
+        return _schema(path)
+
+
+def _schema(path: Path) -> dict[tuple[str, str], str]:
+    """(kind, name) of each table, index and trigger -> the statement that makes it."""
+    query = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"
+    with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+        return {(kind, name): sql for kind, name, sql in connection.execute(query)}
+
+
+def _lacking(home: Home) -> Iterator[tuple[Path, str, str]]:
+    """(database, what it lacks, the statement that makes it)."""
+    for path in (home.state_db, home.experience_db):
+        if path.exists():
+            here = _schema(path)
+            for (kind, name), sql in _new_schema(path.name).items():
+                if (kind, name) not in here:
+                    yield path, f"{kind} {name}", sql
+
+
+def schema(home: Home) -> str:
+    """Each database has every table, index and trigger; the triggers keep rows as they are."""
+    if found := [f"{path.name} lacks {what}" for path, what, _ in _lacking(home)]:
+        raise RuntimeError("; ".join(found))
+    return "every table, index and trigger is there"
+
+
+def complete_schema(home: Home) -> None:
+    """Make what is missing."""
+    for path, _, sql in list(_lacking(home)):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(sql)
 
 
 def traffic(store: ExperienceStore) -> str:

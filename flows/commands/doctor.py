@@ -152,6 +152,8 @@ class HomeChecks:
             "anchorage keys create",
             lambda: drop_damaged(self.service.experience.engine),
         )
+        complete = lambda: checks.complete_schema(home)  # noqa: E731
+        yield Check("schema", lambda: checks.schema(home), "anchorage repair", complete)
         yield Check("ledger", self._ledger, "restore state.db from a copy; the row is named")
         yield Check("journal", self._journal, "restore state.db from a copy; the row is named")
         yield Check(

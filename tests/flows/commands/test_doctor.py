@@ -166,13 +166,26 @@ def first_bytes(path: Path) -> None:
         file.write(b"not a database!!")
 
 
-def changed_row(table: str, field: str) -> Callable[[Patient], None]:
+def changed_row(table: str, field: str, value: str = "") -> Callable[[Patient], None]:
     def act(patient: Patient) -> None:
         with closing(sqlite3.connect(patient.home.state_db)) as state:
-            for (name,) in state.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+            sql = state.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+            triggers = sql.fetchall()
+            for name, _ in triggers:
                 state.execute(f"DROP TRIGGER {name}")
-            state.execute(f"UPDATE {table} SET {field} = 'x' || {field}")
+            changed = value or f"'x' || {field}"
+            state.execute(f"UPDATE {table} SET {field} = {changed}")
+            for _, statement in triggers:
+                state.execute(statement)
             state.commit()
+
+    return act
+
+
+def dropped(database: str, what: str) -> Callable[[Patient], None]:
+    def act(patient: Patient) -> None:
+        with closing(sqlite3.connect(getattr(patient.home, database))) as opened:
+            opened.execute(f"DROP {what}")
 
     return act
 
@@ -227,7 +240,10 @@ BREAKS: list[tuple[str, Callable[[Patient], object], str, str]] = [
     ("prefect.db", lambda p: first_bytes(p.home.prefect / "prefect.db"), "not a database", "yes"),
     ("prefect.db", lost("prefect/prefect.db"), "is not there", "yes"),
     ("traffic", changed_traffic, "2 rows are not what was written: interactions 1, keys", "yes"),
+    ("schema", dropped("state_db", "TRIGGER ledger_UPDATE"), "lacks trigger ledger_UPDATE", "yes"),
+    ("schema", dropped("experience_db", "INDEX ix_interactions_created"), "lacks index", "yes"),
     ("ledger", changed_row("ledger", "why"), "why is damaged", "no"),
+    ("ledger", changed_row("epochs", "epoch", "epoch + 4"), "its epochs are not 1 to", "no"),
     ("journal", changed_row("generations", "delta_hash"), "delta_hash", "no"),
     (
         "kept weights",
