@@ -18,7 +18,7 @@ from agent.gateway.answers import Answered, AnswerForm, ChatAnswer, ResponsesAns
 from agent.gateway.capture import Capture
 from agent.gateway.errors import ApiError, answer_timeout, bad_gateway, unavailable, until_gone
 from agent.gateway.hold import Admission, CandidateTrial, Route, Ticket
-from agent.gateway.keys import KeyStore, Principal, Quota
+from agent.gateway.keys import LOCAL, KeyStore, Principal, Quota
 from agent.gateway.metrics import Metrics
 from agent.gateway.requests import Call, ServedModel
 from agent.gateway.upstream import Reply
@@ -167,7 +167,8 @@ class Exchange:
         the queue, and after, because a swap may have ended while the request waited.
         """
         await self._requested_route()
-        self.ticket = await self.parts.admission.enter()
+        alone = self.principal == LOCAL
+        self.ticket = await self.parts.admission.enter("" if alone else self.principal.owner)
         self.ticket.route = await self._requested_route()
         try:
             async with asyncio.timeout(self.parts.settings.answer_timeout_s):

@@ -3,7 +3,9 @@
 A candidate on trial answers a share of them, sticky by a key, until its time runs out: a controller
 that dies cannot keep it.
 
-Open: up to ``max_in_flight`` requests are inside, a bounded queue waits. Held: no request enters,
+Open: up to ``max_in_flight`` requests are inside, a bounded queue waits, principals in turn; of one
+principal with a key at most ``OF_ONE`` of both, so that one client's long answers do not keep the
+others out. Held: no request enters,
 so that no answer spans two versions. A hold is a lease that runs out: a controller that dies
 cannot keep it.
 """
@@ -20,6 +22,7 @@ from agent.gateway.errors import unavailable
 from agent.gateway.upstream import Upstream
 
 LOG = logging.getLogger("anchorage.gateway")
+OF_ONE = 0.75  # largest share of the places and of the queue that one principal has
 Recover = Callable[[str], Awaitable[str]]  # the version before the hold -> the version served now
 
 
@@ -41,6 +44,7 @@ class Ticket:
 
     route: Route
     mixed: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ class Admission:
     warm: dict[str, Route] = field(default_factory=dict)  # other versions with an engine running
     trial: CandidateTrial | None = None
     _inside: set[Ticket] = field(default_factory=set)
-    _queue: "deque[asyncio.Future[Ticket]]" = field(default_factory=deque)
+    _queue: "dict[str, deque[asyncio.Future[Ticket]]]" = field(default_factory=dict)  # by owner
+    _of_owner: Counter[str] = field(default_factory=Counter)  # requests inside
     _left: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
 
@@ -110,7 +115,7 @@ class Admission:
     @property
     def queued(self) -> int:
         """Requests waiting to enter."""
-        return len(self._queue)
+        return sum(map(len, self._queue.values()))
 
     def by_version(self) -> dict[str, int]:
         """Requests inside, counted by the version that answers them."""
@@ -123,25 +128,29 @@ class Admission:
             return None
         return trial if trial.takes(key) else None
 
-    async def enter(self) -> Ticket:
+    async def enter(self, owner: str = "") -> Ticket:
         """Wait for a place; ApiError 503 when draining, or the queue is full or slow.
+
+        owner: the principal; "" where nobody shares the endpoint, without a share of its own.
 
         A request that stops waiting may have been let in at the same moment: ``_give_up`` then
         gives the place back.
         """
         if self.draining:
             raise unavailable("the service is shutting down", "draining", self.retry_after_s)
-        if self._open() and not self._queue:
-            return self._admit()
-        if len(self._queue) >= self.max_queued:
+        # Whoever waits while there is a place has its share inside: `_let_in` let in all others.
+        mine = self._queue.get(owner, ())
+        if self._open() and self._may_enter(owner) and not mine:
+            return self._admit(owner)
+        if self.queued >= self.max_queued or len(mine) >= _share(owner, self.max_queued):
             raise self._busy()
         place: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        self._queue.append(place)
+        self._queue.setdefault(owner, deque()).append(place)
         try:
             async with asyncio.timeout(self.queue_timeout_s):
                 return await place
         except BaseException as error:
-            self._give_up(place)
+            self._give_up(owner, place)
             if isinstance(error, TimeoutError):
                 raise self._busy() from None
             raise
@@ -150,6 +159,7 @@ class Admission:
         """Give the place back; a second time does nothing."""
         if ticket in self._inside:
             self._inside.discard(ticket)
+            self._of_owner -= Counter([ticket.owner])
             if ticket.mixed:
                 self.on_mixed()
             self._left.set()
@@ -209,31 +219,44 @@ class Admission:
         """Refuse requests that arrive or wait; those inside end."""
         self.draining = True
         error = unavailable("the service is shutting down", "draining", self.retry_after_s)
-        while self._queue:
-            place = self._queue.popleft()
+        for place in [each for places in self._queue.values() for each in places]:
             if not place.done():
                 place.set_exception(error)
+        self._queue.clear()
 
     def _open(self) -> bool:
         return self.lease is None and len(self._inside) < self.max_in_flight
 
-    def _admit(self) -> Ticket:
-        ticket = Ticket(self.route)
+    def _may_enter(self, owner: str) -> bool:
+        return self._of_owner[owner] < _share(owner, self.max_in_flight)
+
+    def _admit(self, owner: str) -> Ticket:
+        ticket = Ticket(self.route, owner=owner)
         self._inside.add(ticket)
+        self._of_owner[owner] += 1
         return ticket
 
     def _let_in(self) -> None:
-        while self._queue and self._open():
-            place = self._queue.popleft()
+        """Give free places to owners in turn, one each; who has its share inside waits on."""
+        while self._open():
+            owner = next(filter(self._may_enter, self._queue), None)
+            if owner is None:
+                return
+            places = self._queue.pop(owner)  # and last in turn, if more of it wait
+            place = places.popleft()
+            if places:
+                self._queue[owner] = places
             if not place.done():
-                place.set_result(self._admit())
+                place.set_result(self._admit(owner))
 
-    def _give_up(self, place: "asyncio.Future[Ticket]") -> None:
+    def _give_up(self, owner: str, place: "asyncio.Future[Ticket]") -> None:
         """Leave the queue, or give back the place that was given at the same moment."""
         if place.done() and not place.cancelled() and place.exception() is None:
             self.leave(place.result())
-        elif place in self._queue:
-            self._queue.remove(place)
+        elif place in (places := self._queue.get(owner, deque())):
+            places.remove(place)
+            if not places:
+                del self._queue[owner]
 
     def _busy(self) -> Exception:
         if self.lease is not None:
@@ -308,3 +331,8 @@ class Admission:
             self._arm(lease, again_s)
             return
         self._release(lease, Route(version, self.route.upstream))
+
+
+def _share(owner: str, places: int) -> int:
+    """How many of the places one owner may have."""
+    return max(1, int(OF_ONE * places)) if owner else places

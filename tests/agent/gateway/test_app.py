@@ -1,8 +1,10 @@
 """The endpoint as clients see it: the real openai client, and bytes."""
 
 import json
+import socket
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from agent.errors import UserError
 from agent.gateway.app import PUBLIC_PATHS, create_app
 from agent.gateway.exchange import Versions
 from agent.gateway.hold import Route
+from agent.gateway.keys import KeyStore
 from agent.gateway.requests import ServedModel
 from agent.gateway.upstream import Upstream
 from agent.sections_running import GatewaySettings
@@ -306,6 +309,29 @@ def test_an_answer_that_takes_too_long_is_given_up(start: Any) -> None:
         with pytest.raises(openai.APIError, match="too long"):
             list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
     assert running.app.state.parts.admission.in_flight == 0
+
+
+def test_one_principals_long_answers_keep_nobody_out(start: Any, store: Any) -> None:
+    keys = KeyStore(store)
+    eve, ann = (f"Bearer {keys.create_key(name, ['infer']).token}" for name in ("eve", "ann"))
+    running = start(keys=keys, max_in_flight=4)
+    body = json.dumps({"model": "tiny", "messages": HELLO}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {eve}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    running.engine.fault = "stuck"
+    with ExitStack() as stack:
+        for _ in range(8):  # sent, and never read
+            sock = socket.create_connection(("127.0.0.1", running.port))
+            stack.enter_context(sock).sendall(head.encode() + body)
+        admission, until = running.app.state.parts.admission, time.monotonic() + 10
+        while (admission.in_flight, admission.queued) != (3, 5):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        running.engine.fault = ""
+        with running.http(authorization=ann) as client:
+            reply = client.post("/v1/chat/completions", json=json.loads(body))
+        assert reply.status_code == 200
+        assert (admission.in_flight, admission.queued) == (3, 5)
 
 
 def test_over_the_queue_a_client_is_told_when_to_come_back(start: Any) -> None:

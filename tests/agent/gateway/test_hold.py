@@ -52,6 +52,37 @@ def test_places_are_given_in_the_order_of_arrival() -> None:
     run(test)
 
 
+def test_one_owner_leaves_places_and_queue_to_others_who_are_let_in_in_turn() -> None:
+    async def test() -> None:
+        admission = admitting(max_in_flight=4, max_queued=8)
+        inside = [await admission.enter("eve") for _ in range(3)]  # three quarters
+        order: list[str] = []
+
+        async def wait(owner: str) -> None:
+            ticket = await admission.enter(owner)
+            order.append(owner)
+            admission.leave(ticket)
+
+        waiting = [asyncio.create_task(wait("eve")) for _ in range(6)]
+        await turns()
+        assert (admission.in_flight, admission.queued) == (3, 6)
+        with pytest.raises(ApiError, match="too many requests are waiting"):
+            await admission.enter("eve")  # three quarters of the queue are its own
+        others = [await admission.enter("ann")]
+        waiting += [asyncio.create_task(wait(owner)) for owner in ("ann", "bob")]
+        await turns()
+        assert (admission.in_flight, admission.queued) == (4, 8)
+        admission.leave(inside.pop())
+        await asyncio.gather(*waiting)
+        assert order[:4] == ["eve", "ann", "bob", "eve"]
+        for ticket in (*inside, *others):
+            admission.leave(ticket)
+        assert (admission.in_flight, admission.queued) == (0, 0)
+        assert [(await admission.enter()).owner for _ in range(4)] == [""] * 4  # nobody shares it
+
+    run(test)
+
+
 def test_a_hold_waits_for_those_inside_and_keeps_others_out() -> None:
     async def test() -> None:
         admission = admitting()
