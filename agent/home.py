@@ -44,7 +44,7 @@ class Home:
         """The given folder, else ``ANCHORAGE_HOME``, else ``.anchorage`` here; made private.
 
         Raises:
-            UserError: The path is a file.
+            UserError: The path is a file, or somebody else put it into a folder that all may write.
         """
         chosen = root or Path(os.environ.get("ANCHORAGE_HOME", ".anchorage"))
         home = cls(chosen.expanduser().resolve())
@@ -52,6 +52,11 @@ class Home:
             home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"home {str(home.root)!r} is a file; give a folder") from None
+        # Its settings name files that are run. In a folder such as /tmp anybody could make one.
+        owner, everybody = home.root.stat().st_uid, home.root.parent.stat().st_mode & 0o002
+        if everybody and owner not in (0, os.getuid()):
+            allowed = "allowed: one of your own, or a folder that only you may write in"
+            raise UserError(f"home {str(home.root)!r} was made by user {owner}; {allowed}")
         return home
 
     # -- databases and settings ---------------------------------------------------------------

@@ -25,6 +25,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -357,11 +358,26 @@ def _start(options: EngineOptions) -> Engine:
     return VllmEngine(options)
 
 
+def compile_cache(folder: str) -> Path:
+    """A folder for what torch compiles, which nobody else can write in.
+
+    torch loads and runs what it finds there, and everybody may make a folder of this name in the
+    machine's temporary one before we do; then it is one with a name that nobody could foresee.
+    """
+    path = Path(folder) / f"torchinductor_{os.getuid()}"
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+    if private and found.st_uid == os.getuid():
+        return path
+    return Path(tempfile.mkdtemp(prefix="torchinductor_", dir=folder))
+
+
 def main(descriptor: str) -> None:
     """Import what engines need, then serve the inherited socket."""
     # Engines have temporary folders of their own, but what torch compiled serves the next one, too.
-    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache(tempfile.gettempdir())))
     gc.disable()  # imports make no garbage, and what they leave is shared with every engine
     preload()
     gc.freeze()

@@ -110,6 +110,8 @@ def environment(home: Home, *, cpu: bool) -> dict[str, str]:
         "VLLM_DISABLE_LOG_LOGO": "1",
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_CACHE_ROOT": str(home.vllm_cache),
+        # torch runs what it finds there; its default is a folder that any user could have made.
+        "TORCHINDUCTOR_CACHE_DIR": str(home.vllm_cache / "torch"),
         "VLLM_HOST_IP": LOOPBACK,  # its processes speak with each other on this machine only
         "GLOO_SOCKET_IFNAME": "lo",
     }

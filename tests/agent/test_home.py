@@ -1,5 +1,6 @@
 """The home: private, every name in it once, files whole at any moment, locks that say who waits."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -87,3 +88,20 @@ def test_a_killed_holder_frees_its_lock(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     assert not is_locked(path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone can give a folder away")
+@pytest.mark.parametrize(("mode", "refused"), [(0o1777, True), (0o755, False)])
+def test_a_home_that_somebody_else_made_where_all_may_write_is_refused(
+    tmp_path: Path, mode: int, refused: bool
+) -> None:
+    home = tmp_path / "shared" / "home"
+    home.mkdir(parents=True)
+    home.parent.chmod(mode)
+    assert Home.at(home).root == home  # our own
+    os.chown(home, 65534, 65534)
+    if refused:
+        with pytest.raises(UserError, match="was made by user 65534; allowed: one of your own"):
+            Home.at(home)
+    else:
+        assert Home.at(home).root == home

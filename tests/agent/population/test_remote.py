@@ -1,5 +1,6 @@
 """An engine at the other end of a socket answers as it does here."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +15,13 @@ from agent.errors import UserError
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
-from agent.population.process import Channel, EngineLostError, EngineProcess, serve
+from agent.population.process import (
+    Channel,
+    EngineLostError,
+    EngineProcess,
+    compile_cache,
+    serve,
+)
 from agent.population.schedule import Completion, Logprobs, Messages
 
 PROMPTS = [
@@ -190,3 +197,23 @@ def test_a_hanging_engine_is_lost_after_the_limit() -> None:
         remote.generate(PROMPTS, 4)
     remote.close()
     far.close()
+
+
+@pytest.mark.parametrize("taken", ["nothing", "ours", "a link", "open to all", "another's"])
+def test_what_torch_compiled_lies_where_nobody_else_can_write(tmp_path: Path, taken: str) -> None:
+    """Everybody may make a folder of the usual name in the machine's temporary one first."""
+    usual = tmp_path / f"torchinductor_{os.getuid()}"
+    if taken == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        usual.symlink_to(tmp_path / "elsewhere")
+    elif taken != "nothing":
+        usual.mkdir(mode=0o755)
+        usual.chmod(0o777 if taken == "open to all" else 0o755)
+    if taken == "another's":
+        if os.getuid() != 0:
+            pytest.skip("root alone can give a folder away")
+        os.chown(usual, 65534, 65534)
+    folder = compile_cache(str(tmp_path))
+    assert (folder == usual) is (taken in ("nothing", "ours"))
+    assert folder.owner() == Path(tmp_path).owner()
+    assert folder.stat().st_mode & 0o022 == 0
