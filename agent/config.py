@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from agent.errors import UserError
+from agent.errors import UserError, masked
 from agent.home import Home, read_sealed, write_sealed
 from agent.sections import (
     EMBEDDED,
@@ -37,7 +37,12 @@ from agent.sections import (
     Section,
     TaskSettings,
 )
-from agent.sections_running import EngineSettings, GatewaySettings, ProjectionSettings
+from agent.sections_running import (
+    EngineSettings,
+    GatewaySettings,
+    ProjectionSettings,
+    StateSettings,
+)
 
 PROFILES: dict[str, dict[str, Any]] = {
     EMBEDDED: {
@@ -149,9 +154,18 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     review: ReviewSettings = ReviewSettings()
     baking: BakingSettings = BakingSettings()
+    state: StateSettings = StateSettings()
     gateway: GatewaySettings = GatewaySettings()
     engines: EngineSettings = EngineSettings()
     projection: ProjectionSettings = ProjectionSettings()
+
+    def state_at(self, home: Home) -> str | Path:
+        """Where journal and ledger of a home are: a file, or a URL with its password."""
+        return self.state.url or home.state_db
+
+    def experience_at(self, home: Home) -> str | Path:
+        """Where the traffic of a home is, as ``state_at``."""
+        return self.gateway.experience_url or self.state.url or home.experience_db
 
     @classmethod
     def settings_customise_sources(
@@ -234,6 +248,10 @@ class Change:
     before: Any
     after: Any
 
+    def shown(self) -> dict[str, Any]:
+        """The same for a person: passwords in URLs are masked."""
+        return {"key": self.key, "before": _shown(self.before), "after": _shown(self.after)}
+
 
 def changes(before: Settings, after: Settings) -> list[Change]:
     """The settings that differ, in the order of the reference."""
@@ -244,6 +262,11 @@ def changes(before: Settings, after: Settings) -> list[Change]:
         for key, value in values.items()
         if old[section][key] != value
     ]
+
+
+def _shown(value: Any) -> Any:
+    """A plain value as a person may see it."""
+    return masked(value) if isinstance(value, str) else value
 
 
 def keep(home: Home, settings: Settings) -> None:
@@ -300,8 +323,8 @@ def unheeded(home: Home, settings: Settings) -> list[str]:
         return [f"not read until the next `anchorage up`: {error}"]
     values = settings.model_dump(mode="json")
     return [
-        f"{key} = {value!r} counts from the next `anchorage up`; the home was started with "
-        f"{values[section][name]!r}"
+        f"{key} = {_shown(value)!r} counts from the next `anchorage up`; the home was started with "
+        f"{_shown(values[section][name])!r}"
         for key, value in said.items()
         for section, _, name in [key.partition(".")]
         if value != values[section][name]
@@ -336,7 +359,7 @@ def _one_line(error: ValidationError, *within: str) -> str:
             mismatches.append(f"{key} = {item['input']!r}; {allowed}")
         else:
             mismatches.append(f"{key} = {item['input']!r}: {item['msg']}")
-    return "settings: " + "; ".join(mismatches)
+    return masked("settings: " + "; ".join(mismatches))
 
 
 def _known(location: tuple[int | str, ...]) -> str:

@@ -13,6 +13,24 @@ from agent.sections import AUTO, Section
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
+class StateSettings(Section):
+    """Where journal, ledger and traffic are kept."""
+
+    url: str | None = Field(
+        None,
+        description="PostgreSQL in place of the home's SQLite files, such as "
+        "'postgresql://user@host/database'; also for traffic unless `gateway.experience_url` is "
+        "set; not set: SQLite in home.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _postgresql(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("postgresql://", "postgresql+psycopg://")):
+            raise ValueError("allowed: postgresql://user@host/database")
+        return url
+
+
 class GatewaySettings(Section):
     """The endpoint."""
 
@@ -26,7 +44,9 @@ class GatewaySettings(Section):
         "principal has keys or sends rows.",
     )
     retention_days: int = Field(30, ge=1, description="Days that captured text is kept.")
-    experience_url: str | None = Field(None, description="SQLAlchemy URL; not set: SQLite in home.")
+    experience_url: str | None = Field(
+        None, description="SQLAlchemy URL of the traffic's database; not set: as `state.url`."
+    )
     rate: str = Field(
         "", description="Requests of one principal, such as '600/minute'; empty: no limit."
     )

@@ -27,6 +27,7 @@ from agent.store.anchor import require_finite
 from agent.store.companions import CompanionRecord
 from agent.store.experience import ExperienceStore
 from agent.store.ledger import Ledger
+from agent.store.postgres import move_state
 from agent.store.weights import Anchor
 from deploy.embedded import MODEL
 from deploy.serving.served import Served, write_served
@@ -68,7 +69,7 @@ def prepare(home: Home, settings: Settings) -> Served:
     record_of(home, anchor.directory).require()
     require_finite(anchor)
     decoding(settings, anchor.directory)  # refused before an engine starts
-    ledger = Ledger(home.state_db)
+    ledger = Ledger(move_state(home.state_db, settings.state_at(home)))
     try:
         champion = ledger.champion() or anchor.digest
     finally:
@@ -89,7 +90,7 @@ def first_key(home: Home, settings: Settings) -> None:
     """
     if settings.gateway.loopback:
         return
-    store = ExperienceStore.open(settings.gateway.experience_url or home.experience_db)
+    store = ExperienceStore.open(settings.experience_at(home))
     keys = KeyStore(store)
     if not keys.list_keys():
         made = keys.create_key("first", SCOPES)

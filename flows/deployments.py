@@ -164,8 +164,12 @@ def run_flow(name: str, *arguments: Any) -> Any:
 
 @contextmanager
 def working(home: str) -> Iterator[Session]:
-    """The home's session; what it reports is shown on the page of the run too."""
-    with session(Path(home)) as opened:
+    """The home's session; what it reports is shown on the page of the run too.
+
+    A flow waits for a database server as long as it takes: begun again later, it would begin with
+    the same wait.
+    """
+    with session(Path(home)) as opened, opened.service.patient():
         before = opened.progress
         if not isinstance(before, ShownProgress):
             opened.progress = ShownProgress(before)

@@ -1,11 +1,12 @@
 """The parts of one home: databases, weights, tasks; each is opened at its first use."""
 
 import logging
+import math
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from getpass import getuser
 from pathlib import Path
@@ -16,8 +17,10 @@ from agent.errors import UserError
 from agent.home import Home, secret
 from agent.registry import Registry
 from agent.sections import EMBEDDED
+from agent.store.database import BUSY_SECONDS
 from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch
+from agent.store.postgres import move_state
 from agent.store.weights import Anchor, require, short
 from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import original, record_of
@@ -58,6 +61,7 @@ class Service:
         self._anchors: dict[str, Anchor] = {}
         self._training: dict[str, dict[str, Row]] = {}
         self._evaluation: dict[tuple[str, int], list[Row]] = {}
+        self.wait_s = BUSY_SECONDS  # longest wait for a database server that does not answer
 
     @classmethod
     def at(cls, root: Path | None = None, config: Path | None = None) -> "Service":
@@ -76,11 +80,16 @@ class Service:
 
     # -- state --------------------------------------------------------------------------------
 
+    def has_state(self) -> bool:
+        """Whether there is a journal and a ledger to read; a server always is."""
+        where = self.settings.state_at(self.home)
+        return isinstance(where, str) or where.exists()
+
     @cached_property
     def origin(self) -> Anchor:
         """The model this service was started with, memory-mapped."""
         # Looking at a home that was never used makes nothing in it.
-        return original(self.home, self.settings.model, keep=self.home.state_db.exists())
+        return original(self.home, self.settings.model, keep=self.has_state())
 
     @property
     def anchor(self) -> Anchor:
@@ -103,14 +112,19 @@ class Service:
         return self._anchors[digest]
 
     @cached_property
+    def _state(self) -> str | Path:
+        """Where journal and ledger are; a file that the home had before is moved to the server."""
+        return move_state(self.home.state_db, self.settings.state_at(self.home), self.wait_s)
+
+    @cached_property
     def journal(self) -> Journal:
         """Every generation of every run."""
-        return Journal(self.home.state_db)
+        return Journal(self._state, self.wait_s)
 
     @cached_property
     def ledger(self) -> Ledger:
         """Every decision; the first process that opens it writes the anchor as its first row."""
-        ledger = Ledger(self.home.state_db)
+        ledger = Ledger(self._state, self.wait_s)
         while ledger.champion() is None:
             with suppress(StaleEpoch):
                 ledger.append(
@@ -122,6 +136,26 @@ class Service:
                     now=time.time(),
                 )
         return ledger
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Wait for a database server as long as it takes, until the block ends."""
+        before = self.wait_s
+        try:
+            self._wait(math.inf)
+            yield
+        finally:
+            self._wait(before)
+
+    def _wait(self, seconds: float) -> None:
+        if seconds == self.wait_s:
+            return
+        self.wait_s = seconds
+        for name in ("journal", "ledger"):
+            if (opened := self.__dict__.get(name)) is not None:
+                opened.database.wait(seconds)
+        if (store := self.__dict__.pop("experience", None)) is not None:
+            store.close()  # opens again with this wait
 
     def take_over(self) -> int:
         """Become the controller: a new epoch; the previous controller's writes are refused."""
@@ -137,7 +171,7 @@ class Service:
         """Captured requests, their rewards, feedback and keys."""
         from agent.store.experience import ExperienceStore
 
-        return ExperienceStore.open(self.settings.gateway.experience_url or self.home.experience_db)
+        return ExperienceStore.open(self.settings.experience_at(self.home), self.wait_s)
 
     @cached_property
     def registry(self) -> Registry:
@@ -199,7 +233,7 @@ class Service:
                 original model with other config or tokenizer files than it had.
         """
         if digest == self.origin.digest:
-            if self.home.state_db.exists():  # else nothing is recorded yet
+            if self.has_state():  # else nothing is recorded yet
                 record_of(self.home, self.origin.directory).require()
             return self.origin.directory
         directory = self.home.weights / digest
@@ -210,7 +244,7 @@ class Service:
             require(directory, digest)
         except UserError as damage:
             LOG.error("%s: rebuilt from the journal: %s", short(digest), damage)
-            mend(self.home, digest, self.origin)
+            mend(self.home, digest, self.origin, self.settings.state_at(self.home))
         return directory
 
     def kept(self) -> list[str]:

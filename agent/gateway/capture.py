@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
@@ -18,17 +19,21 @@ from sqlalchemy.exc import OperationalError
 from agent.gateway.requests import Call, TaskAsked, kept
 from agent.gateway.verifier import Finding, Verifier
 from agent.store.experience import ExperienceStore, Interaction, Judgement, Unjudged
+from agent.store.experience_db import is_away
 
 LOG = logging.getLogger("anchorage.gateway")
 BATCH = 256  # rows of one transaction
 ROWS_LINGER_S = 0.2  # rows wait this long for company, unless somebody waits for one of them
 LINGER_S = 0.01  # verdicts, which come in company
+AGAIN_S = 1.0  # between two attempts to write while a database server is away
 ORPHAN_AGE_S = 60.0  # an unjudged row older than this lost its process
 TICK_S = 1e-6  # verdicts of one batch get moments of their own, in order
 
 T = TypeVar("T")
 S = TypeVar("S")
 
+# Writes a batch; the first argument: it may have been written already, before a server was lost.
+Write = Callable[[bool, Sequence[T]], list[S]]
 OnVerdict = Callable[[str, str, Finding], None]  # task, version, finding
 
 
@@ -132,7 +137,7 @@ class Capture:
                 await _either(self._hurry, ROWS_LINGER_S)
             self._hurry.clear()
             _fill(batch, self._rows)
-            rows = await asyncio.to_thread(_written, self._record, batch, "rows")
+            rows = await _surely(self._record, batch, "rows")
             for item in (item for row in rows for item in _to_judge(row)):
                 self._judge(item)
             for row, _ in batch:
@@ -140,10 +145,14 @@ class Capture:
                 self._rows.task_done()
             self._owed -= len(batch)
 
-    def _record(self, batch: Sequence[tuple[Interaction, Call]]) -> list[Interaction]:
-        """In a thread: normalising and hashing a long prompt takes a while."""
+    def _record(self, again: bool, batch: Sequence[tuple[Interaction, Call]]) -> list[Interaction]:
+        """In a thread: normalising and hashing a long prompt takes a while.
+
+        ``again``: the answer of a server that was lost never came; what it wrote is not repeated.
+        """
         rows = [replace(row, **kept(call)) for row, call in batch]
-        self._store.record(rows)
+        known = {row.inference_id for row in rows if again and self._store.find(row.inference_id)}
+        self._store.record(row for row in rows if row.inference_id not in known)
         return rows
 
     async def _write_verdicts(self) -> None:
@@ -153,13 +162,13 @@ class Capture:
             _fill(batch, self._verdicts)
             now = time.time()
             dated = [replace(item, judged=now + i * TICK_S) for i, item in enumerate(batch)]
-            await asyncio.to_thread(_written, self._record_verdicts, dated, "verdicts")
+            await _surely(self._record_verdicts, dated, "verdicts")
             for _ in batch:
                 self._verdicts.task_done()
             self._owed -= len(batch)
 
-    def _record_verdicts(self, batch: Sequence[Judgement]) -> list[Judgement]:
-        self._store.judge(batch)
+    def _record_verdicts(self, _again: bool, batch: Sequence[Judgement]) -> list[Judgement]:
+        self._store.judge(batch)  # a verdict that was written already stands
         return list(batch)
 
     def _judge(self, item: Unjudged) -> None:
@@ -215,6 +224,19 @@ async def _either(event: asyncio.Event, timeout_s: float) -> None:
         await asyncio.wait_for(event.wait(), timeout_s)
 
 
+async def _surely(write: Write[T, S], batch: Sequence[T], what: str) -> list[S]:
+    """As ``_written``, in a thread, as often as a database server is away; new rows wait behind."""
+    again = False
+    while True:
+        try:
+            return await asyncio.to_thread(_written, partial(write, again), batch, what)
+        except Exception as error:
+            if not is_away(error):
+                raise
+        again = True
+        await asyncio.sleep(AGAIN_S)
+
+
 def _written(write: Callable[[Sequence[T]], list[S]], batch: Sequence[T], what: str) -> list[S]:
     """What became of a batch in the store, whose failure is not the endpoint's.
 
@@ -224,9 +246,12 @@ def _written(write: Callable[[Sequence[T]], list[S]], batch: Sequence[T], what: 
     """
     try:
         return write(batch)
-    except OperationalError as error:
-        _failed(what, len(batch), error)
     except Exception as error:
+        if is_away(error):
+            raise
+        if isinstance(error, OperationalError):
+            _failed(what, len(batch), error)
+            return []
         if len(batch) > 1:
             return [row for each in batch for row in _written(write, [each], what)]
         _failed(what, 1, error)

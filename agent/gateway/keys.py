@@ -22,7 +22,7 @@ from sqlalchemy import func, select
 from agent.errors import UserError
 from agent.gateway.errors import ApiError
 from agent.store.experience import ExperienceStore
-from agent.store.experience_db import SEAL, keys
+from agent.store.experience_db import SEAL, is_away, keys
 from agent.store.seals import insert_sealed, is_whole, update_sealed
 
 SCOPES = frozenset({"infer", "submit_task", "feedback", "review", "admin"})
@@ -30,6 +30,7 @@ TOKEN = re.compile(r"ank-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,127}")
 NO_KEY_HASH = hashlib.sha256(b"").hexdigest()  # compared with when the key id is unknown
 FRESH_S = 1.0  # a revoked key, or the first key of all, is noticed within this time
+AWAY_S = 0.5  # longest wait for keys to be read again where some were read before
 AGAIN_S = 0.1  # a token that is refused was compared with keys no older than this
 
 
@@ -60,6 +61,7 @@ class _Known(NamedTuple):
     owner: str
     scopes: str
     token_hash: str
+    expires: float | None
 
 
 class KeyStore:
@@ -78,7 +80,9 @@ class KeyStore:
         self._known: dict[str, _Known] = {}
         self._open = open_until_first and not self.list_keys()
         self._read_at = float("-inf")
+        self._was_read = False
         self._reading = asyncio.Lock()
+        self._read_now: asyncio.Task[tuple[dict[str, _Known], int]] | None = None
 
     def create_key(
         self, owner: str, scopes: Collection[str], *, expires: float | None = None
@@ -160,6 +164,8 @@ class KeyStore:
         """The key of a token: the same work whether its id or its secret is wrong."""
         match = TOKEN.fullmatch(token)
         row = self._known.get(match[1]) if match else None
+        if row and row.expires is not None and row.expires <= time.time():
+            row = None
         right = hmac.compare_digest(hash_of(token), row.token_hash if row else NO_KEY_HASH)
         return row if right else None
 
@@ -167,16 +173,35 @@ class KeyStore:
         """Read the keys again where they are older than this.
 
         The lock lets one request read while the others wait for its result; the second look at the
-        age, inside it, is for those.
+        age, inside it, is for those. While a database server is away the keys read last hold: no
+        request waits for it longer than ``AWAY_S``, and only the first one does.
         """
         if time.monotonic() - self._read_at <= min(age_s, self._fresh_s):
             return
         async with self._reading:
             if time.monotonic() - self._read_at > min(age_s, self._fresh_s):
                 began = time.monotonic()
-                self._known, made = await asyncio.to_thread(self._read)
-                self._open = self._open and made == 0
+                keys_read = await self._read_within()
+                if keys_read is not None:
+                    self._known, made = keys_read
+                    self._open = self._open and made == 0
                 self._read_at = began
+
+    async def _read_within(self) -> tuple[dict[str, _Known], int] | None:
+        """The keys now; None where they do not come and those of before hold."""
+        pending = self._read_now is not None and not self._read_now.done()
+        if not pending:
+            self._read_now = asyncio.create_task(asyncio.to_thread(self._read))
+        assert self._read_now is not None
+        wait_s = 0.0 if pending else AWAY_S
+        await asyncio.wait({self._read_now}, timeout=wait_s if self._was_read else None)
+        if not self._read_now.done():
+            return None
+        read, self._read_now = self._read_now, None
+        if (error := read.exception()) is not None and not (self._was_read and is_away(error)):
+            raise error
+        self._was_read = True
+        return None if error else read.result()
 
     def _read(self) -> tuple[dict[str, _Known], int]:
         """Valid keys by id, without damaged ones, and how many were ever made."""
@@ -186,7 +211,8 @@ class KeyStore:
             rows = connection.execute(select(keys).where(valid)).mappings().all()
             made = connection.execute(select(func.count()).select_from(keys)).scalar_one()
         whole = [row for row in rows if is_whole(keys, row)]
-        return {r["key_id"]: _Known(r["owner"], r["scopes"], r["token_hash"]) for r in whole}, made
+        known = {r["key_id"]: _Known(*(r[name] for name in _Known._fields)) for r in whole}
+        return known, made
 
 
 def hash_of(token: str) -> str:

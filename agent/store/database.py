@@ -1,7 +1,9 @@
-"""state.db: one SQLite file, opened in one way, and the chain of hashes that its rows form.
+"""The database of journal and ledger, opened in one way, and the chain of hashes of its rows.
 
-WAL and synchronous=FULL: what a transaction returned from is on the disk. BEGIN IMMEDIATE: one
-writer at a time, a second one waits BUSY_SECONDS. Times are passed in, unix seconds.
+It is an SQLite file or, by URL, a schema on PostgreSQL; both run the same statements and keep the
+same values, so that a row has the same hash on either. What a transaction returned from is on the
+disk (SQLite: WAL and synchronous=FULL). One writer at a time, a second one waits BUSY_SECONDS
+(SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock). Times are passed in, unix seconds.
 
 A row of the journal or the ledger carries a hash per field and one over them and the row before:
 
@@ -17,17 +19,41 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from agent.errors import UserError
 from agent.store.migrations import newest, upgrade
 
 BUSY_SECONDS = 30.0
+ROUND_LEASE = 0x616E63686F74  # the lease of the process that runs a round
 
 Value = str | int | float | bytes | None  # of one column
+P = ParamSpec("P")
+T = TypeVar("T")
+MOUNTS = Path("/proc/self/mountinfo")
+SHARED = frozenset({"nfs", "nfs4", "cifs", "smb3"})  # file systems of several machines
+
+
+def refuse_shared(folder: Path, mounts: Path = MOUNTS) -> None:
+    """UserError for a folder on a network's file system, where SQLite may lose rows.
+
+    Its log is memory that all openers share, which two machines cannot, and locks of files are
+    there what the server makes of them. A mount is known by its device; ``mounts``: the kernel's
+    list of them, a line each: id, parent, device, ... - type, source, options.
+    """
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.read_text("utf-8", "replace").splitlines() if mounts.exists() else ():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == number and kind.split()[0] in SHARED:
+            raise UserError(
+                f"{folder}: lies on {kind.split()[0]}, where SQLite may lose rows; allowed: a "
+                'folder of this machine, or state.url = "postgresql://user@host/database"'
+            )
 
 
 def private_file(path: Path) -> None:
@@ -37,7 +63,11 @@ def private_file(path: Path) -> None:
     file gets its name when it is in WAL already. An existing file is not even opened: closing any
     descriptor of a file drops all of this process's locks on it, SQLite's included; another
     process would then take the log away from under our open connections.
+
+    Raises:
+        UserError: The folder is not on a disk of this machine.
     """
+    refuse_shared(path.parent)
     if path.exists():
         return
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -51,11 +81,18 @@ def private_file(path: Path) -> None:
         Path(name).unlink()
 
 
+class ServerLostError(Exception):
+    """The server went away in mid-transaction, which wrote nothing and has to be run again."""
+
+
 class Database:
     """One connection, safe to share between threads; transactions take turns."""
 
+    _connection: Any
+
     def __init__(self, path: Path, busy_seconds: float = BUSY_SECONDS):
         self.path = path
+        self.name = str(path)  # in messages
         self._lock = threading.RLock()  # one connection: threads may not interleave statements
         path.parent.mkdir(parents=True, exist_ok=True)
         private_file(path)
@@ -113,8 +150,34 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        """All rows a query gives; UserError where the file itself is damaged."""
+    def atomically(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, run in a transaction; again where the server was lost in it."""
+        while True:
+            try:
+                with self.transaction():
+                    return work()
+            except ServerLostError:
+                continue
+
+    def wait(self, seconds: float) -> None:
+        """Longest wait for a server that does not answer from now on; a file always does."""
+
+    @contextmanager
+    def lease(self, _number: int, taken: str) -> Iterator[None]:
+        """Hold a lease among all who use this server; a file's users share its home's locks.
+
+        Raises:
+            UserError: ``taken``: another process holds it.
+        """
+        yield
+
+    def mark(self) -> tuple[int, ...]:
+        """A value that is another one after each change: when file and log were last written."""
+        paths = (self.path, self.path.with_name(f"{self.path.name}-wal"))
+        return tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
+
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        """All rows a query gives, by column; UserError where the database itself is damaged."""
         try:
             with self._lock:
                 return list(self._connection.execute(query, values))
@@ -162,6 +225,19 @@ def _migrate(path: Path) -> None:
         raise UserError(f"{path}: cannot be brought up to date ({reason})") from error
 
 
+def atomic(
+    method: Callable[Concatenate[Any, P], T],
+) -> Callable[Concatenate[Any, P], T]:
+    """A method of an object with a ``database``, in one transaction: all it writes, or nothing."""
+
+    @wraps(method)
+    def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        database: Database = self.database
+        return database.atomically(lambda: method(self, *args, **kwargs))
+
+    return run
+
+
 # -- the chain of hashes ----------------------------------------------------------------------
 
 
@@ -198,13 +274,16 @@ def _link(prev_hash: str, digests: str) -> str:
     return hashlib.sha256((prev_hash + digests).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+NO_FIELDS = ("prev_hash", "digests", "hash", "rowid")  # the last one: PostgreSQL's count of rows
+
+
 def fault(prev_hash: str, row: Mapping[str, Value]) -> str | None:
     """The column of a stored row that is not what was written, or None.
 
     ``prev_hash`` is the hash of the row before. Several damaged columns: the first that is a
     field; where nothing but the link is wrong: "hash chain".
     """
-    fields = {name: row[name] for name in row if name not in ("prev_hash", "digests", "hash")}
+    fields = {name: row[name] for name in row if name not in NO_FIELDS}
     true = {name: digest_field(value) for name, value in fields.items()}
     if row["digests"] != canonical(true):
         if row["hash"] == _link(prev_hash, canonical(true)):

@@ -22,6 +22,7 @@ from sqlalchemy import (
     update,
 )
 
+from agent.store.database import BUSY_SECONDS
 from agent.store.experience_db import (
     SEAL,
     answers,
@@ -186,9 +187,9 @@ class ExperienceStore:
         self.engine = engine
 
     @classmethod
-    def open(cls, where: str | Path) -> "ExperienceStore":
+    def open(cls, where: str | Path, wait_s: float = BUSY_SECONDS) -> "ExperienceStore":
         """From a file's path, or a ``sqlite:///`` or ``postgresql://`` URL; schema up to date."""
-        return cls(open_engine(where))
+        return cls(open_engine(where, wait_s))
 
     def close(self) -> None:
         """Give the connections back."""

@@ -30,11 +30,12 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from agent.errors import UserError
-from agent.store.database import private_file
+from agent.store.database import BUSY_SECONDS, private_file
 from agent.store.migrations import newest, upgrade
+from agent.store.postgres import PostgresServer, ServerAwayError
 
 METADATA = MetaData()
 SEAL = "seal"  # column: hash of the row's other columns; NULL in rows from before there were any
@@ -164,13 +165,14 @@ PRAGMAS = (
 )
 
 
-def open_engine(where: str | Path) -> Engine:
+def open_engine(where: str | Path, wait_s: float = BUSY_SECONDS) -> Engine:
     """An engine on a file path, ``sqlite:///path`` or ``postgresql://...``, schema up to date.
 
+    ``wait_s``: longest wait for a server that does not answer, whenever a connection is needed.
     Parameters stay out of error messages: they are what clients wrote.
     """
     url = _url(where)
-    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
+    engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url, wait_s)
     version, known = _version(engine), newest("experience")
     if version > known:
         raise UserError(
@@ -217,7 +219,7 @@ def _url(where: str | Path) -> URL:
         ) from error
     if url.get_backend_name() not in ("sqlite", "postgresql"):
         raise UserError(f"experience url: {url.drivername}; allowed: sqlite, postgresql")
-    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+    return url
 
 
 def _sqlite(url: URL) -> Engine:
@@ -230,13 +232,18 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _postgresql(url: URL) -> Engine:
-    try:
-        return create_engine(url, hide_parameters=True, pool_pre_ping=True)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"experience url: {url.drivername} needs the package {error.name}"
-        ) from error
+def _postgresql(url: URL, wait_s: float) -> Engine:
+    """Connections are tried before they are used (pre-ping), and waited for when made anew."""
+    server = PostgresServer(url.render_as_string(hide_password=False), wait_s)
+    return create_engine(
+        "postgresql+psycopg://", creator=server.connect, hide_parameters=True, pool_pre_ping=True
+    )
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an operation failed because the server did not answer or went away in it."""
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, ServerAwayError)
 
 
 def _private_file(path: Path) -> None:

@@ -19,8 +19,9 @@ import numpy as np
 from agent.errors import UserError
 from agent.learner.drift import Drift
 from agent.learner.es import Step, scaling
-from agent.store.database import Database, Value, canonical, fault, seal
+from agent.store.database import BUSY_SECONDS, Value, atomic, canonical, fault, seal
 from agent.store.packed import Rewards, pack, unpack
+from agent.store.postgres import open_state
 
 
 class DamagedError(UserError):
@@ -86,11 +87,12 @@ RUNS = """SELECT r.*, o.digest, o.reason, o.finished FROM runs r
 
 
 class Journal:
-    """The journal of one ``state.db``."""
+    """The journal of one ``state.db``, or of a PostgreSQL database by its URL."""
 
-    def __init__(self, path: Path):
-        self._database = Database(path)
+    def __init__(self, where: str | Path, wait_s: float = BUSY_SECONDS):
+        self.database = open_state(where, wait_s)
 
+    @atomic
     def open_run(
         self,
         run_id: str,
@@ -115,21 +117,20 @@ class Journal:
         }
         # Looked up and inserted in one transaction: of two processes that open the same run, the
         # second finds the first one's row.
-        with self._database.transaction():
-            rows = self._database.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
-            if rows:
-                other = [name for name, value in values.items() if rows[0][name] != value]
-                if other:
-                    raise UserError(f"run {run_id}: was opened with another {', '.join(other)}")
-                return self.run(run_id)
-            parent = self._parent(anchor_digest, parent_digest)
-            fields: dict[str, Value] = {
-                "run_id": run_id,
-                **values,
-                "parent_run": parent,
-                "created": float(now),
-            }
-            self._database.insert("runs", seal("", fields))
+        rows = self.database.rows("SELECT * FROM runs WHERE run_id = ?", run_id)
+        if rows:
+            other = [name for name, value in values.items() if rows[0][name] != value]
+            if other:
+                raise UserError(f"run {run_id}: was opened with another {', '.join(other)}")
+            return self.run(run_id)
+        parent = self._parent(anchor_digest, parent_digest)
+        fields: dict[str, Value] = {
+            "run_id": run_id,
+            **values,
+            "parent_run": parent,
+            "created": float(now),
+        }
+        self.database.insert("runs", seal("", fields))
         return self.run(run_id)
 
     def _parent(self, anchor_digest: str, parent_digest: str) -> str | None:
@@ -145,28 +146,28 @@ class Journal:
         """The run of this id."""
         runs = self._select("WHERE r.run_id = ?", run_id)
         if not runs:
-            raise UserError(f"run {run_id!r}: not in the journal {self._database.path}")
+            raise UserError(f"run {run_id!r}: not in the journal {self.database.name}")
         return runs[0]
 
     def runs(self) -> list[Run]:
         """All runs, oldest first; an open one has no digest."""
         return self._select("ORDER BY r.rowid")
 
-    def _select(self, clause: str, *values: str) -> list[Run]:
+    def _select(self, clause: str, *values: str | int) -> list[Run]:
         """Runs with their outcomes, where they have one."""
-        rows = self._database.rows(f"{RUNS} {clause}", *values)
+        rows = self.database.rows(f"{RUNS} {clause}", *values)
         names = [field.name for field in dataclasses.fields(Run)]
         read = [{name: row[name] for name in names} for row in rows]
         return [Run(**{**row, "plan": json.loads(row["plan"])}) for row in read]
 
     def next_generation(self, run_id: str) -> int:
         """How many generations of a run are committed: the number of the one in progress."""
-        query = "SELECT COUNT(*) FROM generations WHERE run_id = ?"
-        return int(self._database.rows(query, run_id)[0][0])
+        query = "SELECT COUNT(*) AS done FROM generations WHERE run_id = ?"
+        return int(self.database.rows(query, run_id)[0]["done"])
 
     def members_done(self, run_id: str, generation: int) -> dict[int, Rewards]:
         """index -> rewards (P,) of the members recorded so far; a damaged one counts as missing."""
-        rows = self._database.rows(
+        rows = self.database.rows(
             "SELECT * FROM members WHERE run_id = ? AND generation = ? ORDER BY member",
             run_id,
             generation,
@@ -178,20 +179,22 @@ class Journal:
         ]
         return {row["member"]: unpack(row["rewards"]) for row in whole}
 
+    @atomic
     def record_member(self, run_id: str, generation: int, index: int, rewards: Rewards) -> None:
         """Keep one evaluated member of the generation in progress."""
         blob = pack(rewards)
-        with self._database.transaction():
-            self._expect(run_id, generation)
-            self._database.rows(
-                "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)",
-                run_id,
-                generation,
-                index,
-                blob,
-                _member_hash(run_id, generation, index, blob),
-            )
+        self._expect(run_id, generation)
+        self.database.rows(
+            "INSERT INTO members VALUES (?, ?, ?, ?, ?) ON CONFLICT (run_id, generation, member)"
+            " DO UPDATE SET rewards = excluded.rewards, sha256 = excluded.sha256",
+            run_id,
+            generation,
+            index,
+            blob,
+            _member_hash(run_id, generation, index, blob),
+        )
 
+    @atomic
     def commit(
         self,
         run_id: str,
@@ -217,33 +220,32 @@ class Journal:
         }
         # Its members leave in the same transaction: a crash leaves either them or the generation,
         # never both and never neither.
-        with self._database.transaction():
-            self._expect(run_id, step.generation)
-            row = seal(self._tip(run_id), fields)
-            self._database.insert("generations", row)
-            self._database.rows("DELETE FROM members WHERE run_id = ?", run_id)
+        self._expect(run_id, step.generation)
+        row = seal(self._tip(run_id), fields)
+        self.database.insert("generations", row)
+        self.database.rows("DELETE FROM members WHERE run_id = ?", run_id)
         return str(row["hash"])
 
+    @atomic
     def choose(self, run_id: str, chosen: Chosen) -> None:
         """Record the point that becomes the candidate; no generation may follow.
 
         Raises:
             UserError: A point outside the run's generations, or one was chosen before.
         """
-        with self._database.transaction():
-            done = self.next_generation(run_id)
-            if self.run(run_id).digest is not None or self.chosen(run_id) is not None:
-                raise UserError(f"run {run_id}: its candidate is chosen, allowed: reading it")
-            if not 1 <= chosen.generations <= done:
-                raise UserError(f"run {run_id}: {chosen.generations} chosen, allowed: 1 to {done}")
-            fields: dict[str, Value] = {
-                "run_id": run_id,
-                "generations": chosen.generations,
-                "t": float(chosen.t),
-                "delta_hash": chosen.delta_hash,
-                "evidence": canonical(chosen.evidence),
-            }
-            self._database.insert("choices", seal(self._tip(run_id), fields))
+        done = self.next_generation(run_id)
+        if self.run(run_id).digest is not None or self.chosen(run_id) is not None:
+            raise UserError(f"run {run_id}: its candidate is chosen, allowed: reading it")
+        if not 1 <= chosen.generations <= done:
+            raise UserError(f"run {run_id}: {chosen.generations} chosen, allowed: 1 to {done}")
+        fields: dict[str, Value] = {
+            "run_id": run_id,
+            "generations": chosen.generations,
+            "t": float(chosen.t),
+            "delta_hash": chosen.delta_hash,
+            "evidence": canonical(chosen.evidence),
+        }
+        self.database.insert("choices", seal(self._tip(run_id), fields))
 
     def chosen(self, run_id: str) -> Chosen | None:
         """The recorded choice of a run; None: its candidate is its last generation."""
@@ -287,31 +289,31 @@ class Journal:
 
     def _tip(self, run_id: str) -> str:
         """Hash of the newest row of a run: its choice, last generation, or opening row."""
-        rows = self._database.rows(
-            "SELECT hash, 0 AS part, 0 AS place FROM runs WHERE run_id = ?1 UNION ALL"
-            " SELECT hash, 1, generation FROM generations WHERE run_id = ?1 UNION ALL"
-            " SELECT hash, 2, 0 FROM choices WHERE run_id = ?1 ORDER BY 2 DESC, 3 DESC LIMIT 1",
-            run_id,
+        rows = self.database.rows(
+            "SELECT hash, 0 AS part, 0 AS place FROM runs WHERE run_id = ? UNION ALL"
+            " SELECT hash, 1, generation FROM generations WHERE run_id = ? UNION ALL"
+            " SELECT hash, 2, 0 FROM choices WHERE run_id = ? ORDER BY 2 DESC, 3 DESC LIMIT 1",
+            *(run_id, run_id, run_id),
         )
         return str(rows[0]["hash"])
 
+    @atomic
     def finish(self, run_id: str, digest: str, reason: str, now: float) -> None:
         """Close a run with the digest of what it made; again with the same digest is allowed."""
-        with self._database.transaction():
-            ended = self.run(run_id).digest
-            if ended == digest:
-                return
-            if ended is not None:
-                raise UserError(f"run {run_id}: ended as {ended}, not as {digest}")
-            fields: dict[str, Value] = {
-                "run_id": run_id,
-                "digest": digest,
-                "generations": self.next_generation(run_id),
-                "reason": reason,
-                "finished": float(now),
-            }
-            self._database.insert("outcomes", seal(self._tip(run_id), fields))
-            self._database.rows("DELETE FROM members WHERE run_id = ?", run_id)
+        ended = self.run(run_id).digest
+        if ended == digest:
+            return
+        if ended is not None:
+            raise UserError(f"run {run_id}: ended as {ended}, not as {digest}")
+        fields: dict[str, Value] = {
+            "run_id": run_id,
+            "digest": digest,
+            "generations": self.next_generation(run_id),
+            "reason": reason,
+            "finished": float(now),
+        }
+        self.database.insert("outcomes", seal(self._tip(run_id), fields))
+        self.database.rows("DELETE FROM members WHERE run_id = ?", run_id)
 
     def generations(self, run_id: str) -> list[Generation]:
         """The committed generations of a run, in order."""
@@ -326,7 +328,7 @@ class Journal:
                 drift=json.loads(row["drift"]),
                 hash=row["hash"],
             )
-            for row in self._database.rows(query, run_id)
+            for row in self.database.rows(query, run_id)
         ]
 
     def verify(self, run_id: str) -> int:
@@ -336,7 +338,7 @@ class Journal:
         """
         start = self._rows("runs", run_id)
         if not start:
-            raise UserError(f"run {run_id!r}: not in the journal {self._database.path}")
+            raise UserError(f"run {run_id!r}: not in the journal {self.database.name}")
         tip = _link(run_id, "start", "", start[0])
         rows = self._rows("generations", run_id, "ORDER BY generation")
         for number, row in enumerate(rows):
@@ -355,11 +357,13 @@ class Journal:
     def _rows(self, table: str, run_id: str, order: str = "") -> list[dict[str, Any]]:
         """The rows of a run in a table, as stored."""
         query = f"SELECT * FROM {table} WHERE run_id = ? {order}"  # noqa: S608
-        return [dict(row) for row in self._database.rows(query, run_id)]
+        return [dict(row) for row in self.database.rows(query, run_id)]
 
     def candidate(self, digest: str) -> Run:
         """The first finished run that made a digest; a prefix of 8 or more characters will do."""
-        runs = self._select("WHERE substr(o.digest, 1, length(?1)) = ?1 ORDER BY o.rowid", digest)
+        runs = self._select(
+            "WHERE substr(o.digest, 1, ?) = ? ORDER BY o.rowid", len(digest), digest
+        )
         if len(digest) < 8 or not runs:
             raise UserError(f"candidate {digest!r}: no finished run made it")
         if len({run.digest for run in runs}) > 1:
@@ -379,7 +383,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the connection."""
-        self._database.close()
+        self.database.close()
 
 
 def _member_hash(run_id: str, generation: int, index: int, blob: bytes) -> str:

@@ -33,7 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.store.database import Database, Value, canonical, differing, digest_field, fault, seal
+from agent.store.database import (
+    BUSY_SECONDS,
+    Value,
+    atomic,
+    canonical,
+    differing,
+    digest_field,
+    fault,
+    seal,
+)
+from agent.store.postgres import open_state
 
 ALLOWED: dict[str | None, frozenset[str]] = {
     None: frozenset({"PROPOSED"}),
@@ -161,22 +171,25 @@ class StaleEpoch(UserError):  # noqa: N818
 
 
 class Ledger:
-    """The ledger of one ``state.db``."""
+    """The ledger of one ``state.db``, or of a PostgreSQL database by its URL."""
 
-    def __init__(self, path: Path):
-        self._database = Database(path)
+    def __init__(self, where: str | Path, wait_s: float = BUSY_SECONDS):
+        self.database = open_state(where, wait_s)
 
+    @atomic
     def acquire(self, owner: str, now: float) -> int:
         """Become the controller: returns a new epoch; writers with an older one are refused."""
-        with self._database.transaction():
-            epoch = self.epoch() + 1
-            self._database.insert("epochs", {"epoch": epoch, "owner": owner, "time": float(now)})
+        epoch = self.epoch() + 1
+        self.database.insert("epochs", {"epoch": epoch, "owner": owner, "time": float(now)})
         return epoch
 
     def epoch(self) -> int:
         """The epoch in force, 0 before the first. Reviews are written under it, not a new one."""
-        return int(self._database.rows("SELECT COALESCE(MAX(epoch), 0) FROM epochs")[0][0])
+        return int(
+            self.database.rows("SELECT COALESCE(MAX(epoch), 0) AS now FROM epochs")[0]["now"]
+        )
 
+    @atomic
     def append(
         self,
         digest: str,
@@ -196,41 +209,40 @@ class Ledger:
         """
         # Epoch, order of states and insertion in one transaction: whoever was taken over between
         # a look and a write would otherwise write after its successor.
-        with self._database.transaction():
-            if epoch != self.epoch():
-                raise StaleEpoch(f"epoch {epoch}: was taken over, allowed: {self.epoch()}")
-            entries = self._entries("'{}'")
-            if state == state_of(entries, digest):
-                return self._row(latest_of(entries, digest))
-            refused = refusal(entries, digest, state)
-            if refused:
-                raise UserError(refused)
-            row: dict[str, Value] = {
-                "seq": len(entries) + 1,
-                "time": float(now),
-                "epoch": epoch,
-                "actor": actor,
-                "digest": digest,
-                "state": state,
-                "why": why,
-                "statistics": canonical(statistics or {}),
-                "before": champion_of(entries),
-                "after": served_after(entries, digest, state, after),
-            }
-            sealed = seal(entries[-1].hash if entries else "", row)
-            self._database.insert("ledger", sealed)
+        if epoch != self.epoch():
+            raise StaleEpoch(f"epoch {epoch}: was taken over, allowed: {self.epoch()}")
+        entries = self._entries("'{}'")
+        if state == state_of(entries, digest):
+            return self._row(latest_of(entries, digest))
+        refused = refusal(entries, digest, state)
+        if refused:
+            raise UserError(refused)
+        row: dict[str, Value] = {
+            "seq": len(entries) + 1,
+            "time": float(now),
+            "epoch": epoch,
+            "actor": actor,
+            "digest": digest,
+            "state": state,
+            "why": why,
+            "statistics": canonical(statistics or {}),
+            "before": champion_of(entries),
+            "after": served_after(entries, digest, state, after),
+        }
+        sealed = seal(entries[-1].hash if entries else "", row)
+        self.database.insert("ledger", sealed)
         return _entry(sealed)
 
     def _row(self, entry: Entry | None) -> Entry:
         """The same row with its statistics."""
         assert entry is not None
-        rows = self._database.rows("SELECT * FROM ledger WHERE seq = ?", entry.seq)
+        rows = self.database.rows("SELECT * FROM ledger WHERE seq = ?", entry.seq)
         return _entry(dict(rows[0]))
 
     def _entries(self, statistics: str = "statistics") -> list[Entry]:
         """All rows, oldest first; decisions read them without their statistics."""
         names = ", ".join(name for name in NAMES if name != "statistics")
-        rows = self._database.rows(
+        rows = self.database.rows(
             f"SELECT {names}, digests, {statistics} AS statistics FROM ledger ORDER BY seq"  # noqa: S608
         )
         if rows:  # the newest row says what is served, whoever reads it and for what
@@ -239,12 +251,12 @@ class Ledger:
 
     def history(self, limit: int = 50) -> list[Entry]:
         """The newest rows with their statistics, newest first."""
-        rows = self._database.rows("SELECT * FROM ledger ORDER BY seq DESC LIMIT ?", limit)
+        rows = self.database.rows("SELECT * FROM ledger ORDER BY seq DESC LIMIT ?", limit)
         return [_entry(dict(row)) for row in rows]
 
     def of(self, digest: str) -> list[Entry]:
         """All rows of one digest with their statistics, oldest first."""
-        rows = self._database.rows("SELECT * FROM ledger WHERE digest = ? ORDER BY seq", digest)
+        rows = self.database.rows("SELECT * FROM ledger WHERE digest = ? ORDER BY seq", digest)
         return [_entry(dict(row)) for row in rows]
 
     def states(self) -> dict[str, str]:
@@ -277,20 +289,21 @@ class Ledger:
     def verify(self) -> int:
         """Check every row; UserError names the first bad one and its field. Returns the count."""
         tip = ""
-        rows = [dict(row) for row in self._database.rows("SELECT * FROM ledger ORDER BY seq")]
+        rows = [dict(row) for row in self.database.rows("SELECT * FROM ledger ORDER BY seq")]
         for number, row in enumerate(rows, start=1):
             field = "seq" if row["seq"] != number else fault(tip, row)
             if field:
                 raise UserError(f"ledger row {number}: {field} is damaged")
             tip = str(row["hash"])
-        epochs = [row[0] for row in self._database.rows("SELECT epoch FROM epochs ORDER BY epoch")]
+        query = "SELECT epoch FROM epochs ORDER BY epoch"
+        epochs = [row["epoch"] for row in self.database.rows(query)]
         if epochs != [*range(1, len(epochs) + 1)] or any(r["epoch"] > len(epochs) for r in rows):
             raise UserError(f"ledger: its epochs are not 1 to {len(epochs)}, each once")
         return len(rows)
 
     def close(self) -> None:
         """Close the connection."""
-        self._database.close()
+        self.database.close()
 
 
 def _require_whole(row: Mapping[str, Any]) -> None:

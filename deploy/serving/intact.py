@@ -151,11 +151,12 @@ def require_version(home: Home, served: Served) -> None:
 
 def _mended(home: Home, served: Served, damage: UserError) -> Served:
     """The same version rebuilt, else the anchor; raises the damage where there is no other."""
-    anchor = original(home, _settings(home, damage).model)
+    settings = _settings(home, damage)
+    anchor = original(home, settings.model)
     if served.directory == str(anchor.directory):
         raise damage
     try:
-        mend(home, served.digest, anchor)
+        mend(home, served.digest, anchor, settings.state_at(home))
     except UserError as error:
         LOG.error("%s: cannot be rebuilt: %s", served.digest[:12], error)
     else:
@@ -170,27 +171,29 @@ def _mended(home: Home, served: Served, damage: UserError) -> Served:
 
 def _known(home: Home, digest: str) -> bool:
     """Whether the ledger began with this model; one that was lost with its file cannot say no."""
-    ledger = Ledger(home.state_db)
+    ledger = Ledger(kept(home).state_at(home))
     try:
         return ledger.champion() is None or any(e.state == "ANCHOR" for e in ledger.of(digest))
     finally:
         ledger.close()
 
 
-def mend(home: Home, digest: str, origin: Anchor) -> Path:
+def mend(home: Home, digest: str, origin: Anchor, state: str | Path) -> Path:
     """Rebuild a kept version from the anchor it was learnt from, which may be a kept one itself.
+
+    ``state``: where the journal is (``Settings.state_at``).
 
     Raises:
         UserError: The journal does not lead to it, or its own anchor is damaged for good.
     """
-    journal = Journal(home.state_db)
+    journal = Journal(state)
     try:
         tied = journal.candidate(digest).anchor_digest
         if tied != origin.digest:
             try:
                 require(home.weights / tied, tied)
             except UserError:
-                mend(home, tied, origin)
+                mend(home, tied, origin, state)
         anchor = origin if tied == origin.digest else Anchor.open(home.weights / tied)
         directory = rebuild(journal, anchor, digest, home)
     finally:

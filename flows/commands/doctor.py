@@ -29,6 +29,7 @@ from flows.commands import checks
 from flows.commands.checks import MachineNeeds, visible, written_in
 from flows.service import Service
 
+SERVER_S = 2.0  # longest wait of a check for a database server that does not answer
 CLOCK_S = 60.0  # a ledger row may be this far ahead of the clock
 
 
@@ -229,10 +230,20 @@ class HomeChecks:
     @cached_property
     def service(self) -> Service:
         """The parts of the home; UserError where its settings are damaged."""
-        return Service(self.home, self._kept_settings())
+        service = Service(self.home, self._kept_settings())
+        service.wait_s = SERVER_S
+        return service
 
     def _kept_settings(self) -> Settings:
         return kept(self.home) if self.home.settings_json.exists() else load()
+
+    def _need_state(self) -> None:
+        """As ``_need``, of journal and ledger; a server's are never missing, it is away."""
+        if self._has_files()[0]:
+            self._need(self.home.state_db)
+
+    def _has_state(self) -> bool:
+        return not self._has_files()[0] or self.home.state_db.exists()
 
     def _need(self, path: Path) -> None:
         """What is opened would be made anew where it is missing: that is looked at before."""
@@ -245,7 +256,7 @@ class HomeChecks:
 
     def _clock(self) -> str:
         newest = 0.0
-        if self.home.state_db.exists():
+        if self._has_state():
             newest = max((row.time for row in self.service.ledger.history(1)), default=0.0)
         if newest > time.time() + CLOCK_S:
             raise RuntimeError(f"{newest - time.time():.0f} s behind the newest row of the ledger")
@@ -254,11 +265,10 @@ class HomeChecks:
     def _databases(self) -> Iterator[Check]:
         """Each database that must be there, because the process that keeps it has run."""
         home = self.home
-        always = self.used
-        url = self._experience_url()
+        state, traffic = self._has_files()
         for path, wanted in (
-            (home.state_db, always),
-            (home.experience_db, url is None and home.log("gateway").exists()),
+            (home.state_db, state and self.used),
+            (home.experience_db, traffic and home.log("gateway").exists()),
             (home.mlflow_db, home.log("mlflow").exists()),
             (home.mlflow_users, home.log("mlflow").exists()),
             (home.prefect / "prefect.db", home.log("prefect").exists()),
@@ -271,28 +281,31 @@ class HomeChecks:
                 checks.of_database(path)[:2],
             )
 
-    def _experience_url(self) -> str | None:
+    def _has_files(self) -> tuple[bool, bool]:
+        """Whether journal and ledger are in a file of the home, and whether traffic is."""
         try:
-            return self._kept_settings().gateway.experience_url
+            settings = self._kept_settings()
         except UserError:
-            return None
+            return True, True
+        state, traffic = settings.state_at(self.home), settings.experience_at(self.home)
+        return isinstance(state, Path), isinstance(traffic, Path)
 
     # -- what the databases say -----------------------------------------------------------------
 
     def _traffic(self) -> str:
-        if self._experience_url() is None and not self.home.experience_db.exists():
+        if self._has_files()[1] and not self.home.experience_db.exists():
             return "none yet"
         return checks.traffic(self.service.experience)
 
     def _ledger(self) -> str:
-        self._need(self.home.state_db)
-        if not self.home.state_db.exists():
+        self._need_state()
+        if not self._has_state():
             return "none yet"
         return f"{self.service.ledger.verify()} rows, chain sound"
 
     def _journal(self) -> str:
-        self._need(self.home.state_db)
-        if not self.home.state_db.exists():
+        self._need_state()
+        if not self._has_state():
             return "none yet"
         runs = self.service.journal.runs()
         rows = sum(self.service.journal.verify(run.run_id) for run in runs)
@@ -300,7 +313,7 @@ class HomeChecks:
 
     def _anchor(self) -> str:
         anchor = Anchor.open(self.service.origin.directory)
-        if self.home.state_db.exists():
+        if self._has_state():
             first = [row for row in self.service.ledger.history(1 << 30) if row.state == "ANCHOR"]
             known = {row.digest for row in first} or {anchor.digest}
             if anchor.digest not in known:
@@ -315,11 +328,12 @@ class HomeChecks:
         return f"{len(folders)} versions beside the original, each as its digest says"
 
     def _rebuild(self) -> None:
+        state = self._kept_settings().state_at(self.home)
         for folder in (path for path in visible(self.home.weights) if len(path.name) == 64):
             try:
                 require(folder, folder.name)
             except UserError:
-                mend(self.home, folder.name, self.service.origin)
+                mend(self.home, folder.name, self.service.origin, state)
 
     def _serving(self) -> str:
         if not self.home.serving_json.exists():
@@ -330,7 +344,7 @@ class HomeChecks:
             if self.home.slot_json(slot).exists():
                 read_slot(self.home, slot)
         require_version(self.home, served)
-        self._need(self.home.state_db)
+        self._need_state()
         champion = self.service.champion()
         if served.digest != champion and Leases(self.home).current() is None:
             raise RuntimeError(f"names {short(served.digest)}, the champion is {short(champion)}")
@@ -382,14 +396,14 @@ class HomeChecks:
         read_probes(self.home, path.stem)
 
     def _snapshot(self, path: Path) -> None:
-        self._need(self.home.state_db)  # it says what the champion is tied to
+        self._need_state()  # it says what the champion is tied to
         if not is_sound(self.service.anchor, path, path.stem):
             raise RuntimeError(f"{path.name}: its delta has another hash")
 
     def _agree(self) -> str:
         if not checks.is_wanted(self.home):
             return "the service is down"
-        self._need(self.home.state_db)
+        self._need_state()
         champion = self.service.champion()
         try:
             others = observe(self.home).others(champion)

@@ -1,7 +1,6 @@
 """Settings and commands in words: those of a home as TOML, the references of all as Markdown."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -12,11 +11,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from agent.config import PROFILES, Settings
+from agent.errors import masked
 from agent.sections import PromptSettings
 from flows.service import Service
 
 BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
-SECRET = re.compile(r"(://[^:/@]*):[^@/]*@")  # the password in a database's URL
 
 HEAD = """\
 # Settings
@@ -48,8 +47,8 @@ are seconds.
 def effective(root: Path | None, config: Path | None) -> dict[str, Any]:
     """The settings that hold in a home, as plain values; a password in a URL is masked."""
     settings = Service.at(root, config).settings.model_dump(mode="json")
-    url = settings["gateway"]["experience_url"]
-    settings["gateway"]["experience_url"] = url and SECRET.sub(r"\1:***@", url)
+    for section, key in (("gateway", "experience_url"), ("state", "url")):
+        settings[section][key] = settings[section][key] and masked(settings[section][key])
     return settings
 
 

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from agent.errors import UserError
 from agent.home import is_locked, locked
+from agent.store.database import ROUND_LEASE
 from agent.store.ledger import REFUSED
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import chosen
@@ -183,12 +184,18 @@ def conclude(
 def alone(service: Service) -> Iterator[None]:
     """Hold the home's lock on learning: two rounds at once would begin from the same champion.
 
-    The system frees it when its holder dies.
+    The system frees it when its holder dies. A database server's lock on learning is held as well:
+    homes of several machines may use one. Whoever learns waits for the server as long as it takes.
 
     Raises:
         UserError: Another process holds it.
     """
-    with locked(service.home.round_lock, taken=_taken(service), wait_s=0):
+    taken = _taken(service)
+    with (
+        locked(service.home.round_lock, taken=taken, wait_s=0),
+        service.patient(),
+        service.journal.database.lease(ROUND_LEASE, taken),
+    ):
         yield
 
 

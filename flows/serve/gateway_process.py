@@ -1,7 +1,8 @@
 """The gateway's process: the endpoint of one home, with its settings, keys, tasks and versions."""
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -25,9 +26,13 @@ from flows.learn.collect import admission, admit, held_out
 from flows.learn.prompts import whole
 from flows.service import Service
 
+SERVER_S = 5.0  # longest wait for a database server at once; rows are written again and again
+NAMES_S = 1.0  # between two readings of the names that a server's ledger gives to versions
+
 
 def run(service: Service, port: int) -> None:
     """Serve the endpoint until a signal ends it."""
+    service.wait_s = SERVER_S
     served = read_served(service.home)
     judging_rows: Future[HeldOut] = Future()
     public = create_app(
@@ -52,11 +57,17 @@ def run(service: Service, port: int) -> None:
 
 
 def versions(service: Service) -> Versions:
-    """The versions of a home beside the champion."""
+    """The versions of a home beside the champion.
 
-    def named() -> dict[str, str]:
+    Those that the ledger names are read at each request from a file, and from time to time from a
+    server, which a request does not wait for.
+    """
+
+    def read() -> dict[str, str]:
         anchor = service.anchor_of(service.champion())
         return {"previous": service.ledger.previous() or anchor, "anchor": anchor}
+
+    named = read if service.settings.state.url is None else _read_beside(read)
 
     def standby(socket: Path) -> str | None:
         slots = {service.home.engine_socket(slot): slot for slot in SLOTS}
@@ -65,6 +76,20 @@ def versions(service: Service) -> Versions:
         return None
 
     return Versions(kept=service.kept, named=named, standby=standby)
+
+
+def _read_beside(read: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
+    """The value of ``read``, which a thread calls every ``NAMES_S``; none before the first time."""
+    known: dict[str, str] = {}
+
+    def keep_reading() -> None:
+        while True:
+            with suppress(UserError):  # the server's absence is said where it is noticed
+                known.update(read())
+            time.sleep(NAMES_S)
+
+    threading.Thread(target=keep_reading, name="names", daemon=True).start()
+    return lambda: dict(known)
 
 
 def served_model(service: Service) -> ServedModel:

@@ -3,9 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:  # `status` and `down` do without it
     from flows.service import Service
 
 LOG = logging.getLogger("anchorage.stack")
+STATUS_S = 2.0  # longest wait of `status` for a database server that does not answer
 ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
 
 
@@ -65,6 +65,7 @@ def start(
     if port is not None:
         options.setdefault("gateway", {})["port"] = port
     settings, last, changed = read_settings(place, config, options)
+    _refuse_lost_state(changed)
     service = Service(place, settings)
     _refuse_other_model(service)
     require_finite(service.origin)
@@ -86,7 +87,7 @@ def start(
         raise
     remember(place, last)
     target = settings.tasks.target
-    document = {"file": last.file, "changed": [asdict(change) for change in changed]}
+    document = {"file": last.file, "changed": [change.shown() for change in changed]}
     document |= outlook(settings, service.priors(target), next_round(service))
     return status | {"settings": document}
 
@@ -99,6 +100,16 @@ def _refuse_other_model(service: "Service") -> None:
             f"model.path = {service.settings.model.path!r} is {service.origin.digest[:12]}, the "
             f"home began with {began[:12]}; allowed: that model, or another --home"
         )
+
+
+def _refuse_lost_state(changed: Sequence[Change]) -> None:
+    """Without the URL a home whose state is on a server would begin anew, with the original."""
+    for each in changed:
+        if each.key == "state.url" and each.before and not each.after:
+            raise UserError(
+                f"state.url is not set; the home's state is on {each.shown()['before']}: "
+                "allowed: that one, or another --home"
+            )
 
 
 def stop(home: Path | None) -> dict[str, Any]:
@@ -120,11 +131,12 @@ def learning(home: Home) -> dict[str, Any] | None:
     from flows.serve.outlook import overview
     from flows.service import Service
 
-    if not (home.settings_json.is_file() and home.state_db.is_file()):
-        return None  # opening them would make them
+    if not home.settings_json.is_file():
+        return None
     try:
         with closing(Service.at(home.root)) as service:
-            return overview(service)
+            service.wait_s = STATUS_S
+            return overview(service) if service.has_state() else None  # opening would make it
     except Exception as error:  # the processes are shown all the same; `doctor` names the fault
         LOG.warning("what is learnt cannot be read: %s", " ".join(str(error).split()))
         return None

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.home import Home, locked, read_sealed, write_sealed
+from agent.home import locked, read_sealed, write_sealed
 from agent.registry import STATE
 from flows.round_files import RoundFiles
 from flows.service import Service
@@ -139,8 +139,9 @@ def _shown_row(service: Service) -> int:
 class Display:
     """Shows a home in MLflow from a thread of its own; whoever writes rows waits for nothing.
 
-    A look costs the times of two files. New rows are shown at once; besides, a pass is made every
-    ``every_s`` (what MLflow itself lost, such as an alias, is set again), and so is a failed one.
+    A look costs the times of two files, or a query. New rows are shown at once; besides, a pass is
+    made every ``every_s`` (what MLflow itself lost, such as an alias, is set again), and so is a
+    failed one.
     """
 
     def __init__(self, service: Service, every_s: float) -> None:
@@ -167,18 +168,25 @@ class Display:
         self._ending.set()
 
     def _run(self) -> None:
-        seen, due = _times(self._service.home), time.monotonic()
+        seen, due = self._mark(), time.monotonic()
         while True:
             last = self._ending.wait(LOOK_S)
-            times = _times(self._service.home)
+            mark = self._mark()
             retry = time.monotonic() >= due and not (last and self._error)
-            fresh = (last or times != seen) and not self._error
+            fresh = (last or mark != seen) and not self._error
             if retry or (fresh and self._is_behind()):
                 self._pass()
                 due = time.monotonic() + self._every_s
             if last:
                 return
-            seen = times
+            seen = mark
+
+    def _mark(self) -> tuple[int, ...]:
+        """What changes when journal or ledger are written; nothing while they cannot be read."""
+        try:
+            return self._service.journal.database.mark()
+        except Exception:  # the pass that is due says so
+            return ()
 
     def _is_behind(self) -> bool:
         try:
@@ -196,12 +204,6 @@ class Display:
             LOG.warning("MLflow is behind and will be brought level: %s", self._error)
         else:
             self._error = ""
-
-
-def _times(home: Home) -> tuple[int, ...]:
-    """When journal and ledger were last written: their database and its write-ahead log."""
-    paths = (home.state_db, home.state_db.with_name(f"{home.state_db.name}-wal"))
-    return tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
 
 
 @contextmanager

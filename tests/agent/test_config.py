@@ -160,3 +160,28 @@ def test_a_profile_may_be_named_for_a_model_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.profile = 'large'"):
         config.load(None, model={"profile": "large"})
     assert set(config.PROFILES) == {"embedded", "smollm2", "instruct"}
+
+
+@pytest.mark.parametrize("url", ["postgres://me:secret@db/x", "mysql://me:secret@db/x", "x"])
+def test_a_state_url_of_another_kind_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(UserError, match=r"state\.url = .*allowed: postgresql://") as error:
+        config.load(state={"url": url})
+    assert "secret" not in str(error.value)
+
+
+def test_traffic_is_where_the_state_is_unless_it_is_named(tmp_path: Path) -> None:
+    home, url = Home.at(tmp_path), "postgresql://me@db/x"
+    assert config.load().state_at(home) == home.state_db
+    assert config.load().experience_at(home) == home.experience_db
+    both = config.load(state={"url": url})
+    assert (both.state_at(home), both.experience_at(home)) == (url, url)
+    apart = config.load(state={"url": url}, gateway={"experience_url": "sqlite:///e.db"})
+    assert apart.experience_at(home) == "sqlite:///e.db"
+
+
+def test_what_changed_is_shown_without_passwords() -> None:
+    [change] = config.changes(
+        config.load(), config.load(state={"url": "postgresql://me:p@ss@db/x?password=other"})
+    )
+    assert change.shown()["after"] == "postgresql://me:***@db/x?password=***"
+    assert change.after == "postgresql://me:p@ss@db/x?password=other"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -191,6 +192,25 @@ def test_a_gpu_is_a_profile_of_compose_with_the_cuda_image() -> None:
     assert (DEPLOY.parent / f"requirements-{extra}.lock").is_file()
     (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+def test_postgresql_is_a_profile_of_compose_with_a_url_that_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = documents(DEPLOY / "compose" / "compose.yaml")[0]["services"]
+    service, server = services["anchorage-postgresql"], services["postgresql"]
+    assert (service["profiles"], server["profiles"]) == (["postgresql"], ["postgresql"])
+    assert (service["extends"], *service["depends_on"]) == ({"service": "anchorage"}, "postgresql")
+    monkeypatch.setenv("ANCHORAGE_STATE__URL", service["environment"]["ANCHORAGE_STATE__URL"])
+    url = urlsplit(str(load().state.url))
+    (port,) = server["ports"]
+    assert f"{url.hostname}:{url.port}:5432" == port
+    assert (url.username, url.path[1:]) == (
+        server["environment"]["POSTGRES_USER"],
+        server["environment"]["POSTGRES_DB"],
+    )
+    assert url.password is None  # PGPASSWORD, which no file of the home gets
+    assert service["environment"]["PGPASSWORD"] == server["environment"]["POSTGRES_PASSWORD"]
 
 
 def test_a_fresh_volume_of_compose_belongs_to_the_images_user() -> None:

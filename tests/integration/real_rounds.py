@@ -1,7 +1,9 @@
 """Rounds of the embedded model on a real engine, each in a process that can be killed.
 
-python real_rounds.py FOLDER TRIALS SEED    one undisturbed round, then TRIALS that are killed once
-                                            or twice, anywhere, and go on; prints what came of each
+python real_rounds.py FOLDER TRIALS SEED [SERVER]
+
+One undisturbed round, then TRIALS that are killed once or twice, anywhere, and go on; prints what
+came of each. SERVER: URL of a PostgreSQL server, on which the trials keep journal and ledger.
 """
 
 import hashlib
@@ -14,6 +16,8 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+
+import psycopg
 
 from agent.config import load
 from agent.home import Home
@@ -62,7 +66,9 @@ class Logged(Population):
 
 
 def service_of(home: Path) -> Service:
-    return Service(Home.at(home), load(**SETTINGS))
+    database = home.with_suffix(".url")
+    state = {"state": {"url": database.read_text()}} if database.exists() else {}
+    return Service(Home.at(home), load(**SETTINGS, **state))
 
 
 def child(home: Path, launcher: EngineLauncher, log: Path) -> int:
@@ -124,7 +130,15 @@ def trial(home: Path, launcher: EngineLauncher, kills: list[tuple[int, float]]) 
     return told
 
 
-def main(folder: Path, trials: int, seed: int) -> list[dict[str, Any]]:
+def database_of(home: Path, server: str) -> None:
+    """Make a new database for a home."""
+    url = f"{server.rpartition('/')[0]}/{home.name}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{home.name}"')
+    home.with_suffix(".url").write_text(url)
+
+
+def main(folder: Path, trials: int, seed: int, server: str = "") -> list[dict[str, Any]]:
     folder.mkdir(parents=True)
     draw, launcher = random.Random(seed), EngineLauncher(folder / "launcher.log")
     try:
@@ -132,6 +146,8 @@ def main(folder: Path, trials: int, seed: int) -> list[dict[str, Any]]:
         for number in range(trials):
             points = sorted(draw.sample(range(MEMBERS), draw.choice([1, 1, 2])))
             kills = [(point, draw.uniform(0, 0.2)) for point in points]
+            if server:
+                database_of(folder / f"trial{number}", server)
             found.append(trial(folder / f"trial{number}", launcher, kills))
     finally:
         launcher.close()
@@ -139,4 +155,5 @@ def main(folder: Path, trials: int, seed: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    place, trials, seed, *rest = sys.argv[1:]
+    sys.stdout.write(json.dumps(main(Path(place), int(trials), int(seed), *rest)))

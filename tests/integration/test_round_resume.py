@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
+from postgres_server import PostgresProcess, needs_server
 
 pytestmark = pytest.mark.integration
 
@@ -15,9 +17,41 @@ pytestmark = pytest.mark.integration
 def test_a_real_round_killed_anywhere_ends_where_the_undisturbed_one_does(
     tmp_path: Path, scale: Callable[[int, int], int]
 ) -> None:
-    trials, script = scale(1, 10), Path(__file__).with_name("real_rounds.py")
+    compare(tmp_path, scale(1, 10))
+
+
+@needs_server
+def test_so_it_does_on_a_server_that_is_killed_as_well(
+    tmp_path: Path, scale: Callable[[int, int], int]
+) -> None:
+    """The undisturbed round is on SQLite: a digest does not depend on where the journal is."""
+    if scale(0, 1) == 0:
+        pytest.skip("rounds on a server that is killed: in the soak")
+    server, over = PostgresProcess(), Event()
+
+    def disturb() -> None:
+        while not over.wait(7.0):
+            server.kill()
+            over.wait(2.0)
+            server.start()
+
+    disturber = Thread(target=disturb)
+    disturber.start()
+    try:
+        said = compare(tmp_path, 3, server.url())
+    finally:
+        over.set()
+        disturber.join()
+        server.remove()
+    assert "does not answer" in said
+    assert "a-secret" not in said
+
+
+def compare(tmp_path: Path, trials: int, *more: str) -> str:
+    """Rounds that are killed and go on against an undisturbed one; what they said."""
+    script = Path(__file__).with_name("real_rounds.py")
     ran = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "rounds"), str(trials), "3"],
+        [sys.executable, str(script), str(tmp_path / "rounds"), str(trials), "3", *more],
         capture_output=True,
         text=True,
         check=False,
@@ -37,3 +71,4 @@ def test_a_real_round_killed_anywhere_ends_where_the_undisturbed_one_does(
         known = [line for line in found["log"] if line.startswith("known")]
         assert len(known) == len(set(known))  # nothing the journal knew was evaluated again
         assert len(found["log"]) - len(known) <= 12 + found["kills"]
+    return ran.stderr

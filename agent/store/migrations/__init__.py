@@ -20,6 +20,9 @@ History = Literal["state", "experience"]
 ONE_AT_A_TIME = threading.Lock()
 
 
+POSTGRESQL = {" STRICT": "", "INTEGER": "BIGINT", "REAL": "DOUBLE PRECISION", "BLOB": "BYTEA"}
+
+
 @cache
 def newest(history: History) -> int:
     """The number of the newest step, from the names of the files: ``v0002_keys.py`` is 2."""
@@ -43,3 +46,44 @@ def upgrade(connection: "Connection", history: History, to: str = "head") -> Non
     config.attributes["connection"] = connection
     with ONE_AT_A_TIME:
         command.upgrade(config, to)
+
+
+def run_state_step(number: int, *statements: str, append_only: tuple[str, ...] = ()) -> None:
+    """A step of the state's history, written in SQLite's words, on either database.
+
+    Args:
+        number: The step's; SQLite keeps it in the header of the file (``Database._version``).
+        statements: In their order; PostgreSQL gets its own names of the types.
+        append_only: Tables whose rows are refused to change or to go from now on.
+    """
+    from alembic import op
+
+    sqlite = op.get_bind().dialect.name == "sqlite"
+    for statement in statements:
+        for word, own in {} if sqlite else POSTGRESQL.items():
+            statement = statement.replace(word, own)
+        op.execute(statement)
+    for table in append_only:
+        for refusing in _sqlite_triggers(table) if sqlite else _postgresql_triggers(table):
+            op.execute(refusing)
+    if sqlite:
+        op.execute(f"PRAGMA user_version = {number}")
+
+
+def _sqlite_triggers(table: str) -> list[str]:
+    return [
+        f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ]
+
+
+def _postgresql_triggers(table: str) -> list[str]:
+    """A trigger of each statement, so that emptying a table is refused as well."""
+    return [
+        "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "RAISE EXCEPTION '% is append-only', TG_TABLE_NAME "
+        "USING ERRCODE = 'integrity_constraint_violation'; END $$",
+        f"CREATE TRIGGER {table}_change BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+        "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()",
+    ]

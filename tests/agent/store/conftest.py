@@ -1,12 +1,15 @@
 """Small models on disk, as the store finds them."""
 
+import inspect
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from postgres_server import PostgresProcess, needs_server
 from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
@@ -70,3 +73,36 @@ def make_model(tmp_path: Path) -> MakeModel:
         return folder
 
     return make
+
+
+NAMES = itertools.count()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``state`` is a file and a server's database; a file only where its bytes are damaged."""
+    if "state" in metafunc.fixturenames:
+        server = pytest.param("postgresql", marks=[pytest.mark.integration, needs_server])
+        file_only = "tmp_path" in inspect.signature(metafunc.function).parameters
+        metafunc.parametrize("state", ["sqlite", *([] if file_only else [server])], indirect=True)
+
+
+@pytest.fixture
+def state(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    """Where journal and ledger of a test are: a new file, or a new database of a server."""
+    if request.param == "sqlite":
+        return tmp_path / "state.db"
+    return str(request.getfixturevalue("url"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[PostgresProcess]:
+    """One PostgreSQL server for all; it may be killed and has to be started again."""
+    process = PostgresProcess()
+    yield process
+    process.remove()
+
+
+@pytest.fixture
+def url(server: PostgresProcess) -> str:
+    """A new, empty database."""
+    return server.database(f"test{next(NAMES)}")

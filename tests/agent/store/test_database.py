@@ -1,5 +1,6 @@
 """The one opener of state.db: durable, migrated from blank and from old, append-only."""
 
+import os
 import sqlite3
 import stat
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import UserError
-from agent.store.database import Database
+from agent.store.database import Database, refuse_shared
 from agent.store.journal import Journal
 from agent.store.ledger import Ledger
 from agent.store.migrations import newest
@@ -215,3 +216,19 @@ def test_opening_again_keeps_the_locks_of_a_connection_that_is_open(tmp_path: Pa
     )
     assert path.with_name("state.db-wal").exists()
     first.close()
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("nfs4", True), ("cifs", True), ("ext4", False)])
+def test_a_folder_of_another_machine_is_refused(tmp_path: Path, kind: str, refused: bool) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        f"21 20 9:99 / /elsewhere rw - nfs4 host:/x rw\n"
+        f"22 20 {os.major(device)}:{os.minor(device)} / /srv rw shared:1 - {kind} host:/y rw\n"
+    )
+    if refused:
+        with pytest.raises(UserError, match=rf"lies on {kind}, .*allowed: .*state\.url") as error:
+            refuse_shared(tmp_path, mounts)
+        assert "\n" not in str(error.value)
+    else:
+        refuse_shared(tmp_path, mounts)

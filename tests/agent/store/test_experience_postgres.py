@@ -1,9 +1,5 @@
 """The experience store on a real PostgreSQL server: the same answers as on SQLite."""
 
-import os
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +7,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from postgres_server import needs_server
 from sqlalchemy.exc import IntegrityError
 
 from agent.store import feedback
@@ -20,49 +16,14 @@ from agent.store.experience_db import METADATA
 from agent.store.feedback import Feedback
 from agent.store.forget import RoundUse, expire, forget
 
-BINARIES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 A, B = "a" * 64, "b" * 64
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(
-        BINARIES is None and "CI" not in os.environ,
-        reason="no PostgreSQL server on this machine (CI installs Debian's)",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A server of its own on a unix socket, run by the postgres user where we are root."""
-    assert BINARIES is not None
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    root = os.geteuid() == 0
-    prefix = ["runuser", "-u", "postgres", "--"] if root else []
-    if root:
-        shutil.chown(folder, "postgres")
-
-    def run(program: str, *arguments: str) -> None:
-        command = [*prefix, str(BINARIES / program), *arguments]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder, timeout=60)
-
-    data = str(folder / "data")
-    run("initdb", "-D", data, "-U", "postgres", "--no-sync", "--encoding=UTF8")
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
-    run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
-    try:
-        yield f"postgresql:///postgres?host={folder}&user=postgres"
-    finally:
-        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
-        shutil.rmtree(folder)
+pytestmark = [pytest.mark.integration, needs_server]
 
 
 @pytest.fixture
 def store(url: str) -> Iterator[ExperienceStore]:
     opened = ExperienceStore.open(url)
-    with opened.writing() as connection:
-        tables = ", ".join(table.name for table in METADATA.sorted_tables)
-        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY"))
     yield opened
     opened.close()
 

@@ -6,66 +6,24 @@ import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from state_desks import ANCHOR, a_step, some_rewards
+from state_desks import JournalDesk as Desk
 
 from agent.errors import UserError
-from agent.learner import es
 from agent.learner.drift import Drift
-from agent.learner.penalty import Penalty
 from agent.store.journal import DamagedError, Journal
 from agent.store.packed import pack, unpack
 
-ANCHOR = "a" * 64
-
-
-def a_step(generation: int, rewards: np.ndarray) -> es.Step:
-    return es.step(
-        rewards.mean(axis=1), es.members(4, True), run_seed=7, generation=generation, sigma=0.01,
-        alpha=0.02, penalty=Penalty("l2", 3.0),
-    )  # fmt: skip
-
-
-def some_rewards(generation: int) -> np.ndarray:
-    return np.random.default_rng(generation).normal(size=(4, 3))
-
-
-class Desk:
-    """A journal and the few words a test needs."""
-
-    def __init__(self, path: Path):
-        self.journal = Journal(path)
-
-    def open(self, run_id: str = "run", **other: Any) -> Any:
-        said = {
-            "anchor_digest": ANCHOR, "parent_digest": ANCHOR, "target": "gsm8k", "run_seed": 7,
-            "plan": {"sigma": 0.01, "rows": ["x1", "x2"]}, "now": 10.0,
-        }  # fmt: skip
-        return self.journal.open_run(run_id, **{**said, **other})
-
-    def commit(self, generation: int, run_id: str = "run") -> str:
-        rewards = some_rewards(generation)
-        step = a_step(generation, rewards)
-        drift = {"norm": 1.5 * generation, "predicted": math.nan}
-        return self.journal.commit(run_id, step, rewards, f"{generation:064x}", drift)
-
-    def full(
-        self, run_id: str = "run", count: int = 6, digest: str = "d" * 64, **other: Any
-    ) -> None:
-        self.open(run_id, **other)
-        for generation in range(count):
-            self.commit(generation, run_id)
-        self.journal.finish(run_id, digest, "completed", now=20.0)
-
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "state.db")
+def desk(state: str | Path) -> Iterator[Desk]:
+    desk = Desk(state)
     yield desk
     desk.journal.close()
 

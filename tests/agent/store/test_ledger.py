@@ -11,38 +11,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from state_desks import PROMOTION, RACER, A, B, C, D
+from state_desks import LedgerDesk as Desk
 
 from agent.errors import UserError
 from agent.store import ledger
 from agent.store.database import Database, seal
 from agent.store.ledger import ALLOWED, SETTLED, UNSETTLED, Entry, Ledger, StaleEpoch
 
-A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
-PROMOTION = ("PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "BAKING", "CHAMPION")
 WALK = ("PROPOSED", "EVALUATED", "HOLD", "EVALUATED", "PASSED", "AWAIT_REVIEW", "APPROVED")
 
 
-class Desk:
-    """A ledger, an epoch and a clock that ticks."""
-
-    def __init__(self, path: Path):
-        self.ledger = Ledger(path)
-        self.ticks = itertools.count(1.0)
-        self.epoch = self.ledger.acquire("desk", next(self.ticks))
-
-    def __call__(self, digest: str, *steps: str, after: str | None = None) -> Entry | None:
-        entry = None
-        for step in steps:
-            entry = self.ledger.append(
-                digest, step, epoch=self.epoch, actor="controller", why=f"why {step}",
-                now=next(self.ticks), statistics={"n": 3}, after=after,
-            )  # fmt: skip
-        return entry
-
-
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "state.db")
+def desk(state: str | Path) -> Iterator[Desk]:
+    desk = Desk(state)
     desk(A, "ANCHOR")
     yield desk
     desk.ledger.close()
@@ -296,31 +278,6 @@ def test_a_missing_row_is_named(desk: Desk, tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(UserError, match="ledger row 3: seq is damaged"):
         desk.ledger.verify()
-
-
-RACER = """
-import sys
-from pathlib import Path
-from agent.store.ledger import Ledger, StaleEpoch
-path, name, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-steps = ["PROPOSED", "EVALUATED", "PASSED", "SWAP_INTENT", "SWAPPED", "CHAMPION"]
-ledger = Ledger(path)
-epoch = ledger.acquire(name, 0.0)
-print("ready", flush=True)
-sys.stdin.readline()
-for number in range(count):
-    digest = f"{number:064x}"
-    while ledger.state(digest) != "CHAMPION":
-        done = [entry.state for entry in ledger.of(digest)]
-        try:
-            for step in steps[len(done):]:
-                ledger.append(digest, step, epoch=epoch, actor=name, why="race", now=0.0)
-        except StaleEpoch:
-            epoch = ledger.acquire(name, 0.0)
-        except Exception as error:
-            if "not to become" not in str(error) and "is the champion" not in str(error):
-                raise
-"""
 
 
 def test_two_controllers_racing_lose_and_double_nothing(

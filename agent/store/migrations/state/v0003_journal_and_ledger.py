@@ -7,6 +7,8 @@ already and is only marked.
 
 from alembic import op
 
+from agent.store.migrations import run_state_step
+
 revision = "0003"
 down_revision = None
 branch_labels = None
@@ -50,16 +52,14 @@ LEDGER = (
 APPEND_ONLY = ("runs", "generations", "outcomes", "epochs", "ledger")
 
 
+# PostgreSQL keeps no order of insertion by itself, as SQLite does in the column of this name.
+ORDER = "ALTER TABLE {} ADD COLUMN rowid BIGINT GENERATED ALWAYS AS IDENTITY"
+
+
 def upgrade() -> None:
     """Create the tables and the triggers that refuse to change or remove a row."""
-    if op.get_bind().exec_driver_sql("PRAGMA user_version").scalar() == 3:
+    sqlite = op.get_bind().dialect.name == "sqlite"
+    if sqlite and op.get_bind().exec_driver_sql("PRAGMA user_version").scalar() == 3:
         return
-    for statement in (*JOURNAL, *LEDGER):
-        op.execute(statement)
-    for table in APPEND_ONLY:
-        for verb in ("UPDATE", "DELETE"):
-            op.execute(
-                f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} "
-                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            )
-    op.execute("PRAGMA user_version = 3")
+    order = () if sqlite else (ORDER.format("runs"), ORDER.format("outcomes"))
+    run_state_step(3, *JOURNAL, *LEDGER, *order, append_only=APPEND_ONLY)

@@ -1,6 +1,6 @@
 """The table of leases goes: the lease of a swap lies in swap.json, nothing read the table."""
 
-from alembic import op
+from agent.store.migrations import run_state_step
 
 revision = "0004"
 down_revision = "0003"
@@ -9,6 +9,5 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Drop it; ``user_version`` is the number of the newest step, see ``store.database``."""
-    op.execute("DROP TABLE leases")
-    op.execute("PRAGMA user_version = 4")
+    """Drop it."""
+    run_state_step(4, "DROP TABLE leases")

@@ -1,6 +1,6 @@
 """The point that was chosen as a round's candidate, among its generations and on the line."""
 
-from alembic import op
+from agent.store.migrations import run_state_step
 
 revision = "0005"
 down_revision = "0004"
@@ -10,15 +10,11 @@ depends_on = None
 
 def upgrade() -> None:
     """Add the table; like the others it refuses to change or remove a row."""
-    op.execute(
+    run_state_step(
+        5,
         """CREATE TABLE choices (
             run_id TEXT PRIMARY KEY REFERENCES runs (run_id), generations INTEGER NOT NULL,
             t REAL NOT NULL, delta_hash TEXT NOT NULL, evidence TEXT NOT NULL,
-            prev_hash TEXT NOT NULL, digests TEXT NOT NULL, hash TEXT NOT NULL) STRICT"""
+            prev_hash TEXT NOT NULL, digests TEXT NOT NULL, hash TEXT NOT NULL) STRICT""",
+        append_only=("choices",),
     )
-    for verb in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER choices_{verb} BEFORE {verb} ON choices "
-            "BEGIN SELECT RAISE(ABORT, 'choices is append-only'); END"
-        )
-    op.execute("PRAGMA user_version = 5")
