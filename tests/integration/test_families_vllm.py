@@ -23,7 +23,7 @@ from deploy.serving.controller import connect
 from deploy.serving.intact import TOLERANCE, difference, read_probes
 from deploy.serving.served import read_served
 from flows.commands.runs import review_now
-from flows.lab.families import DTYPES, FAMILIES, certify_model, certify_tiny, make_tiny
+from flows.lab.families import DTYPES, FAMILIES, certify_model, certify_tiny, make_tiny, row
 from flows.learn.evaluate import against_cold, first_stage, tables
 from flows.serve.swaps import cold_engine
 from flows.service import Service
@@ -40,11 +40,18 @@ REFUSED = {  # vLLM's build for the CPU has no kernel; vLLM does not tie what is
 }
 SLOW = {"gpt_oss"}  # vLLM's reload does not pack its experts: an engine for every member
 FEW = ["gpt2", "qwen3_moe"]  # other names, experts; Gemma 2 has a test of its own
+PARTS = 4
 
 
-def test_every_family_answers_like_cold_engines(scale: Scale) -> None:
-    names, dtypes = (FEW, DTYPES[1:]) if scale(0, 1) == 0 else (list(FAMILIES), DTYPES)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_family_answers_like_cold_engines(part: int, scale: Scale) -> None:
+    """In parts, of a quarter of an hour each; `pytest -s` prints each family's row."""
+    few = scale(0, 1) == 0
+    if few and part > 0:
+        pytest.skip("all families: in the soak")
+    names, dtypes = (FEW, DTYPES[1:]) if few else (list(FAMILIES)[part::PARTS], DTYPES)
     for name, trials in certify_tiny(names, Silent(), dtypes):
+        sys.stdout.write(f"{row(name, trials)}\n")
         for trial in trials:
             if (name, trial.tied, trial.dtype) in REFUSED:
                 assert REFUSED[name, trial.tied, trial.dtype] in trial.error
