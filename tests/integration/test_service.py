@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ from flows.show.prefect import VERDICTS
 pytestmark = pytest.mark.integration
 
 EXAMPLES = Path(examples.__file__).parent
+SERVICE_PAGE = Path(__file__).parents[2] / "docs" / "service.md"
 SETTINGS = """
 [learner]
 generations = 2
@@ -207,7 +210,7 @@ def test_a_function_call_and_its_result_through_the_responses_api(
 
 
 def test_the_agents_sdk_works_unchanged(running: Running) -> None:
-    """As the README has it: an agent whose function is called, and its last answer."""
+    """An agent whose function is called, and its last answer."""
     agents = pytest.importorskip("agents")
     kinds: list[str] = []
 
@@ -231,6 +234,27 @@ def test_the_agents_sdk_works_unchanged(running: Running) -> None:
 
     assert asyncio.run(exchange())
     assert kinds in (["short"], ["long"])
+
+
+def test_the_documented_agent_runs_as_it_is_printed(
+    running: Running, scale: Callable[[int, int], int]
+) -> None:
+    """The lines of docs/service.md, with this stack's port."""
+    if scale(0, 1) == 0:
+        pytest.skip("a process that imports the Agents SDK: in the soak; the SDK is tested above")
+    if find_spec("agents") is None:
+        pytest.skip("the Agents SDK is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", SERVICE_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (printed,) = [block for block in blocks if "OpenAIResponsesModel" in block]
+    program = printed.replace("PORT", running.endpoint.rpartition(":")[2])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\nprint(answer.final_output)"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("stream", [True, False])
