@@ -10,7 +10,7 @@ import typer
 
 from agent.errors import UserError
 from flows.cli import offline, records, rounds, stack, studies
-from flows.show.terminal import quiet_libraries
+from flows.show.terminal import quiet_libraries, visible
 
 app = typer.Typer(
     name="anchorage",
@@ -65,7 +65,7 @@ def main() -> None:
         kind = "" if known else f"{type(error).__name__}: "
         hint = "" if known else " (--verbose shows where)"
         line = " ".join(f"{kind}{text}".split())
-        print(f"anchorage: {line}{hint}", file=sys.stderr)  # noqa: T201
+        print(visible(f"anchorage: {line}{hint}"), file=sys.stderr)  # noqa: T201
         sys.exit(2 if known else 1)
 
 

@@ -5,6 +5,7 @@ The progress of long work goes to stderr, so that stdout carries a command's res
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from agent.store.database import finite
 
@@ -22,6 +24,9 @@ DIGEST = 12  # characters of a digest, which every command takes for the whole
 SHOWN = 6  # finished bars that stay
 WIDE = 120  # characters of a table that is not drawn in a terminal
 LINE_EVERY = 30.0  # seconds between two lines about one piece of work, where bars cannot be drawn
+
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class Advance(Protocol):
@@ -55,12 +60,29 @@ class Silent:
         """Nothing is said."""
 
 
+def visible(text: str) -> str:
+    """A text whose control characters are written as escapes, but for line ends and tabs.
+
+    Clients' texts are shown, and a terminal obeys such characters: they clear it, rename its
+    window, answer for the person in front of it, or (those of direction) hide what a line says.
+    """
+    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+class LiteralConsole(Console):
+    """A console that shows control characters instead of sending them to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What a cell, a title or a line becomes."""
+        return super().render_str(visible(text), **options)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that prints text literally: a client's text may hold Rich markup.
 
     Into a file or a pipe, which have no width, tables are as wide as ``WIDE``.
     """
-    made = Console(stderr=stderr, markup=False, emoji=False)
+    made = LiteralConsole(stderr=stderr, markup=False, emoji=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = WIDE
     return made

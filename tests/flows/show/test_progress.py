@@ -1,8 +1,10 @@
 """Where no bar can be drawn, long work is told in lines, not too many."""
 
 import pytest
+from rich.table import Table
 
 from flows.show import terminal
+from flows.show.terminal import Bars, pairs, show, visible
 
 
 @pytest.mark.parametrize(("every", "told"), [(0.0, 3), (3600.0, 0)])
@@ -19,3 +21,22 @@ def test_work_in_a_log_is_told_in_lines(
     assert [line.split(" after ")[0] for line in lines] == [
         f"  reading: {n}/3" for n in range(1, told + 1)
     ]
+
+
+TEXTS = ("\x1b]0;evil\x07", "\x1b[2J", "\x9b31m", "a\rb", "\x00", "\u202e")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_clients_control_characters_reach_no_terminal(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a cell, a title, a line or what is told of work under way: seen, not obeyed."""
+    table = Table(text, title=text)
+    table.add_row(text)
+    show({}, False, table, pairs(text, {text: text}), f"line {text}")
+    with Bars() as bars:
+        bars.say(text)
+        bars.track(text, 1)(1, text)
+    told = "".join(capsys.readouterr())
+    assert not set(told) & (set(map(chr, (*range(32), 0x9B, 0x202E))) - {"\n"})
+    assert visible(text) in told
