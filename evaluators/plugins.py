@@ -193,12 +193,17 @@ def _row_problems(task: Task, key: str, row: Row) -> Iterator[Problem]:
 
 
 def _odd_problems(task: Task, row: Row) -> Iterator[Problem]:
-    """Odd completions are judged without an error and in time (the better of two looks)."""
+    """Odd completions are judged without an error and in time.
+
+    The time is that of the quickest of up to five looks: a busy machine slows single ones.
+    """
     key = task.key(row)
     for text in ODD:
         shown = f"{text[:20]!r} ({len(text)} characters)"
-        looks = [_timed(task, text, row) for _ in range(2)]
-        verdict, taken_s = looks[0][0], min(taken for _, taken in looks)
+        verdict, taken_s = _timed(task, text, row)
+        for _ in range(4):
+            if taken_s > BOUND_S:
+                taken_s = min(taken_s, _timed(task, text, row)[1])
         if verdict.error:
             yield Problem("odd fails", key, f"{shown} fails: {verdict.error}")
         elif verdict.reward and not task.graded:
