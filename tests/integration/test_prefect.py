@@ -105,7 +105,7 @@ class Desk:
         """One request; Prefect answers 503 while its SQLite is busy, and is asked again."""
         url, code = f"{self.api}{path}", 503
         while code == 503:
-            reply = httpx.request(method, url, json=body, auth=self.owner, timeout=30)
+            reply = httpx.request(method, url, json=body, auth=self.owner, timeout=120)
             code = reply.status_code
         reply.raise_for_status()
         return reply.json() if reply.content else None

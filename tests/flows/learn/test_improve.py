@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,16 @@ from agent.population.schedule import Completion, Messages
 from agent.store.experience import Answer, Interaction, Judgement
 from agent.store.replay import replay, snapshot_path
 from agent.store.weights import Anchor, Parameters
+from flows.learn.collect import collect_rows
 from flows.learn.curve import learner_share
 from flows.learn.improve import Round, run_round, unweighed
 from flows.learn.plan import tuned_lambda
 from flows.round_files import RoundFiles
+from flows.serve.outlook import overview
 from flows.service import Service
 from flows.show.catch_up import show_run
+from flows.show.report import RoundReport
+from flows.show.review import markdown
 from flows.show.terminal import Reporter, Silent
 
 pytestmark = pytest.mark.proof
@@ -135,7 +141,9 @@ class Bench:
     """A home, its service and one ruled engine."""
 
     def __init__(self, root: Path):
-        self.service = Service(Home.at(root), load(tasks={"curve_every": 0}))
+        self.service = Service(
+            Home.at(root), load(tasks={"curve_every": 0}, gateway={"principal_cap": 0.2})
+        )
         self.recorder = Recorder()
         self.service.registry = self.recorder  # type: ignore[assignment]
         task = self.service.task("gsm8k")
@@ -311,9 +319,12 @@ CHAT = [
 LONG = [{"role": "user", "content": "How many? " * 60}]
 
 
-def send(service: Service, principal: str, messages: list[dict[str, str]], tokens: int) -> None:
+def send(
+    service: Service, principal: str, messages: list[dict[str, str]], tokens: int, number: int = 0
+) -> None:
     """One verified request."""
-    ident, example = f"of-{principal}", {"question": f"{principal} asks", "answer": "#### 7"}
+    ident = f"of-{principal}-{number}"
+    example = {"question": f"{principal} asks {number}", "answer": "#### 7"}
     row = Interaction(
         inference_id=ident, created=time.time() - 1, endpoint="chat.completions", model="m",
         version="v", principal=principal, status="ok", latency_s=0.1, prompt_tokens=tokens,
@@ -393,6 +404,27 @@ def test_what_was_set_aside_is_said_when_a_round_begins_and_stands_in_its_plan(
     told = bench.service.journal.run(made.run_id).plan["rows"]
     assert told["set_aside"] == {"not_as_sent": 1, "unverified": 0}
     assert "ann" not in json.dumps(told)
+
+
+def test_a_row_over_the_cap_is_counted_by_collect_at_the_rounds_start_and_in_its_report(
+    bench: Bench,
+) -> None:
+    for principal, number in product(("ann", "bob"), range(8)):
+        send(bench.service, principal, CHAT, 40, number)
+    capped = collect_rows(bench.service, "gsm8k", TINY["prompts"]).counts()["over_cap"]
+    assert capped > 4
+    listener = Listener()
+    made = bench.learn(listener, generations=1)
+    said = [re.search(r"set aside: (\d+) of \w+: over_cap", line) for line in listener.said]
+    assert sum(int(each[1]) for each in said if each) == capped
+    rows = bench.service.journal.run(made.run_id).plan["rows"]
+    figures = ("anchor", "champion", "candidate", "difference", "low", "high")
+    tasks = {"gsm8k": {"n": 6, "role": "target", **dict.fromkeys(figures)}}
+    report = RoundReport(
+        made.run_id, "gsm8k", 1, "ended", made.digest, "hold", (), tasks, rows=rows
+    )
+    assert f" {capped} over_cap" in markdown(report, [], "")
+    assert overview(bench.service)["traffic"]["set_aside"]["over_cap"] == capped
 
 
 def test_an_open_round_leaves_out_a_row_that_cannot_be_asked_and_says_whose(bench: Bench) -> None:
