@@ -177,9 +177,9 @@ class Service:
     def registry(self) -> Registry:
         """MLflow on SQLite under the home."""
         artifacts = self.home.mlflow_artifacts
-        artifacts.mkdir(mode=0o700, parents=True, exist_ok=True)
-        uri = f"sqlite:///{self.home.mlflow_db}"
-        return Registry(uri, self.settings.model.name, artifacts)
+        for folder in (self.home.mlflow, artifacts):  # the mode does not hold for parents
+            folder.mkdir(mode=0o700, exist_ok=True)
+        return Registry(f"sqlite:///{self.home.mlflow_db}", self.settings.model.name, artifacts)
 
     def record(
         self,

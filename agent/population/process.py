@@ -224,7 +224,7 @@ def last_line(log: Path) -> str:
 
 def _opened(log: Path) -> int:
     """A descriptor that appends to a log."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 

@@ -137,7 +137,10 @@ def list_keys(home: KnownHome = None, as_json: AsJson = False) -> None:
     from flows.service import Service
 
     known = [_dated(key) for key in KeyStore(Service.at(home).experience).list_keys()]
-    show(known, as_json, *(pairs(str(each["key_id"]), each) for each in known))
+    if known or as_json:
+        show(known, as_json, *(pairs(str(each["key_id"]), each) for each in known))
+    else:
+        show(known, as_json, "no keys: the endpoint answers this machine only")
 
 
 def _dated(key: Mapping[str, object]) -> dict[str, object]:

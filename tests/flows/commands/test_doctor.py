@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import socket
@@ -28,6 +29,7 @@ from agent.gateway.keys import KeyStore
 from agent.home import Home, remove_tree, secret, sign_file, write_sealed
 from agent.learner import es
 from agent.learner.penalty import Penalty
+from agent.population.process import _opened
 from agent.store.companions import companions
 from agent.store.experience import Interaction
 from agent.store.replay import snapshot_path
@@ -543,3 +545,18 @@ def test_every_check_has_a_test_that_breaks_what_it_looks_at(patient: Patient) -
     checked = [each.name for each in doctor.HomeChecks(patient.home).checks()]
     assert len(set(checked)) == len(checked)
     assert set(checked) == {each[0] for each in BREAKS} | set(BROKEN_ELSEWHERE)
+
+
+def test_what_a_round_makes_before_the_first_up_is_private(tmp_path: Path) -> None:
+    service = Service(Home.at(tmp_path / "home"), load())
+    assert service.registry.name == "anchorage"
+    os.close(_opened(service.home.log("launcher")))
+    assert {service.home.mlflow, service.home.logs} <= set(checks.private(service.home))
+    assert checks.permissions(service.home)
+
+
+def test_key_list_says_when_there_is_none(tmp_path: Path) -> None:
+    arguments = ["key", "list", "--home", str(Home.at(tmp_path / "home").root)]
+    shown = CliRunner().invoke(app, arguments)
+    assert "no keys: the endpoint answers this machine only" in shown.output
+    assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout) == []
