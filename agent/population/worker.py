@@ -13,11 +13,13 @@ does the same in less time for the members of a small dense model.
 rendering a small model. ``Layout`` finds it out once, from the model's own
 ``packed_modules_mapping`` (q, k, v and gate, up are rows of one matrix), and used only where it
 accounts for every parameter of the model to the row: a dense model, unquantised, whole in one
-worker. On a GPU nothing is packed, and the rows themselves are what a member is rendered to: the
-storage that CUDA graphs read stays, and no tensor is copied. Everything else, and every directory
-that is to be served, takes the long way; both ways end in the same bits.
+worker. A member is rendered to the rows themselves, or to the matrix that is packed next, and no
+tensor is copied; on a GPU, where nothing is packed, the storage that CUDA graphs read stays.
+Everything else, and every directory that is to be served, takes the long way; both ways end in the
+same bits.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -93,6 +95,7 @@ class Layout:
     ):
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._places, self._dtype, self._packs = found, dtype, packs
+        self._waiting: dict[str, torch.Tensor] = {}  # matrices to be packed once they are whole
 
     @classmethod
     def of(
@@ -148,39 +151,40 @@ class Layout:
         Packing needs the memory of a layer or two beyond the model's. A tied head is the caller's
         to pack. A tensor that already is the rows of ``slot`` is not copied.
         """
-        waiting: dict[str, torch.Tensor] = {}
-        rows: dict[str, int] = {}
+        self._waiting.clear()  # of a call that failed
+        filled: Counter[str] = Counter()
         for name, tensor in tensors:
             place = self._places[name]
-            module = self._modules[place.module]
-            slot = self.slot(name)
-            if slot is not None and slot.data_ptr() == tensor.data_ptr():
+            module, rows = self._modules[place.module], self._rows(place)
+            if rows.data_ptr() != tensor.data_ptr():
+                rows.copy_(tensor.to(self._dtype))  # rounded once, to what the model computes in
+            if not self._is_packed(place):
                 continue
-            linear = self._packs and self._is_linear(place)
-            if not linear or place.parameter != "weight":
-                self._copy(getattr(module, place.parameter), place, tensor)
-                continue
-            if place.module not in waiting:
-                shape = (module.output_size_per_partition, module.input_size_per_partition)
-                waiting[place.module] = torch.empty(shape, dtype=self._dtype)
-            self._copy(waiting[place.module], place, tensor)
-            rows[place.module] = rows.get(place.module, 0) + len(tensor)
-            if rows[place.module] == module.output_size_per_partition:
-                module.weight = torch.nn.Parameter(waiting.pop(place.module), requires_grad=False)
+            filled[place.module] += len(tensor)
+            if filled[place.module] == module.output_size_per_partition:
+                whole = self._waiting.pop(place.module)
+                module.weight = torch.nn.Parameter(whole, requires_grad=False)
                 module.quant_method.process_weights_after_loading(module)
 
-    def slot(self, name: str) -> torch.Tensor | None:
-        """The rows of a tensor in the model, flat, to be written in the model's dtype; None where
-        they are packed."""
-        place = self._places[name]
-        if self._packs:
-            return None
-        rows: torch.Tensor = getattr(self._modules[place.module], place.parameter).data
-        return rows[place.start : place.stop].view(-1)
+    def slot(self, name: str) -> torch.Tensor:
+        """The memory of a tensor, flat, to be written in the model's dtype: its rows of the model,
+        or of the matrix that is packed once it is whole."""
+        return self._rows(self._places[name]).view(-1)
 
-    def _copy(self, into: torch.Tensor, place: ModuleSlice, tensor: torch.Tensor) -> None:
-        """Fill the rows, rounded once, to the dtype the model computes in."""
-        into[place.start : place.stop].copy_(tensor.to(self._dtype))
+    def _is_packed(self, place: ModuleSlice) -> bool:
+        return self._packs and self._is_linear(place) and place.parameter == "weight"
+
+    def _rows(self, place: ModuleSlice) -> torch.Tensor:
+        """The rows of a place; those that are to be packed in memory that ``put`` hands on."""
+        module = self._modules[place.module]
+        if not self._is_packed(place):
+            whole: torch.Tensor = getattr(module, place.parameter).data
+        elif place.module in self._waiting:
+            whole = self._waiting[place.module]
+        else:
+            shape = (module.output_size_per_partition, module.input_size_per_partition)
+            whole = self._waiting[place.module] = torch.empty(shape, dtype=self._dtype)
+        return whole[place.start : place.stop]
 
 
 class WeightsExtension:

@@ -82,9 +82,9 @@ class Theta(ABC):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) for every distinct tensor, by name or in the order given.
 
-        Every tensor has its own memory; a reader may keep it. On an accelerator ``into`` may name
-        memory there instead, such as rows of an engine's fused parameter. Plain weights where delta
-        is zero are the anchor's, bit for bit.
+        Every tensor has its own memory; a reader may keep it. ``into`` may name other memory where
+        delta lies, such as rows of an engine's fused parameter. Plain weights where delta is zero
+        are the anchor's, bit for bit.
         """
 
     @abstractmethod
@@ -222,7 +222,13 @@ class Parameters(Theta):
         from agent.learner.kernels_cpu import Render, render_many
 
         for names in groups(self.anchor.specs, order or self.anchor.names):
-            tensors = {name: torch.empty_like(self.anchor.tensor(name)) for name in names}
+            slots = {name: into(name) if into else None for name in names}
+            tensors = {
+                name: torch.empty_like(self.anchor.tensor(name))
+                if slot is None or slot.device.type != "cpu"  # the kernels write host memory
+                else slot.view(self.anchor.specs[name][0])
+                for name, slot in slots.items()
+            }
             parts: list[Render] = []
             fixed: list[Render] = []  # tensors that no member perturbs
             for name, tensor in tensors.items():

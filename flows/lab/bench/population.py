@@ -8,6 +8,9 @@ members, generates with the model as it is. With N members a generation:
     ratio           = plain seconds / seconds of ours      medians over turns
     weight share    = (render + update / N) / seconds of ours
 
+The member's noise is drawn and added at a scale that rounds away, so that both sides give the same
+answers: a perturbed member's may be longer, and their longest decides how many steps a batch takes.
+
 ``read`` is the same for a worked answer that is read and not generated (``learner.fitness``).
 """
 
@@ -40,7 +43,8 @@ from flows.session import Session, engine_options, session
 from flows.show.terminal import Reporter
 
 BOUND = 0.95  # of plain vLLM's completions a second
-SIGMA = 0.001
+SIGMA = 0.001  # of the update that is timed
+LOST_IN_ROUNDING = 1e-30  # scale of the member's noise
 Prompts = Sequence[Sequence[Message]]
 
 
@@ -111,21 +115,24 @@ def one_turn(
 ) -> dict[str, float]:
     """Seconds of one member by part, of plain vLLM, and of the worked answers read."""
     rows, prompts = questions
-    job = [(0, Address(0, 0, 0), SIGMA)]
+    job = [(0, Address(0, 0, 0), LOST_IN_ROUNDING)]
     before, begun = population.spent(), perf_counter()
-    list(population.members(job, prompts, task.max_tokens))
+    (answered,) = population.members(job, prompts, task.max_tokens)
     member_s, after = perf_counter() - begun, population.spent()
     begun = perf_counter()
     list(population.likelihoods(job, prompts, [task.worked(row) for row in rows]))
     read_s = perf_counter() - begun
     update_s = _update_s(population, bench.members)
     plain.send(list(prompts))
+    plain_s, plain_tokens = plain.recv()
     return {
         "render": after["render"] - before["render"],
         "update": update_s / bench.members,
         "member": member_s + update_s / bench.members,
         "read": read_s + update_s / bench.members,
-        "plain": plain.recv(),
+        "plain": plain_s,
+        "tokens": sum(answer.tokens for answer in answered.values),
+        "plain_tokens": plain_tokens,
     }
 
 
@@ -150,7 +157,11 @@ def _update_s(population: Population, count: int) -> float:
 
 def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Medians of seconds and, turn by turn, of the ratios."""
-    made = {f"{part}_s": median(turn[part] for turn in turns) for part in turns[0]}
+    counts = ("tokens", "plain_tokens")
+    made = {
+        part if part in counts else f"{part}_s": median(turn[part] for turn in turns)
+        for part in turns[0]
+    }
     weights = [(turn["render"] + turn["update"]) / turn["member"] for turn in turns]
     return made | {
         "ratio": median(turn["plain"] / turn["member"] for turn in turns),
@@ -161,7 +172,7 @@ def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def _plain(options: EngineOptions, max_tokens: int, compiled: bool) -> Iterator[Connection]:
-    """vLLM in a process of its own on the engine's cores: prompts in, seconds out."""
+    """vLLM in a process of its own on the engine's cores: prompts in; seconds, tokens out."""
     near, far = get_context("spawn").Pipe()
     # On the CPU a cache as large as the engine's: vLLM's own default is nearly all of the memory.
     kv_cache = options.kv_cache_mib << 20 if on_cpu() else None
@@ -221,8 +232,9 @@ def _answer(
         prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
         llm.reset_prefix_cache()  # what it kept would be of the last turn's prompts
         begun = perf_counter()
-        llm.generate(prompts, settings, use_tqdm=False)
-        pipe.send(perf_counter() - begun)
+        answers = llm.generate(prompts, settings, use_tqdm=False)
+        seconds = perf_counter() - begun
+        pipe.send((seconds, sum(len(each.outputs[0].token_ids) for each in answers)))
 
 
 def population_table(document: Mapping[str, Any]) -> Table:
@@ -233,7 +245,7 @@ def population_table(document: Mapping[str, Any]) -> Table:
     )
     drawn = Table(title=title, title_justify="left")
     columns = ("examples", "render", "update", "member", "plain vLLM", "plain / ours", "weights")
-    for column in (*columns, "answers read", "plain / read"):
+    for column in (*columns, "tokens", "plain tokens", "answers read", "plain / read"):
         drawn.add_column(column, justify="right")
     for case in document["cases"]:
         parts = [f"{case[f'{part}_s']:.2f}" for part in ("render", "update", "member", "plain")]
@@ -242,6 +254,8 @@ def population_table(document: Mapping[str, Any]) -> Table:
             *parts,
             f"{case['ratio']:.2f}",
             f"{case['weight_share']:.1%}",
+            f"{case['tokens']:g}",
+            f"{case['plain_tokens']:g}",
             f"{case['read_s']:.2f}",
             f"{case['read_ratio']:.2f}",
         )

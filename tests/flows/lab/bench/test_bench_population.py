@@ -10,10 +10,11 @@ import pytest
 from flows.lab.bench.population import PopulationBench, medians, one_turn, population_table
 from flows.session import Session
 
+TOKENS = {"tokens": 9, "plain_tokens": 8}
 TURNS = [
-    {"render": 0.1, "update": 0.1, "member": 2.0, "read": 1.0, "plain": 1.8},
-    {"render": 0.2, "update": 0.2, "member": 4.0, "read": 1.0, "plain": 4.0},
-    {"render": 0.1, "update": 0.0, "member": 1.0, "read": 1.0, "plain": 3.0},
+    {"render": 0.1, "update": 0.1, "member": 2.0, "read": 1.0, "plain": 1.8} | TOKENS,
+    {"render": 0.2, "update": 0.2, "member": 4.0, "read": 1.0, "plain": 4.0} | TOKENS,
+    {"render": 0.1, "update": 0.0, "member": 1.0, "read": 1.0, "plain": 3.0} | TOKENS,
 ]
 
 
@@ -22,6 +23,7 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     assert case["member_s"] == 2.0
     assert case["ratio"] == 1.0  # of 0.9, 1 and 3; of the medians it would be 1.5
     assert case["read_ratio"] == 3.0
+    assert (case["tokens"], case["plain_tokens"]) == (9, 8)
     assert case["weight_share"] == pytest.approx(0.1)
     document = {"target": "t", "prompts": 1, "members": 1, "cases": [{"shots": 0} | case]}
     assert population_table(document).row_count == 1
@@ -40,7 +42,7 @@ def test_a_turn_asks_both_the_same_prompts(planted: Callable[..., Session]) -> N
 
     def plain() -> None:
         arrived.append(far.recv())
-        far.send(0.25)
+        far.send((0.25, 9))
 
     thread = Thread(target=plain)
     thread.start()
@@ -48,4 +50,5 @@ def test_a_turn_asks_both_the_same_prompts(planted: Callable[..., Session]) -> N
     thread.join()
     assert arrived == [prompts]
     assert (turn["render"], turn["plain"]) == (0.5, 0.25)
+    assert turn["tokens"] == turn["plain_tokens"] == 9  # 3 a planted answer
     assert turn["member"] > turn["update"] > 0
