@@ -133,8 +133,9 @@ class LearnerSettings(Section):
     selection: int = Field(
         128,
         ge=0,
-        description="Training rows, at most a fifth of them, that are kept apart to choose the "
-        "candidate among generations and on the line from the anchor; 0: the last one.",
+        description="Rows that are kept apart to choose the candidate among generations and on the "
+        "line from the anchor: of several clients' traffic, then of the training rows, at most a "
+        "fifth of them; 0: the last one.",
     )
     selection_every: int = Field(
         4, ge=1, description="Generations between two measurements on those rows."
@@ -176,6 +177,12 @@ class LearnerSettings(Section):
         ge=0,
         description="Longest round, evaluation included: a longer one is refused before it starts, "
         "and one that meets it in between stops and is judged; 0: no limit.",
+    )
+    too_large: Literal["ignore", "alarm", "halve"] = Field(
+        "alarm",
+        description="What follows when members earn clearly less than their parent, which answers "
+        "the same rows every selection_every generations: nothing (and it is not asked), a line in "
+        "progress and report, or also half of sigma from then on.",
     )
     early_stop: bool = Field(True, description="End a round when norm grows and reward is flat.")
     snapshot_every: int = Field(10, ge=1, description="Generations between snapshots of delta.")

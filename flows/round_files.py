@@ -1,6 +1,7 @@
 """The files beside a round, in ``runs/<round>/``: their names, and how each is written and read.
 
 rows.json     the prompts and rows that every member answers, in order; null where one was deleted
+selecting.json  the prompts and rows that choose the candidate, likewise
 curve.json    accuracy by generation and task, measured while the round runs
 selection.json  rewards of the selection rows by generation, to choose the candidate
 pace.json     seconds of each generation, by part
@@ -20,6 +21,7 @@ from agent.errors import UserError
 from agent.home import Home, read_sealed, write_atomically, write_sealed
 
 ROWS, CURVE, PACE, SELECTION = "rows.json", "curve.json", "pace.json", "selection.json"
+SELECTING = "selecting.json"
 JUDGED, SHOWN, GIVEN_UP = "judged.json", "shown.json", "given_up"
 
 Entry = Mapping[str, Any]  # row, messages, sent (flows.learn.collect); in old homes a row alone
@@ -35,42 +37,42 @@ class RoundFiles:
 
     # -- rows -------------------------------------------------------------------------------
 
-    def write_rows(self, rows: Sequence[Entry | None]) -> str:
+    def write_rows(self, rows: Sequence[Entry | None], name: str = ROWS) -> str:
         """Keep the rows of a round; returns the file's sha256, which belongs into its plan."""
         text = json.dumps(list(rows), default=str)
-        self._write(ROWS, text)
+        self._write(name, text)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def rows(self) -> list[Entry | None]:
+    def rows(self, name: str = ROWS) -> list[Entry | None]:
         """The rows as they are now; None where one was deleted."""
-        return list(self._read(ROWS, []))
+        return list(self._read(name, []))
 
-    def original_rows(self, sha256: str) -> list[Entry]:
+    def original_rows(self, sha256: str, name: str = ROWS) -> list[Entry]:
         """The rows that the round was opened with.
 
         Raises:
             UserError: They are gone or changed: their file has another sha256.
         """
-        path = self._folder / ROWS
+        path = self._folder / name
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if hashlib.sha256(text.encode()).hexdigest() != sha256:
             raise UserError(f"{path}: not the rows that round {self._folder.name} was opened with")
         rows: list[Entry] = json.loads(text)
         return rows
 
-    def blank_rows(self, positions: Collection[int], *, finished: bool) -> None:
+    def blank_rows(self, positions: Collection[int], *, finished: bool, name: str = ROWS) -> None:
         """Delete the rows at these positions; the others keep theirs.
 
         A round that is not finished is given up. Its marker comes first: a process that ends
         between the two writes must not leave a round that looks as if it could go on.
         """
-        before = self.rows()
+        before = self.rows(name)
         after = [None if place in positions else row for place, row in enumerate(before)]
         if after == before:
             return
         if not finished:
             (self._folder / GIVEN_UP).touch()
-        self.write_rows(after)
+        self.write_rows(after, name)
 
     def given_up(self) -> bool:
         """Whether rows were deleted before the round was finished."""

@@ -12,17 +12,19 @@ walk; a norm above it means that steps have a direction in common.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.learner.calibrate import FALL_LIMIT
 from agent.learner.es import Applied, Step, member_rewards
 
 ALARM_WINDOW: Final = 20  # generations looked back on
 ALARM_GROWTH: Final = 0.02  # relative growth of the norm in the window that counts as growing
 SAME: Final = 1e-9  # largest spread between members' rewards that is the rounding of sums
+FALLS: Final = 2  # measurements of theta beside its members on which an alarm rests
 IDLE: Final = 3  # generations in a row without a step, after which a round ends
 
 
@@ -39,6 +41,7 @@ class Drift:
     reward_mean: float | None
     reward_std: float | None  # between members, ddof 0
     agree: float | None  # see `agreement`
+    parent: float | None = None  # mean reward of theta on the members' rows, where it was asked
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` turns back into an equal reading."""
@@ -73,9 +76,14 @@ class Prediction:
 
 
 def measure(
-    step: Step, applied: Applied, rewards: NDArray[np.float64], predicted: Prediction
+    step: Step,
+    applied: Applied,
+    rewards: NDArray[np.float64],
+    predicted: Prediction,
+    parent: float | None = None,
 ) -> Drift:
-    """One generation's reading from its step, what came of it, and (N,) or (N, P) rewards."""
+    """One generation's reading from its step, what came of it, (N,) or (N, P) rewards, and the
+    mean reward of theta before the step."""
     means = member_rewards(rewards)
     finite = bool(np.isfinite(means).all())
     return Drift(
@@ -88,6 +96,7 @@ def measure(
         reward_mean=float(means.mean()) if finite else None,
         reward_std=float(means.std()) if finite else None,
         agree=agreement(rewards),
+        parent=parent if parent is not None and isfinite(parent) else None,
     )
 
 
@@ -150,6 +159,37 @@ def alarm(
         f"norm grows, reward flat: in {window} generations norm {first:.4g} -> {last:.4g}, "
         f"reward {early.mean():.4g} -> {late.mean():.4g} (standard error {error:.2g})"
     )
+
+
+def falls(history: Sequence[Drift], population: int) -> list[tuple[int, str]]:
+    """Every alarm so far that members earn clearly less than their parent: generation and text.
+
+    With f the mean of parent - members and s their spread over the last FALLS measurements, both
+    of the same rows, an alarm is
+
+        f > FALL_LIMIT s + 2 s / sqrt(FALLS N)
+
+    which is the limit of a calibration and twice the standard error of f. After an alarm
+    measurements count anew, since sigma may be another one. A function of the readings alone, so
+    that a resumed round finds the same alarms.
+    """
+    alarms: list[tuple[int, str]] = []
+    measured: list[tuple[float, float]] = []
+    for each in history:
+        if each.parent is None or each.reward_mean is None or each.reward_std is None:
+            continue
+        measured.append((each.parent - each.reward_mean, each.reward_std))
+        if len(measured) < FALLS:
+            continue
+        fall, spread = np.mean(measured[-FALLS:], axis=0)
+        if fall > max(SAME, spread * (FALL_LIMIT + 2 / sqrt(FALLS * population))):
+            text = (
+                f"members earn {fall:.3g} less than their parent, spread {spread:.3g}: sigma is "
+                "too large"
+            )
+            alarms.append((each.generation, text))
+            measured.clear()
+    return alarms
 
 
 def idle(history: Sequence[Drift], population: int, sigma: float, window: int = IDLE) -> str | None:

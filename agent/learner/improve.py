@@ -4,6 +4,9 @@ The generator holds no engine, file or clock. Whoever drives it answers each `Ev
 rewards and each `Apply` with what came of it:
 
     Evaluate -> rewards (N,) or (N, P) -> Apply -> Applied -> Record -> None -> Evaluate -> ...
+
+Every ``parent_every`` generations theta answers the members' rows, too; members that earn clearly
+less than it (``drift.falls``) are an alarm, which halves sigma from then on where the plan says so.
 """
 
 from collections.abc import Generator, Sequence
@@ -13,9 +16,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.learner.drift import Drift, Prediction, alarm, idle, measure
+from agent.learner.drift import Drift, Prediction, alarm, falls, idle, measure
 from agent.learner.es import Applied, Member, Shaping, Step, members, step
-from agent.learner.noise import NoiseKind
+from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty, check
 
 __all__ = ["Applied", "Apply", "Evaluate", "Plan", "Record", "RoundOutcome", "improve"]
@@ -38,6 +41,8 @@ class Plan:
     parameters: int  # d, tied tensors once
     start_generation: int = 0  # the first generation not yet in the journal
     start_norm: float = 0.0  # ||delta|| before generation 0: above 0 when going on from a champion
+    parent_every: int = 0  # generations between two measurements of theta beside its members
+    halve: bool = False  # whether an alarm halves sigma
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_generation <= self.generations:
@@ -52,10 +57,24 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Wanted: rewards of these members, (N,) or (N, P), rows in this order."""
+    """Wanted: rewards of these members, (N,) or (N, P), rows in this order.
+
+    With ``parent`` one more row, of theta itself, comes last.
+    """
 
     generation: int
     members: tuple[Member, ...]
+    sigma: float
+    parent: bool = False
+
+    def jobs(self, run_seed: int) -> list[tuple[int, Address, float]]:
+        """(place, address, scale) of each row; theta is a member without noise."""
+        rows = [
+            (each.index, Address(run_seed, self.generation, each.pair), each.sign * self.sigma)
+            for each in self.members
+        ]
+        theta = (len(rows), Address(run_seed, self.generation, 0), 0.0)
+        return [*rows, theta] if self.parent else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,7 @@ class Record:
     step: Step
     drift: Drift
     rewards: NDArray[np.float64] = field(compare=False)
+    alarm: str | None = None  # what this generation's reading says, see `drift.falls`
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +115,33 @@ def improve(plan: Plan, past: Sequence[Drift] = ()) -> Generator[Decision, Answe
     for generation in range(plan.start_generation, plan.generations):
         # Both are checked before a generation, not after it: a resumed round then ends at the same
         # generation as one that was never interrupted.
-        if reason := idle(history, plan.population, plan.sigma):
+        alarms = falls(history, plan.population)
+        sigma = plan.sigma / 2 ** (len(alarms) if plan.halve else 0)
+        if reason := idle(history, plan.population, sigma):
             return RoundOutcome(generation, reason)
         if plan.early_stop and (reason := alarm(history)):
             return RoundOutcome(generation, reason)
-        rewards = yield Evaluate(generation, round_members)
+        beside = bool(plan.parent_every) and generation % plan.parent_every == 0
+        rewards = yield Evaluate(generation, round_members, sigma, beside)
         assert isinstance(rewards, np.ndarray)
-        taken = _step(plan, generation, round_members, rewards)
+        parent = float(rewards[-1].mean()) if beside else None
+        rewards = rewards[: plan.population]
+        taken = _step(plan, generation, round_members, rewards, sigma)
         applied = yield Apply(taken)
         assert isinstance(applied, Applied)
         predicted = predicted.after(taken, plan.parameters)
-        history.append(measure(taken, applied, rewards, predicted))
-        yield Record(taken, history[-1], rewards)
+        history.append(measure(taken, applied, rewards, predicted, parent))
+        new = falls(history, plan.population)[len(alarms) :]
+        yield Record(taken, history[-1], rewards, new[0][1] if new else None)
     return RoundOutcome(plan.generations, "completed")
 
 
 def _step(
-    plan: Plan, generation: int, round_members: tuple[Member, ...], rewards: NDArray[np.float64]
+    plan: Plan,
+    generation: int,
+    round_members: tuple[Member, ...],
+    rewards: NDArray[np.float64],
+    sigma: float,
 ) -> Step:
     """The step this plan takes on these rewards."""
     return step(
@@ -119,7 +149,7 @@ def _step(
         round_members,
         run_seed=plan.run_seed,
         generation=generation,
-        sigma=plan.sigma,
+        sigma=sigma,
         alpha=plan.alpha,
         shaping=plan.shaping,
         penalty=plan.penalty,

@@ -45,7 +45,7 @@ from agent.store.seals import (
 
 Status = Literal["ok", "error", "cancelled"]
 Source = Literal["known", "submitted"]
-Pool = Literal["train", "gate", "sealed"]
+Pool = Literal["train", "selection"]
 PLACE = ("round_id", "pool", "position", "inference_id", "principal")  # columns of rounds_used
 SHADOW = "shadow"  # endpoint of an answer that its client never saw: it judges its version alone
 SEEN = interactions.c.endpoint != SHADOW

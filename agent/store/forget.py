@@ -112,19 +112,19 @@ def rounds_of(store: ExperienceStore, principal: str) -> tuple[RoundUse, ...]:
         return (*earlier, *_rounds(connection, principal))
 
 
-def gone(store: ExperienceStore) -> dict[str, tuple[int, ...]]:
-    """Places of rounds' training rows whose interactions are no longer kept."""
+def gone(store: ExperienceStore) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Round and pool -> places of its rows whose interactions are no longer kept."""
     kept = select(interactions.c.inference_id)
     query = (
-        select(rounds_used.c.round_id, rounds_used.c.position)
-        .where(rounds_used.c.pool == "train", rounds_used.c.inference_id.not_in(kept))
+        select(rounds_used.c.round_id, rounds_used.c.pool, rounds_used.c.position)
+        .where(rounds_used.c.inference_id.not_in(kept))
         .order_by(rounds_used.c.id)
     )
-    places: dict[str, list[int]] = {}
+    places: dict[tuple[str, str], list[int]] = {}
     with store.engine.connect() as connection:
-        for round_id, position in connection.execute(query):
-            places.setdefault(round_id, []).append(position)
-    return {round_id: tuple(positions) for round_id, positions in places.items()}
+        for round_id, pool, position in connection.execute(query):
+            places.setdefault((round_id, pool), []).append(position)
+    return {use: tuple(positions) for use, positions in places.items()}
 
 
 def _rounds(connection: Connection, principal: str) -> tuple[RoundUse, ...]:

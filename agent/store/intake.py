@@ -1,9 +1,9 @@
 """Which verified traffic a round may learn from, and why other traffic may not.
 
 Pure: rows in, rows out. Every row ends in exactly one list of ``Intake``, and neither the time nor
-the order in which rows came plays a part. The rows of the gate and sealed pools are kept from
-training for a person to look at; the gate itself judges by the tasks' own rows alone, so that no
-client can move it.
+the order in which rows came plays a part. The rows of the selection pool never train: they choose
+among the generations of a round. The gate judges by the tasks' own rows alone, so that no client
+can move it.
 
 One principal against the others: everything that rows compete for is shared among principals
 first. A principal's rows are put in an order by a keyed hash, the first rows of all principals
@@ -19,12 +19,12 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agent.store.experience import ExperienceRow, Pool
 
-SHARES: Mapping[Pool, float] = {"train": 0.8, "gate": 0.1, "sealed": 0.1}
+SHARES: Mapping[Pool, float] = {"train": 0.8, "selection": 0.2}
 OUTLIER_Z = 5.0  # modified z-score; 3.5 is the usual caution, 5 leaves ordinary tails alone
 OUTLIER_MIN_ROWS = 8  # of fewer values none is called unusual
 LENGTH_MIN_SPREAD = 0.2  # of log length: below 4.4 times the median no prompt is unusual
@@ -36,8 +36,6 @@ Why = Literal[
     "overlapping",  # with rows that judge
     "duplicates",
     "quarantined",  # unusual length or rewards
-    "gate",
-    "sealed",
     "over_cap",  # of its principal or source
     "no_room",  # the round has enough rows
 ]
@@ -54,19 +52,25 @@ class SetAside:
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """Rows to train on, in the order in which to take them, and all others with their reasons."""
+    """Rows to train on and rows that choose, each in the order in which to take them, and all
+    others with their reasons."""
 
     train: tuple[ExperienceRow, ...]
+    selection: tuple[ExperienceRow, ...]
     set_aside: tuple[SetAside, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """Largest share of a round's rows from one principal and from one source; 0 is off."""
+    """Largest share of a round's rows from one principal and from one source; 0 is off.
+
+    Both kinds of rows, ``round_rows`` that train and ``selection_rows``, are shared so.
+    """
 
     round_rows: int
     principal_share: float = 0.01
     source_share: Mapping[str, float] = field(default_factory=dict)
+    selection_rows: int = 0
 
 
 Refuse = Callable[[ExperienceRow], tuple[Why, str] | None]
@@ -124,19 +128,21 @@ def collect(
     fit = [row for row in rows if _id(row) not in refused]
     strange = {} if alone else unusual(fit)
     places: dict[tuple[str, int], tuple[Why, str]] = {**refused}
-    pools: dict[Pool, list[ExperienceRow]] = {"train": [], "gate": [], "sealed": []}
+    pools: dict[Pool, list[ExperienceRow]] = {"train": [], "selection": []}
     for row in fit:
         if row.inference_id in strange:
             places[_id(row)] = ("quarantined", strange[row.inference_id])
         else:
             pools["train" if alone else pool_of(salt, row.row_hash, shares)].append(row)
-    for pool in ("gate", "sealed"):
-        places |= {_id(row): (pool, f"the {pool} pool, not trained on") for row in pools[pool]}
-    chosen = Caps(caps.round_rows, 0.0, caps.source_share) if alone else caps
+    chosen = replace(caps, principal_share=0.0) if alone else caps
     train, more = fair_choice(pools["train"], chosen, salt, turn)
-    places |= {_id(row): (why, reason) for row, why, reason in more}
+    apart = replace(chosen, round_rows=caps.selection_rows)
+    selection, rest = fair_choice(pools["selection"], apart, salt, turn)
+    for row in selection[caps.selection_rows :]:
+        rest.append((row, "no_room", f"the round's {caps.selection_rows} selection rows are full"))
+    places |= {_id(row): (why, reason) for row, why, reason in (*more, *rest)}
     aside = tuple(SetAside(row, *places[_id(row)]) for row in rows if _id(row) in places)
-    return Intake(train, aside)
+    return Intake(train, selection[: caps.selection_rows], aside)
 
 
 def fair_choice(

@@ -48,8 +48,8 @@ def forget_now(
         places = {use.round_id: use.positions for use in used if use.pool == "train"}
         # Files first: the store's own deletion removes the list of places, and a process that ends
         # in between is to find them again.
-        for round_id, columns in places.items():
-            delete_rows(service, round_id, columns)
+        for use in used:
+            delete_rows(service, use.round_id, use.pool, use.positions)
         sweep(service)
         gone = forget(service.experience, principal, time.time())
         touched = _touched(service.journal.runs(), places)

@@ -18,14 +18,14 @@ from typing import Any, cast
 
 from agent.errors import UserError
 from agent.gateway.keys import LOCAL
-from agent.store.experience import ExperienceRow
+from agent.store.experience import ExperienceRow, Pool
 from agent.store.forget import expire, gone
 from agent.store.intake import Caps, Intake, SetAside, Why, collect
 from agent.store.seals import damaged_of
 from evaluators.held_out import HeldOut, leaks, row_text
 from evaluators.task import Row, Task, form_problem, row_problem
 from flows.learn.prompts import Asked, as_sent, over, sessions, too_long
-from flows.round_files import RoundFiles
+from flows.round_files import ROWS, SELECTING, RoundFiles
 from flows.service import Service
 
 LOG = logging.getLogger("anchorage.flows")
@@ -42,6 +42,7 @@ class Collected:
     """The prompts of a round, in the order every member answers them, and where they came from.
 
     ``traffic`` holds the requests behind the first prompts, one each, in their order.
+    ``choosing`` are the prompts of the selection rows, those of ``choosing_traffic`` first.
     ``refused`` counts requests whose row was refused when it came: (principal, reason, requests).
     ``waiting`` counts requests that named the task and whose row has not come yet.
     ``leaks`` counts prompts that hold a row that judges, by the task of that row.
@@ -49,6 +50,8 @@ class Collected:
 
     asked: tuple[Asked, ...]
     traffic: tuple[ExperienceRow, ...]
+    choosing: tuple[Asked, ...]
+    choosing_traffic: tuple[ExperienceRow, ...]
     set_aside: tuple[SetAside, ...]
     refused: tuple[tuple[str, str, int], ...]
     leaks: Mapping[str, int]
@@ -76,6 +79,8 @@ class Collected:
             "rows": len(self.asked),
             "from_traffic": self.from_traffic,
             "from_dataset": len(self.asked) - self.from_traffic,
+            "selection_rows": len(self.choosing),
+            "selection_from_traffic": len(self.choosing_traffic),
             "set_aside": self.counts(),
             "waiting_for_their_row": self.waiting,
             "leaks": dict(self.leaks),
@@ -143,6 +148,7 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
             live[key] = (sent, request)
     prompts = {key: live[key][0] for key in sorted(live)}
     used = tuple(live[key][1] for key in sorted(live))
+    choosing, choosing_used = _choosing(service, task, intake, {*known, *prompts}, set_aside)
     own = deque(known.items())
     own.rotate(-(earlier + seed) * count)
     shots = service.shots(target)
@@ -150,20 +156,60 @@ def collect_rows(service: Service, target: str, count: int, seed: int = 0) -> Co
         if len(prompts) >= count:
             break
         asked = Asked(row, task.messages(row, shots(row)), sent=False)
-        if key not in prompts and too_long(service, task, asked.messages) is None:
+        if (
+            key not in prompts.keys() | choosing.keys()
+            and too_long(service, task, asked.messages) is None
+        ):
             prompts[key] = asked
     damaged = damaged_of(service.experience.engine, target, since)
     refused = service.experience.errors(target, since)
     refused += [(owner, DAMAGED, rows) for owner, rows in damaged]
-    texts = [each.text for each in prompts.values()]
+    texts = [each.text for each in (*prompts.values(), *choosing.values())]
     return Collected(
         tuple(prompts.values()),
         used,
+        tuple(choosing.values()),
+        choosing_used,
         tuple(set_aside),
         tuple(refused),
         leaks(held_out(service, target), texts),
         service.experience.waiting(target, since, sessions=task.converse is not None),
     )
+
+
+def _choosing(
+    service: Service,
+    task: Task,
+    intake: Intake,
+    trained: Collection[str],
+    set_aside: list[SetAside],
+) -> tuple[dict[str, Asked], tuple[ExperienceRow, ...]]:
+    """The prompts of the selection rows by key, and the requests behind the first of them.
+
+    Clients' rows come first and the task's own fill up ``learner.selection``. A row that this or
+    another round trains on chooses nothing; what is left out is added to ``set_aside``.
+    """
+    prompts: dict[str, Asked] = {}
+    used = []
+    for request in intake.selection:
+        sent = _as_sent(task, request, service.training_rows(task.name))
+        key = task.key(sent.row)
+        if key in trained:
+            why = "rounds train on its row, and it fell to those that choose a candidate"
+            set_aside.append(SetAside(request, "overlapping", why))
+        elif key in prompts:
+            set_aside.append(SetAside(request, "duplicates", "another prompt asks the same row"))
+        else:
+            prompts[key] = sent
+            used.append(request)
+    shots = service.shots(task.name)
+    for row in service.selection_rows(task.name):
+        if len(prompts) >= service.settings.learner.selection:
+            break
+        asked = Asked(row, task.messages(row, shots(row)), sent=False)
+        if too_long(service, task, asked.messages) is None:
+            prompts.setdefault(task.key(row), asked)
+    return prompts, tuple(used)
 
 
 @dataclass(frozen=True)
@@ -208,8 +254,13 @@ def evaluation_pool(service: Service, target: str) -> Sequence[Row]:
 
 def mark_used(service: Service, round_id: str, collected: Collected) -> None:
     """Remember which rows a round learnt from, so that a deletion can name its rounds."""
-    if collected.traffic:
-        service.experience.use(round_id, "train", collected.traffic)
+    pools: Mapping[Pool, Sequence[ExperienceRow]] = {
+        "train": collected.traffic,
+        "selection": collected.choosing_traffic,
+    }
+    for pool, rows in pools.items():
+        if rows:
+            service.experience.use(round_id, pool, rows)
 
 
 def admit(service: Service, task: Task, row: object) -> str | None:
@@ -260,7 +311,11 @@ def _intake(service: Service, task: Task, count: int, since: float, turn: str) -
 
     intake = collect(
         rows,
-        Caps(count, service.settings.gateway.principal_cap),
+        Caps(
+            count,
+            service.settings.gateway.principal_cap,
+            selection_rows=service.settings.learner.selection,
+        ),
         salt=service.salt,
         refuse=refuse,
         alone=len(_principals(service, rows)) <= 1,
@@ -323,12 +378,13 @@ def sweep(service: Service) -> int:
     """
     before = time.time() - service.settings.gateway.retention_days * DAY_S
     removed = expire(service.experience, before)
-    for run_id, positions in gone(service.experience).items():
-        delete_rows(service, run_id, positions)
+    for (run_id, pool), positions in gone(service.experience).items():
+        delete_rows(service, run_id, pool, positions)
     return removed
 
 
-def delete_rows(service: Service, run_id: str, positions: Collection[int]) -> None:
+def delete_rows(service: Service, run_id: str, pool: str, positions: Collection[int]) -> None:
     """Delete rows from a round's file; a round that is not finished is given up by it."""
     finished = service.journal.run(run_id).digest is not None
-    RoundFiles(service.home, run_id).blank_rows(positions, finished=finished)
+    name = SELECTING if pool == "selection" else ROWS
+    RoundFiles(service.home, run_id).blank_rows(positions, finished=finished, name=name)

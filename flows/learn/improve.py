@@ -30,7 +30,7 @@ from flows.learn.forecast import within_budget
 from flows.learn.plan import calibrated, chosen, plan_of, settled
 from flows.learn.prompts import Asked, opened_prompts, rewards_of, worked
 from flows.learn.tuning import Selection, calibration
-from flows.round_files import RoundFiles
+from flows.round_files import SELECTING, RoundFiles
 from flows.service import Service
 from flows.show.terminal import Advance, Reporter, Silent
 
@@ -143,12 +143,14 @@ def _new(
             f"learner.fitness: 'likelihood', allowed for {task.name}: 'reward' (its verifier takes "
             "none of its worked answers for right)"
         )
-    made = {
+    made: dict[str, Any] = {
         "calibration": calibration(service, population, task, learner, collected.asked, progress)
     }
     made |= settled(service, task.name, calibrated(learner, made))
-    rows = [prompt.to_json() for prompt in collected.asked]
-    rows_sha256 = RoundFiles(service.home, run_id).write_rows(rows)
+    files = RoundFiles(service.home, run_id)
+    rows_sha256 = files.write_rows([prompt.to_json() for prompt in collected.asked])
+    selecting = [prompt.to_json() for prompt in collected.choosing]
+    made["selection_sha256"] = files.write_rows(selecting, SELECTING)
     champion = service.champion()
     words = f"{service.anchor.digest} {run_id} {champion}" + f" {learner.seed}" * bool(learner.seed)
     seed = hashlib.sha256(words.encode()).digest()
@@ -336,27 +338,20 @@ class Driver:
         self._pace.begin()
         journal, run_id, generation = self._service.journal, self._run.run_id, decision.generation
         rewards = journal.members_done(run_id, generation)
-        sigma, _ = self._learner.sizes
         asked = batch_places(self._run.plan, generation, len(self._prompts))
         places = [place for place in asked if place in self._places]
-        jobs = [
-            (
-                member.index,
-                Address(self._run.run_seed, generation, member.pair),
-                member.sign * sigma,
-            )
-            for member in decision.members
-            if member.index not in rewards
-        ]
+        wanted = decision.jobs(self._run.run_seed)
+        jobs = [job for job in wanted if job[0] not in rewards]
         before = generation * len(decision.members)
         for member, earned, tokens in self._earned(jobs, places):
             spent = self._pace.answered(tokens)
             by_place = dict(zip(places, earned, strict=True))
             rewards[member] = np.array([by_place.get(place, 0.0) for place in asked])
             journal.record_member(run_id, generation, member, rewards[member])
-            note = members_note(rewards, *spent)
-            self._advance(before + len(rewards), f"generation {generation + 1}, {note}")
-        return np.stack([rewards[member.index] for member in decision.members])
+            if own := {n: rewards[n] for n in rewards if n < len(decision.members)}:
+                note = members_note(own, *spent)
+                self._advance(before + len(own), f"generation {generation + 1}, {note}")
+        return np.stack([rewards[place] for place, _, _ in wanted])
 
     def _earned(
         self, jobs: Sequence[tuple[int, Address, float]], places: Sequence[int]
@@ -395,5 +390,8 @@ class Driver:
         service, run_id, generation = self._service, self._run.run_id, record.step.generation
         self._pace.end(generation)
         service.journal.commit(run_id, record.step, record.rewards, self._delta_hash, record.drift)
+        if record.alarm:
+            halved = "; it is halved" if self._learner.too_large == "halve" else ""
+            self._progress.say(f"generation {generation + 1}: {record.alarm}{halved}")
         if (generation + 1) % self._learner.snapshot_every == 0:
             keep_snapshots(service, self._population, self._run, NEWEST)

@@ -91,6 +91,8 @@ def plan_of(service: Service, run: Run, learner: LearnerSettings) -> Plan:
         parameters=anchor.learnable,
         start_generation=len(generations) - len(before),
         start_norm=float(before[-1].drift["norm"]) if before else 0.0,
+        parent_every=0 if learner.too_large == "ignore" else learner.selection_every,
+        halve=learner.too_large == "halve",
     )
 
 

@@ -20,9 +20,9 @@ from agent.population.schedule import Completion
 from agent.sections import AUTO, LearnerSettings
 from agent.store.journal import Chosen, DamagedError, Run
 from agent.store.replay import lineage, reached, route, route_along, snapshot_path
-from evaluators.task import Row, Task, judge
-from flows.learn.prompts import Asked, rewards_of
-from flows.round_files import RoundFiles
+from evaluators.task import Task
+from flows.learn.prompts import Asked, opened_prompts, rewards_of, verdict_on
+from flows.round_files import SELECTING, RoundFiles
 from flows.service import Service
 from flows.show.terminal import Reporter
 
@@ -100,9 +100,16 @@ class Selection:
         self._learner, self._run = learner, run
         self._anchor = service.open_anchor(run.anchor_digest)
         self._files = RoundFiles(service.home, run.run_id)
-        self._rows: list[Row] = service.selection_rows(task.name) if learner.selection else []
-        shots = service.shots(task.name)
-        self._chats = [task.messages(row, shots(row)) for row in self._rows]
+        self._rows = self._opened() if learner.selection else []
+
+    def _opened(self) -> list[Asked]:
+        """The selection rows that the round was opened with; of an older round the task's own."""
+        service, task = self._service, self._task
+        entries: Sequence[Any] = service.selection_rows(task.name)
+        if sha256 := self._run.plan.get("selection_sha256"):
+            entries = self._files.original_rows(sha256, SELECTING)
+        prompts, left_out = opened_prompts(service, task, entries)
+        return [prompt for place, prompt in enumerate(prompts) if place not in left_out]
 
     def measure(self, generation: int, last: bool = False) -> str | None:
         """Measure theta as it is after so many generations, where that is due.
@@ -169,8 +176,9 @@ class Selection:
 
     def _rewards(self) -> NDArray[np.float64]:
         """(P,) rewards of theta on the selection rows, without the weight of the format."""
-        answers = self._population.generate(self._chats, self._task.max_tokens)
+        chats = [each.prompt for each in self._rows]
+        answers = self._population.generate(chats, self._task.max_tokens)
         if len(answers) != len(self._rows):
             raise UserError(f"selection: {len(answers)} answers, allowed: {len(self._rows)}")
-        pairs = zip(answers, self._rows, strict=True)
-        return np.array([judge(self._task, each.text, row).reward for each, row in pairs])
+        pairs = zip(self._rows, answers, strict=True)
+        return np.array([verdict_on(self._task, *each).reward for each in pairs])

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent.learner.drift import Drift, idle
+from agent.learner.drift import Drift, falls, idle
 from agent.population.pool import Population
 from agent.store.journal import Run
 from agent.store.ledger import UNCHANGED
@@ -293,7 +293,15 @@ def _report(
         shift=moved,
         rows=run.plan.get("rows", {}),
         gain=_gain(service, run, paths),
+        alarms=_alarms(service, run),
     )
+
+
+def _alarms(service: Service, run: Run) -> list[str]:
+    """When members earned clearly less than their parent, read from the journal."""
+    drift = [Drift.from_json(each.drift) for each in service.journal.generations(run.run_id)]
+    alarms = falls(drift, run.plan["population"])
+    return [f"generation {generation + 1}: {text}" for generation, text in alarms]
 
 
 def _gain(service: Service, run: Run, paths: Mapping[Who, Sequence[Path]]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class RoundReport:
     shift: Mapping[str, Figures] = field(default_factory=dict)  # KL to the anchor: who -> task
     rows: Mapping[str, Any] = field(default_factory=dict)  # prompts by origin, from the plan
     gain: Mapping[str, Any] = field(default_factory=dict)  # evaluators.summary.Gain, and its cost
+    alarms: Sequence[str] = ()  # when members earned clearly less than their parent
 
     def to_json(self) -> dict[str, Any]:
         """The report as `improve --json`, and `demo --json` by round, print it."""
@@ -40,6 +41,7 @@ class RoundReport:
             "generations": self.generations,
             "stopped": self.stopped,
             "learner_share": self.learner_share,
+            "alarms": list(self.alarms),
             "verdict": self.verdict,
             "reasons": [reason["text"] for reason in self.decisive()],
             "tasks": {

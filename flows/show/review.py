@@ -125,6 +125,7 @@ def markdown(report: RoundReport, drift: Sequence[Mapping[str, Any]], answers: s
         f"**What did it lose?** {_lost(report)}",
         "",
         f"{report.generations} generations ({idle} without a step); ended: {report.stopped}.",
+        *(f"Alarm in {alarm}." for alarm in report.alarms),
         f"The learner took {percent(report.learner_share)} % of a generation's wall time (median).",
         *_rows_lines(report),
         *gain_lines(report.gain),

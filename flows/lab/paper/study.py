@@ -253,8 +253,8 @@ class Lab:
         decisions = drawn(plan)
         steps = (
             step(
-                decisions(Evaluate(generation, crew))[0], crew, run_seed=0, generation=generation,
-                sigma=plan.sigma, alpha=plan.alpha, penalty=plan.penalty,
+                decisions(Evaluate(generation, crew, plan.sigma))[0], crew, run_seed=0,
+                generation=generation, sigma=plan.sigma, alpha=plan.alpha, penalty=plan.penalty,
             )
             for generation in range(STEPS)
         )  # fmt: skip

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.learner.drift import Drift, Prediction, agreement, alarm, idle, measure, reliability
+from agent.learner.drift import (
+    Drift,
+    Prediction,
+    agreement,
+    alarm,
+    falls,
+    idle,
+    measure,
+    reliability,
+)
 from agent.learner.es import Applied, members, step
 from agent.learner.kernels_cpu import update_inplace
 from agent.learner.penalty import Penalty, PenaltyKind, expected_norm
@@ -174,3 +183,32 @@ def test_reliability_is_the_share_of_the_variance_that_belongs_to_members() -> N
 )
 def test_reliability_of_what_does_not_differ_is_none(rewards: NDArray[np.float64]) -> None:
     assert reliability(rewards) is None
+
+
+def beside(generation: int, fall: float | None, spread: float = 0.1) -> Drift:
+    parent = None if fall is None else 0.5 + fall
+    return Drift(generation, 1.0, 0.1, {}, 1.0, None, 0.5, spread, None, parent)
+
+
+@pytest.mark.parametrize(
+    ("measured", "alarms"),
+    [
+        ([0.09, 0.09], [1]),  # limit at 16 members: 0.1 (0.5 + 2 / sqrt 32) = 0.085
+        ([0.08, 0.08], []),
+        ([0.2, -0.1], []),  # once is chance
+        ([0.09, None, 0.09], [2]),  # between two measurements theta is not asked
+        ([0.2, 0.2, 0.2], [1]),  # counts anew after an alarm
+        ([0.2] * 5, [1, 3]),
+        ([-0.3, -0.3], []),
+    ],
+)
+def test_members_that_earn_clearly_less_than_their_parent_are_an_alarm(
+    measured: list[float | None], alarms: list[int]
+) -> None:
+    history = [beside(place, fall) for place, fall in enumerate(measured)]
+    assert [generation for generation, _ in falls(history, 16)] == alarms
+
+
+def test_no_spread_and_equal_rewards_are_no_alarm() -> None:
+    assert falls([beside(n, 0.0, 0.0) for n in range(4)], 16) == []
+    assert len(falls([beside(n, 0.1, 0.0) for n in range(2)], 16)) == 1

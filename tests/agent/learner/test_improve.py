@@ -40,6 +40,9 @@ def drive(
         if isinstance(decision, Evaluate):
             assert decision.generation == plan.start_generation + len(records)
             answer = rewarder(decision.generation)
+            assert len(decision.jobs(plan.run_seed)) == plan.population + decision.parent
+            if decision.parent:
+                answer = np.vstack([answer, answer[:1] * 0 + 1.0])  # theta earns 1 of every row
         elif isinstance(decision, Apply):
             moved = 0.0 if decision.step.no_op else 0.1
             answer = Applied("h", norm(decision.step.generation), moved, {})
@@ -158,3 +161,29 @@ def test_an_impossible_plan_is_refused_before_anything_is_evaluated(
 def test_past_readings_must_fit_the_plan() -> None:
     with pytest.raises(ValueError, match="1 past readings, start_generation 0"):
         next(improve(PLAN, [Drift(0, 1.0, 1.0, {}, 1.0, None, None, None, None)]))
+
+
+@pytest.mark.parametrize("halve", [True, False])
+def test_an_alarm_halves_sigma_of_the_steps_after_it_where_the_plan_says_so(halve: bool) -> None:
+    """Rewards of about 0.5 beside a parent that always earns 1; it is asked in 0, 2 and 4."""
+    plan = replace(PLAN, generations=9, parent_every=2, halve=halve)
+    whole, _ = drive(plan)
+    asked = [record.drift.parent for record in whole]
+    assert asked == [1.0, None] * 4 + [1.0]
+    assert [n for n, record in enumerate(whole) if record.alarm] == [2, 6]
+    halves = [0, 0, 0, 1, 1, 1, 1, 2, 2] if halve else [0] * 9
+    assert [record.step.sigma for record in whole] == [0.1 / 2**n for n in halves]
+    assert {record.step.alpha for record in whole} == {0.2}
+    for done in range(1, 9):  # a resumed round finds them in its readings
+        past = tuple(Drift.from_json(record.drift.to_json()) for record in whole[:done])
+        rest, _ = drive(replace(plan, start_generation=done), past=past)
+        assert [*whole[:done], *rest] == whole
+
+
+def test_theta_is_asked_as_a_member_without_noise_behind_the_others() -> None:
+    first = next(improve(replace(PLAN, parent_every=3)))
+    assert isinstance(first, Evaluate)
+    jobs = first.jobs(9)
+    assert [place for place, _, _ in jobs] == [0, 1, 2, 3, 4]
+    assert [scale for _, _, scale in jobs] == [0.1, -0.1, 0.1, -0.1, 0.0]
+    assert not next(improve(PLAN)).parent

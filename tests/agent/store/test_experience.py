@@ -162,14 +162,14 @@ def test_a_round_names_its_rows_and_the_weights_it_made(store: ExperienceStore) 
     store.judge([judged(7, 1.0)])
     rows = store.rows("gsm8k")
     store.use("round-1", "train", rows)
-    store.use("round-1", "gate", rows[:1])
+    store.use("round-1", "selection", rows[:1])
     store.name_candidate("round-1", B)
     with pytest.raises(IntegrityError):
         store.use("round-1", "train", rows)
     assert rounds_of(store, "bob") == (RoundUse("round-1", B, "train", (2,)),)
     assert rounds_of(store, "ann") == (
         RoundUse("round-1", B, "train", (0, 1)),
-        RoundUse("round-1", B, "gate", (0,)),
+        RoundUse("round-1", B, "selection", (0,)),
     )
 
 

@@ -83,24 +83,33 @@ def test_a_refused_row_is_set_aside_with_the_reason_and_hides_no_equal_one() -> 
 
 def test_equal_task_rows_share_a_pool_and_sessions_choose_none() -> None:
     rows = [row(i, row_hash=f"r{i % 40}", session_id=f"s{i}", group_hash="g") for i in range(400)]
-    intake = collect(rows, OFF, salt=SALT)
-    train, gate, sealed = (
-        {r.row_hash for r in rows if r.inference_id in members}
-        for members in (
-            {*ids(intake.train), *aside(intake, "duplicates")},
-            aside(intake, "gate"),
-            aside(intake, "sealed"),
-        )
-    )
-    assert all((train, gate, sealed))
-    assert len(train) + len(gate) + len(sealed) == len(train | gate | sealed) == 40
+    intake = collect(rows, Caps(0, 0.0, selection_rows=400), salt=SALT)
+    train, selection = ({r.row_hash for r in chosen} for chosen in (intake.train, intake.selection))
+    assert train
+    assert selection
+    assert len(train) + len(selection) == len(train | selection) == 40
+    assert len(aside(intake, "duplicates")) == 360
+
+
+def test_rows_that_choose_are_shared_among_principals_and_never_train() -> None:
+    rows = [row(i, principal="ann" if i % 10 else "bob") for i in range(400)]
+    kept = collect(rows, Caps(400, 0.0, selection_rows=8), salt=SALT)
+    pool = {r.inference_id for r in rows if pool_of(SALT, r.row_hash) == "selection"}
+    assert len(kept.selection) == 8
+    assert Counter(r.principal for r in kept.selection)["bob"] == 4  # one in turn of each
+    assert {r.inference_id for r in kept.selection} < pool
+    assert pool.isdisjoint(ids(kept.train))
+    capped = collect(rows, Caps(400, 0.25, selection_rows=8), salt=SALT)
+    assert Counter(r.principal for r in capped.selection) == {"ann": 2, "bob": 2}
+    off = collect(rows, Caps(400, 0.0), salt=SALT)
+    assert off.selection == ()
+    assert off.train == kept.train
 
 
 def test_shares_are_kept_on_average() -> None:
     counts = Counter(pool_of(SALT, f"row {i}") for i in range(10_000))
     assert counts["train"] == pytest.approx(8000, abs=200)  # 5 standard deviations
-    assert counts["gate"] == pytest.approx(1000, abs=150)
-    assert counts["sealed"] == pytest.approx(1000, abs=150)
+    assert counts["selection"] == pytest.approx(2000, abs=200)
 
 
 def test_without_the_homes_secret_neither_pool_nor_order_can_be_foreseen() -> None:
@@ -121,9 +130,11 @@ def key_of(row_hash: str) -> str:
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_a_rows_pool_does_not_depend_on_the_others(one: str, other: str) -> None:
     rows = [row(1, row_hash=one), row(2, row_hash=other, principal="bob")]
-    both, alone = collect(rows, OFF, salt=SALT), collect(rows[:1], OFF, salt=SALT)
-    for pool in ("gate", "sealed"):
-        assert ("i1" in aside(both, pool)) == ("i1" in aside(alone, pool))
+    caps = Caps(0, 0.0, selection_rows=2)
+    both, alone = (collect(some, caps, salt=SALT) for some in (rows, rows[:1]))
+    if one != other:
+        assert ("i1" in ids(both.selection)) == ("i1" in ids(alone.selection))
+        assert ("i1" in ids(both.train)) == ("i1" in ids(alone.train))
 
 
 def test_a_principal_has_one_per_cent_of_a_round_and_at_least_one_row() -> None:

@@ -1,7 +1,8 @@
 """Sigma before a round and the candidate after it, by forward passes on rows that judge nothing."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from agent.errors import UserError
 from agent.learner.calibrate import GRID
 from agent.learner.choose import T
 from agent.population.pool import Population
+from agent.store.experience import Answer, Interaction, Judgement
+from agent.store.forget import rounds_of
+from agent.store.intake import text_hash
 from agent.store.journal import DamagedError
 from agent.store.replay import batch_places, random_walk, replay, steps_without
-from flows.commands.forget import _without
+from evaluators.task import Row
+from flows.commands.forget import _without, forget_now
 from flows.commands.measure import evaluate_model
-from flows.learn.collect import evaluation_pool
+from flows.learn.collect import collect_rows, evaluation_pool
 from flows.learn.improve import Round, run_round
 from flows.learn.tuning import Selection
-from flows.round_files import RoundFiles
+from flows.round_files import SELECTING, RoundFiles
+from flows.service import Service
 from flows.session import _OPEN, Session
 from flows.show.terminal import Silent
 
@@ -59,33 +65,91 @@ def test_the_chosen_point_replays_bit_for_bit_and_its_rows_are_nobody_elses(
     assert own.isdisjoint(task.key(row) for row in evaluation_pool(service, "gsm8k"))
 
 
-def test_a_round_never_asks_a_row_that_judges(planted: Opened) -> None:
-    """Every prompt of an evaluation row, in whatever stage, is poison here."""
-    session = planted(learner=CHOICE)
+def sent(service: Service, rows: Sequence[Row]) -> None:
+    """Three clients send these rows in turn, as the task's template asks them."""
+    task = service.task("gsm8k")
+    requests = []
+    for number, row in enumerate(rows):
+        text = json.dumps(dict(row))
+        prompt = task.messages(row, service.shots("gsm8k")(row))
+        values = {"created": time.time(), "endpoint": "chat.completions", "model": "anchorage"}
+        values |= {"version": "a" * 64, "status": "ok", "latency_s": 0.1, "prompt_tokens": 3}
+        values |= {"completion_tokens": 5, "task": "gsm8k", "source": "submitted"}
+        values |= {"inference_id": f"i{number}", "principal": ("ann", "bob", "eve")[number % 3]}
+        values |= {"example": text, "prompt": json.dumps(prompt), "row_hash": text_hash(text)}
+        values |= {"prompt_hash": text_hash(json.dumps(prompt))}
+        requests.append(Interaction(**values, answers=(Answer(0, "7", "stop"),)))
+    service.experience.record(requests)
+    judged = [Judgement(each.inference_id, 0, judged=1.0, reward=1.0) for each in requests]
+    service.experience.judge(judged)
+
+
+class Watched:
+    """An engine that notes which prompts are asked of members and which of theta."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.members, self.theta = set[str](), set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, prompts: Any, max_tokens: Any, member: Any = None, *more: Any) -> Any:
+        (self.theta if member is None else self.members).update(map(json.dumps, prompts))
+        return self._engine.generate(prompts, max_tokens, member, *more)
+
+
+def test_clients_rows_choose_the_candidate_and_a_round_never_asks_one_that_judges(
+    planted: Opened,
+) -> None:
+    """Every prompt of an evaluation row, in whatever stage, is poison here, also from a client."""
+    session = planted(learner=CHOICE, gateway={"principal_cap": 0.0})
     service, task = session.service, session.service.task("gsm8k")
     shots = service.shots("gsm8k")
-    poison = {
-        json.dumps(task.messages(row, shots(row))) for row in evaluation_pool(service, "gsm8k")
-    }
-    asked = set[str]()
 
-    class Watched:
-        def __init__(self, engine: Any) -> None:
-            self._engine = engine
+    def prompts(rows: Iterable[Row]) -> set[str]:
+        return {json.dumps(task.messages(row, shots(row))) for row in rows}
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._engine, name)
+    judging = evaluation_pool(service, "gsm8k")
+    fresh = service.rows("gsm8k", "train", 240)[130:190]
+    sent(service, [*fresh, *judging[:30], *judging[-30:]])
+    watched = Watched(session.population._slots[0].engine)  # the planted one
+    made = run_round(service, Population([lambda: watched]), "gsm8k", Silent(), {})  # type: ignore[arg-type, return-value]
+    run, chosen = service.journal.run(made.run_id), service.journal.chosen(made.run_id)
+    assert (watched.members | watched.theta).isdisjoint(prompts(judging))
+    assert run.plan["rows"]["set_aside"]["overlapping"] == 60
+    assert chosen is not None
+    assert chosen.evidence["rows"] == run.plan["rows"]["selection_rows"] == 24
+    choosing = prompts(fresh) & watched.theta
+    assert len(choosing) == run.plan["rows"]["selection_from_traffic"] > 5
+    assert len(watched.theta) == 24
+    assert watched.members.isdisjoint(watched.theta)
+    # A deletion takes their text from the round's file, too.
+    files, principal = RoundFiles(service.home, made.run_id), "ann"
+    places = {use.pool: use.positions for use in rounds_of(service.experience, principal)}
+    forget_now(service.home.root, principal, False, Silent())
+    gone = [place for place, row in enumerate(files.rows(SELECTING)) if row is None]
+    assert gone == list(places["selection"])
+    assert gone
 
-        def generate(self, prompts: Any, *arguments: Any) -> Any:
-            asked.update(map(json.dumps, prompts))
-            return self._engine.generate(prompts, *arguments)
 
-    engine = session.population._slots[0].engine  # the planted one
-    population = Population([lambda: Watched(engine)])  # type: ignore[arg-type, return-value]
-    made = run_round(service, population, "gsm8k", Silent(), {})
-    assert service.journal.chosen(made.run_id) is not None
-    assert len(asked) > 24
-    assert asked.isdisjoint(poison)
+def test_selection_rows_are_those_the_round_was_opened_with(planted: Opened) -> None:
+    """Traffic that comes while a round is interrupted is the next round's."""
+    session = planted(learner=CHOICE, gateway={"principal_cap": 0.0})
+    service = session.service
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selection, "choose", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(session)
+    sent(service, service.rows("gsm8k", "train", 240)[130:190])
+    made = learn(session)
+    rows = service.journal.run(made.run_id).plan["rows"]
+    assert (rows["selection_rows"], rows["selection_from_traffic"]) == (24, 0)
+    assert collect_rows(service, "gsm8k", 24).to_json()["selection_from_traffic"] > 5
 
 
 @pytest.mark.parametrize("where", ["choose", "finish"])
@@ -197,3 +261,15 @@ def test_a_random_walk_is_as_long_as_the_candidate_and_asked_beside_it(
     assert control["tasks"]["gsm8k"]["accuracy"] < report["tasks"]["gsm8k"]["accuracy"]
     with pytest.raises(UserError, match="no finished run made it"):
         evaluate_model(root, run.anchor_digest, ["gsm8k"], 40, Silent(), control=0)
+
+
+def test_asking_the_parent_is_recorded_and_changes_no_step(planted: Opened) -> None:
+    made = {}
+    for how in ("ignore", "alarm"):
+        session = planted(how, learner={**CHOICE, "too_large": how})
+        made[how] = learn(session)
+        journal = session.service.journal
+        drift = [each.drift for each in journal.generations(made[how].run_id)]
+        asked = [each["generation"] for each in drift if each["parent"] is not None]
+        assert asked == ([0, 2, 4] if how == "alarm" else [])
+    assert made["ignore"].digest == made["alarm"].digest
