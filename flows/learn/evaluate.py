@@ -114,6 +114,12 @@ def sealed_stage(service: Service, names: Sequence[str], round_id: str, digest: 
     return replace(drawn, uses=1 + max(uses, default=0))
 
 
+def table_path(service: Service, digest: str, questions: Questions) -> Path:
+    """Where a digest's answers to these questions lie once they are given."""
+    folder = service.home.evaluations / digest
+    return folder / f"{questions.name}-{questions.harness[:12]}.parquet"
+
+
 def table(
     service: Service,
     population: Population,
@@ -122,8 +128,7 @@ def table(
     progress: Reporter,
 ) -> Path:
     """The per-sample parquet of a digest on these questions, evaluated on first use."""
-    folder = service.home.evaluations / digest
-    out = folder / f"{questions.name}-{questions.harness[:12]}.parquet"
+    out = table_path(service, digest, questions)
     total = sum(len(rows) for _, rows in questions.rows)
     # A damaged table would be judged as if a model had answered so.
     if out.exists() and not is_as_signed(out):

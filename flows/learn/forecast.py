@@ -5,7 +5,9 @@ Rates are measured on a few members and rows of the very model, tasks and settin
     seconds = generations * (N * (render + P * answer_target) + update)        the learning
             + sum over tasks and models of rows * answer_task                  the evaluation
 
-with N members, P prompts, and answer_x the seconds of one completion of task x. Memory is that of
+with N members, P prompts, and answer_x the seconds of one completion of task x. Rows are tried in
+batches as large as the round's, where that does not take long, and the update has the round's
+number of members: both change the rate. Memory is that of
 delta in every engine, disk that of one candidate. The gate's part says which prior tasks are at
 their floor or ceiling, and the smallest gain on the target that its rows can show.
 """
@@ -28,13 +30,13 @@ from agent.sections import AUTO, LearnerSettings
 from evaluators.comparison import task_margin
 from evaluators.stats import mcnemar_exact, wilson
 from evaluators.task import Message, Row, Task, judge
-from flows.learn.evaluate import pools
+from flows.learn.evaluate import first_stage, pools, table_path
 from flows.service import Service
 from flows.show.terminal import Reporter
 
 TRIED_MEMBERS = 2
-TRIED_PROMPTS = 48  # of the target: a batch of this size runs at nearly the rate of larger ones
-TRIED_ROWS = 24  # of each prior task
+TRIED_ROWS = 24  # of a task at first; a whole batch where these take no longer than QUICK_S
+QUICK_S = 5.0
 LOST = 0.03  # share of rows that learning may turn wrong, assumed for the smallest visible gain
 
 
@@ -54,7 +56,7 @@ class Rates:
     """What engines of this home take: seconds a member's render, a generation's update."""
 
     render_s: float
-    update_s: float  # with the members that were tried; it grows with their number
+    update_s: float
     engines: int
     spread: float  # standard deviation of the tried members' mean rewards
     tasks: tuple[TaskRate, ...]  # the target first
@@ -115,7 +117,8 @@ def measure_rates(
     task, names = service.target(target), service.priors(target)
     advance = progress.track("measure rates", 1 + len(names))
     population.open(service.anchor.directory, service.anchor.digest)
-    rows = service.rows(target, "train", min(learner.prompts, TRIED_PROMPTS))
+    batch = min(learner.batch or learner.prompts, service.settings.engines.max_num_seqs)
+    rows = service.rows(target, "train", batch)
     prompts, limit = _prompts(service, task, rows), task.max_tokens
     population.generate(prompts[:1], limit)  # the first call also pays what is paid once
     before = population.spent()
@@ -151,12 +154,12 @@ def measure_rates(
 
 
 def _update_s(population: Population, learner: LearnerSettings) -> float:
-    """Seconds of one update with ``TRIED_MEMBERS`` members; delta is zero again afterwards."""
+    """Seconds of one update of the round's members; delta is zero again afterwards."""
     before = population.spent()
     population.apply(
         step(
-            np.array([0.0, 1.0]),
-            members(TRIED_MEMBERS, False),
+            np.arange(learner.population, dtype=np.float64),
+            members(learner.population, False),
             run_seed=0,
             generation=0,
             sigma=_sigma(learner),
@@ -177,11 +180,14 @@ def _sigma(learner: LearnerSettings) -> float:
 
 
 def _tried(service: Service, population: Population, name: str) -> TaskRate:
-    """The anchor on a few open evaluation rows of a task."""
-    task, rows = service.task(name), pools(service, name)[0][:TRIED_ROWS]
-    before = population.spent()
-    answers = population.generate(_prompts(service, task, rows), task.max_tokens)
-    seconds = _difference(before, population.spent())["generate"]
+    """The anchor on open evaluation rows of a task: a batch, or a few where answers take long."""
+    task, pool = service.task(name), pools(service, name)[0]
+    for count in (TRIED_ROWS, service.settings.engines.max_num_seqs):
+        rows, before = pool[:count], population.spent()
+        answers = population.generate(_prompts(service, task, rows), task.max_tokens)
+        seconds = _difference(before, population.spent())["generate"]
+        if seconds > QUICK_S or len(rows) == len(pool):
+            break
     right = round(sum(_reward(task, a.text, row) for a, row in zip(answers, rows, strict=True)))
     tokens = sum(answer.tokens for answer in answers)
     return TaskRate(name, seconds / len(rows), tokens / len(rows), right, len(rows))
@@ -207,17 +213,20 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     """Costs, needs and warnings of a round on ``target`` with these settings."""
     population, generations = learner.population, learner.generations
     batch = min(learner.batch or learner.prompts, learner.prompts)
-    asked = population * batch * generations
     rate = rates.of(target)
+    parents = 0 if learner.too_large == "ignore" else -(-generations // learner.selection_every)
+    rendered = population * generations + parents
     # Members are shared among engines; every engine moves its own delta.
-    learning_s = generations * (
-        (population * rates.render_s + population * batch * rates.row_s) / rates.engines
-        + rates.update_s * population / TRIED_MEMBERS
-    )
+    learning_s = rendered * (rates.render_s + batch * rates.row_s) / rates.engines
+    learning_s += generations * rates.update_s
+    asked = rendered * batch
     judged = {name: len(pools(service, name)[0]) for name in [target, *service.priors(target)]}
-    # The candidate, the anchor, and the champion where it is another model than the anchor.
-    models = 2 if service.champion() == service.anchor.digest else 3
+    # The candidate, and anchor and champion where they have not answered these rows before.
+    questions = first_stage(service, [target, *service.priors(target)])
+    others = {service.anchor.digest, service.champion()}
+    models = 1 + sum(not table_path(service, each, questions).exists() for each in others)
     first = {name: count * models for name, count in judged.items()}
+    curve = _measured(service, generations)
     sealed = {
         name: 2 * len(pools(service, name)[1][:count])
         for name, count in judged.items()
@@ -226,6 +235,7 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     costs = (
         Cost("learning", asked, round(asked * rate.tokens), learning_s / 60),
         _evaluation("sigma and choice", {target: _chosen_by(learner, batch)}, rates),
+        *([_evaluation("curve", dict.fromkeys(judged, curve), rates)] if curve else []),
         _evaluation("evaluation", first, rates),
         _evaluation("sealed draw, if it gets there", sealed, rates),
     )
@@ -245,10 +255,19 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
     )
 
 
+def _measured(service: Service, generations: int) -> int:
+    """Completions of each task for the curve: before every so many generations, and at the end."""
+    tasks = service.settings.tasks
+    if not tasks.curve_every:
+        return 0
+    return tasks.curve_rows * (-(-generations // tasks.curve_every) + 1)
+
+
 def _chosen_by(learner: LearnerSettings, batch: int) -> int:
     """Completions that calibrate sigma, measure generations and choose the candidate, at most."""
     tried = len(GRID) * (MEMBERS + 1) * batch if AUTO in (learner.sigma, learner.alpha) else 0
-    measured = learner.generations // learner.selection_every + 2 + len(T) + len(BEYOND)
+    # Generations, the last one, and the line: its t = 1 is measured already.
+    measured = (learner.generations - 1) // learner.selection_every + 1 + len(T) - 1 + len(BEYOND)
     return tried + learner.selection * measured
 
 

@@ -22,7 +22,13 @@ from flows.show.terminal import Reporter, Silent
 
 TASKS = {"gsm8k": 0, "countdown": 1, "piqa": 2}  # task -> the tensor its answers hang on
 SETTINGS = {
-    "learner": {"generations": 3, "population": 8, "prompts": 24, "penalty": "none"},
+    "learner": {
+        "generations": 3,
+        "population": 8,
+        "prompts": 24,
+        "penalty": "none",
+        "too_large": "alarm",
+    },
     "tasks": {"rows": 60, "curve_every": 0, "priors": tuple(TASKS)},
     "gate": {"margins": dict.fromkeys(TASKS, 0.3)},
 }
@@ -119,6 +125,7 @@ class PlantedEngine:
     ) -> list[list[float]]:
         """A right answer is the likelier, the further the tensor of its task has moved."""
         moved = self._moved(member, noise)
+        self._spent["render"] += RENDER_S if member else 0.0
         self._spent["generate"] += ANSWER_S * len(prompts) / 2
         rows = [self._answers[json.dumps(prompt)] for prompt in prompts]
         return [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from agent.sections import LearnerSettings
 from evaluators.stats import mcnemar_exact
 from flows.learn.forecast import LOST, Rates, TaskRate, forecast, measure_rates, smallest_gain
 from flows.learn.improve import run_round
+from flows.learn.weigh import weigh
 from flows.round_files import RoundFiles
 from flows.session import Session
 
@@ -54,9 +56,10 @@ def test_the_learning_part_is_generations_of_members_of_prompts(planted: Opened)
     learner = learner_of(session)
     learning = forecast(session.service, "gsm8k", learner, measured(session)).costs[0]
     n, p, g = learner.population, learner.prompts, learner.generations
-    seconds = g * (n * (RENDER_S + p * ANSWER_S) + n / 2 * UPDATE_S)
-    assert learning.completions == n * p * g
-    assert learning.tokens == n * p * g * TOKENS
+    rows = n * g + 1  # of the parent, before the first of three generations
+    seconds = rows * (RENDER_S + p * ANSWER_S) + g * UPDATE_S
+    assert learning.completions == rows * p
+    assert learning.tokens == rows * p * TOKENS
     assert learning.minutes == pytest.approx(seconds / 60)
 
 
@@ -65,7 +68,7 @@ def test_two_engines_share_members_and_both_update(planted: Opened) -> None:
     learner, rates = learner_of(session), measured(session)
     one = forecast(session.service, "gsm8k", learner, rates).costs[0].minutes
     two = forecast(session.service, "gsm8k", learner, replace(rates, engines=2)).costs[0].minutes
-    update = learner.generations * learner.population / 2 * UPDATE_S / 60
+    update = learner.generations * UPDATE_S / 60
     assert two - update == pytest.approx((one - update) / 2)
 
 
@@ -75,7 +78,7 @@ def test_worked_answers_that_are_read_cost_what_reading_costs(planted: Opened) -
     assert rates.row_s == pytest.approx(ANSWER_S / 2)
     read = forecast(session.service, "gsm8k", learner, rates).costs[0].minutes
     written = forecast(session.service, "gsm8k", learner, replace(rates, row_s=ANSWER_S)).costs[0]
-    rows = learner.generations * learner.population * learner.prompts
+    rows = (learner.generations * learner.population + 1) * learner.prompts
     assert written.minutes - read == pytest.approx(rows * ANSWER_S / 2 / 60)
 
 
@@ -84,6 +87,39 @@ def test_the_evaluation_asks_every_row_of_both_models(planted: Opened) -> None:
     costs = forecast(session.service, "gsm8k", learner_of(session), measured(session)).costs
     evaluation = next(cost for cost in costs if cost.part == "evaluation")
     assert evaluation.completions == 3 * 60 * 2  # tasks, rows, anchor and candidate
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"selection": 24, "selection_every": 2, "patience": 0, "generations": 7},
+        {"fitness": "likelihood", "generations": 5, "batch": 6, "too_large": "ignore"},
+    ],
+)
+def test_a_round_takes_what_was_planned(planted: Opened, changes: dict[str, Any]) -> None:
+    """By what the engines spent on learning, choice, curve, evaluation and sealed draw."""
+    tasks = {"curve_every": 2, "curve_rows": 10, "kl_rows": 0}
+    session = planted(learner=changes, tasks=tasks)
+    service, population = session.service, session.population
+    planned = forecast(service, "gsm8k", learner_of(session), measured(session))
+    before = sum(population.spent().values())
+    made = run_round(service, population, "gsm8k", session.progress, {})
+    report = weigh(session, made.run_id).report
+    spent_s = sum(population.spent().values()) - before
+    sealed = next(cost for cost in planned.costs if cost.part.startswith("sealed"))
+    reached = report.verdict == "promote" or any(r["step"] == "sealed" for r in report.reasons)
+    minutes = planned.minutes - (0.0 if reached else sealed.minutes)
+    assert spent_s / 60 == pytest.approx(minutes, rel=0.1)
+
+
+def test_tables_that_are_there_are_not_planned_again(planted: Opened) -> None:
+    session = planted(tasks={"kl_rows": 0})
+    made = run_round(session.service, session.population, "gsm8k", session.progress, {})
+    weigh(session, made.run_id)
+    costs = forecast(session.service, "gsm8k", learner_of(session), measured(session)).costs
+    evaluation = next(cost for cost in costs if cost.part == "evaluation")
+    assert evaluation.completions == 3 * 60  # the next candidate's; the anchor has answered
 
 
 @pytest.mark.parametrize("rows", [30, 100, 400, 1000])
