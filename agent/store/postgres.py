@@ -148,7 +148,7 @@ class PostgresDatabase(Database):
 
     def _prepare(self) -> None:
         known = newest("state")
-        if self._version() < known:
+        while self._version() < known:
             self._migrate()
         if self._version() > known:
             raise UserError(
@@ -164,8 +164,8 @@ class PostgresDatabase(Database):
     def _migrate(self) -> None:
         """Run the missing steps, alone and all together; who comes second finds nothing to do.
 
-        The schema is looked for first: an owner of the database may have made it for a role that
-        is not allowed to.
+        Returns where the server was lost in it: whether it was done is read again. The schema is
+        looked for first: an owner of the database may have made it for a role that may not.
         """
         import sqlalchemy
 
@@ -180,6 +180,8 @@ class PostgresDatabase(Database):
                 connection.exec_driver_sql(f"SET LOCAL search_path = {SCHEMA}")
                 upgrade(connection, "state")
         except sqlalchemy.exc.SQLAlchemyError as error:
+            if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
+                return
             reason = " ".join(str(getattr(error, "orig", None) or error).split())
             raise UserError(f"{self.name}: cannot be brought up to date ({reason})") from error
 

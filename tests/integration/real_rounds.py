@@ -3,7 +3,8 @@
 python real_rounds.py FOLDER TRIALS SEED [SERVER]
 
 One undisturbed round, then TRIALS that are killed once or twice, anywhere, and go on; prints what
-came of each. SERVER: URL of a PostgreSQL server, on which the trials keep journal and ledger.
+came of each. SERVER: URL of a PostgreSQL server with an empty database for each trial (trial0 ...),
+where it keeps journal and ledger.
 """
 
 import hashlib
@@ -16,8 +17,6 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
-
-import psycopg
 
 from agent.config import load
 from agent.home import Home
@@ -130,14 +129,6 @@ def trial(home: Path, launcher: EngineLauncher, kills: list[tuple[int, float]]) 
     return told
 
 
-def database_of(home: Path, server: str) -> None:
-    """Make a new database for a home."""
-    url = f"{server.rpartition('/')[0]}/{home.name}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{home.name}"')
-    home.with_suffix(".url").write_text(url)
-
-
 def main(folder: Path, trials: int, seed: int, server: str = "") -> list[dict[str, Any]]:
     folder.mkdir(parents=True)
     draw, launcher = random.Random(seed), EngineLauncher(folder / "launcher.log")
@@ -147,7 +138,7 @@ def main(folder: Path, trials: int, seed: int, server: str = "") -> list[dict[st
             points = sorted(draw.sample(range(MEMBERS), draw.choice([1, 1, 2])))
             kills = [(point, draw.uniform(0, 0.2)) for point in points]
             if server:
-                database_of(folder / f"trial{number}", server)
+                (folder / f"trial{number}.url").write_text(f"{server}/trial{number}")
             found.append(trial(folder / f"trial{number}", launcher, kills))
     finally:
         launcher.close()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Thread
 
 import pytest
 from postgres_server import PostgresProcess, needs_server
@@ -27,21 +26,11 @@ def test_so_it_does_on_a_server_that_is_killed_as_well(
     """The undisturbed round is on SQLite: a digest does not depend on where the journal is."""
     if scale(0, 1) == 0:
         pytest.skip("rounds on a server that is killed: in the soak")
-    server, over = PostgresProcess(), Event()
-
-    def disturb() -> None:
-        while not over.wait(7.0):
-            server.kill()
-            over.wait(2.0)
-            server.start()
-
-    disturber = Thread(target=disturb)
-    disturber.start()
+    server = PostgresProcess()
     try:
-        said = compare(tmp_path, 3, server.url())
+        with server.disturbed(3, up_s=7.0, away_s=2.0) as url:
+            said = compare(tmp_path, 3, url)
     finally:
-        over.set()
-        disturber.join()
         server.remove()
     assert "does not answer" in said
     assert "a-secret" not in said

@@ -6,7 +6,8 @@ import socket
 import subprocess
 import tempfile
 import threading
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -69,6 +70,27 @@ class PostgresProcess:
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}"')
         return self.url(name)
+
+    @contextmanager
+    def disturbed(self, databases: int, up_s: float, away_s: float) -> Iterator[str]:
+        """Its URL, with databases trial0, ...; killed and started again until the block ends."""
+        for number in range(databases):
+            self.database(f"trial{number}")
+        over = threading.Event()
+
+        def disturb() -> None:
+            while not over.wait(up_s):
+                self.kill()
+                over.wait(away_s)
+                self.start()
+
+        disturber = threading.Thread(target=disturb)
+        disturber.start()
+        try:
+            yield self.url("").rstrip("/")
+        finally:
+            over.set()
+            disturber.join()
 
     def remove(self) -> None:
         with suppress(subprocess.CalledProcessError):  # killed by a test

@@ -3,7 +3,8 @@
 Each line of standard input is a JSON list, each of standard output what came of it:
 
 ["round", ANCHOR, FOLDER, TRIALS, SEED]    one undisturbed round, then TRIALS that are killed and go
-                                           on
+                                           on; one more argument: the URL of a PostgreSQL server
+                                           with an empty database for each, named trial0, ...
 ["replay", ANCHOR, STATE.DB, FOLDER]       on one core, then on all
 """
 
@@ -45,7 +46,7 @@ def reward(parameters: Parameters, member: es.Member, generation: int) -> np.nda
     return np.tanh(probes @ flat / flat.size)
 
 
-def play(database: Path, anchor: Anchor, log: Path) -> None:
+def play(database: Path | str, anchor: Anchor, log: Path) -> None:
     """Open or resume the round and bring it to its end, one row a member."""
     journal = Journal(database)
     journal.open_run(
@@ -88,7 +89,7 @@ def evaluate(journal: Journal, parameters: Parameters, asked: Evaluate, log: Pat
     return np.stack([done[member.index] for member in asked.members])
 
 
-def child(database: Path, anchor: Anchor, log: Path) -> int:
+def child(database: Path | str, anchor: Anchor, log: Path) -> int:
     """Start the round in a process of its own."""
     pid = os.fork()
     if pid == 0:
@@ -96,6 +97,8 @@ def child(database: Path, anchor: Anchor, log: Path) -> int:
         try:
             play(database, anchor, log)
             status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
         finally:
             os._exit(status)
     return pid
@@ -116,10 +119,13 @@ def killed(pid: int, log: Path, count: int, pause: float) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def trial(folder: Path, anchor: Anchor, kills: list[tuple[int, float]]) -> dict[str, Any]:
+def trial(
+    folder: Path, anchor: Anchor, kills: list[tuple[int, float]], server: str = ""
+) -> dict[str, Any]:
     """A round that is killed at these points, then left alone."""
     folder.mkdir(parents=True)
-    database, log = folder / "state.db", folder / "log"
+    log = folder / "log"
+    database = f"{server}/{folder.name}" if server else folder / "state.db"
     hit = sum(killed(child(database, anchor, log), log, *kill) for kill in kills)
     status = os.waitpid(child(database, anchor, log), 0)[1]
     assert status == 0, f"{folder}: ended with {status}"
@@ -137,7 +143,9 @@ def trial(folder: Path, anchor: Anchor, kills: list[tuple[int, float]]) -> dict[
     return found
 
 
-def rounds(anchor_dir: str, folder: str, trials: str, seed: str) -> list[dict[str, Any]]:
+def rounds(
+    anchor_dir: str, folder: str, trials: str, seed: str, server: str = ""
+) -> list[dict[str, Any]]:
     anchor, draw = Anchor.open(Path(anchor_dir)), random.Random(int(seed))
     anchor.digest  # noqa: B018 (hashed once, before the children are forked)
     found = [trial(Path(folder) / "whole", anchor, [])]
@@ -145,7 +153,7 @@ def rounds(anchor_dir: str, folder: str, trials: str, seed: str) -> list[dict[st
     for number in range(int(trials)):
         points = sorted(draw.sample(range(1, total), draw.choice([1, 1, 2])))
         kills = [(point, draw.uniform(0, 0.01)) for point in points]
-        found.append(trial(Path(folder) / f"trial{number}", anchor, kills))
+        found.append(trial(Path(folder) / f"trial{number}", anchor, kills, server))
     return found
 
 

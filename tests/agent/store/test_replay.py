@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from postgres_server import PostgresProcess, needs_server
 from replaying import leave_snapshots, replay_without
 
 from agent.errors import UserError
@@ -276,7 +277,26 @@ def test_a_round_killed_anywhere_ends_where_the_whole_one_does(
     make_model: MakeModel, tmp_path: Path, process: Process, scale: Callable[[int, int], int]
 ) -> None:
     trials = scale(5, 50)
-    whole, *others = process("round", make_model(), tmp_path / "rounds", trials, 1)
+    compare(process("round", make_model(), tmp_path / "rounds", trials, 1), trials)
+
+
+@pytest.mark.integration
+@needs_server
+def test_so_it_does_on_a_server_that_is_killed_as_well(
+    make_model: MakeModel,
+    tmp_path: Path,
+    process: Process,
+    server: PostgresProcess,
+    scale: Callable[[int, int], int],
+) -> None:
+    """The whole round is on SQLite: rows and hashes do not depend on where the journal is."""
+    trials = scale(2, 20)
+    with server.disturbed(trials, up_s=0.7, away_s=0.3) as url:
+        compare(process("round", make_model(), tmp_path / "rounds", trials, 1, url), trials)
+
+
+def compare(rounds: list[dict[str, Any]], trials: int) -> None:
+    whole, *others = rounds
     assert len(whole["evaluated"]) == len(set(whole["evaluated"])) == 36
     assert len(others) == trials
     assert sum(found["kills"] for found in others) >= trials
