@@ -225,6 +225,80 @@ def update(
 
 
 @_compiled  # type: ignore[untyped-decorator]
+def render_runs(
+    out: Any,
+    anchor: Any,
+    delta: Any,
+    start: int,
+    width: int,
+    stride: int,
+    scale: Any,
+    words: Any,
+    table: Any,
+) -> None:
+    """`render` of runs of width elements that lie stride elements apart in the tensor."""
+    for run in range(out.size // width):
+        a, b = run * width, (run + 1) * width
+        at = start + run * stride
+        render(out[a:b], anchor[a:b], delta[a:b], at, scale, words, table)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def render_bf16_runs(
+    out: Any,
+    anchor: Any,
+    delta: Any,
+    start: int,
+    width: int,
+    stride: int,
+    scale: Any,
+    words: Any,
+    table: Any,
+) -> None:
+    """`render_bf16` of runs, as in `render_runs`."""
+    for run in range(out.size // width):
+        a, b = run * width, (run + 1) * width
+        at = start + run * stride
+        render_bf16(out[a:b], anchor[a:b], delta[a:b], at, scale, words, table)
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def update_runs(
+    delta: Any,
+    start: int,
+    width: int,
+    stride: int,
+    coefficients: Any,
+    words: Any,
+    table: Any,
+    penalty: int,
+    s: Any,
+    share: Any,
+    tau: Any,
+    weights: Any,
+) -> Any:
+    """`update` of runs, as in `render_runs`."""
+    square, move = 0.0, 0.0
+    for run in range(delta.size // width):
+        a, b = run * width, (run + 1) * width
+        held = weights[a:b] if weights.size else weights
+        part = update(
+            delta[a:b],
+            start + run * stride,
+            coefficients,
+            words,
+            table,
+            penalty,
+            s,
+            share,
+            tau,
+            held,
+        )
+        square, move = square + part[0], move + part[1]
+    return square, move
+
+
+@_compiled  # type: ignore[untyped-decorator]
 def _finish(
     delta: Any,
     acc: Any,
@@ -312,24 +386,32 @@ def sum_squares(values: Any) -> Any:
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def leaves(out: Any, words: Any) -> None:
-    """out (leaves, 2) uint32: two sums, modulo 2^32, over each LEAF words (n,) uint32.
+def leaves(out: Any, words: Any, start: int, width: int, stride: int) -> None:
+    """Add to out (leaves, 2) uint32 two sums, modulo 2^32, over the LEAF words of each leaf:
 
         sum_i mixed(w_i + (2 i + 1) G)    and    sum_i mixed(w_i xor (2 i + 1) H)
 
-    i counts from 0 in each leaf, G and H are Philox's Weyl constants, mixed is the finaliser of
+    words (n,) uint32 are runs as in `render_runs`, of which out's first leaf holds the first. i
+    counts from 0 in each leaf, G and H are Philox's Weyl constants, mixed is the finaliser of
     MurmurHash3 (public domain). A changed word always changes both sums; sums do not depend on
-    the order in which they are taken, so that any number of threads gives the same.
+    the order in which they are taken, so that any number of threads gives the same, and the sums
+    of a tensor's parts add up to the tensor's.
     """
-    for leaf in range(out.shape[0]):
-        one, other = np.uint32(0), np.uint32(0)
-        first = leaf * LEAF
-        for i in range(min(LEAF, words.size - first)):
-            odd = np.uint32(2 * i + 1)
-            word = words[_place(first + i)]
-            one = np.uint32(one + _mixed(np.uint32(word + np.uint32(odd * _G))))
-            other = np.uint32(other + _mixed(np.uint32(word ^ np.uint32(odd * _H))))
-        out[leaf, 0], out[leaf, 1] = one, other
+    first = start // LEAF
+    for run in range(words.size // width):
+        at, end, place = run * width, (run + 1) * width, start + run * stride
+        while at < end:
+            within = place % LEAF
+            count = min(end - at, LEAF - within)
+            one, other = np.uint32(0), np.uint32(0)
+            for i in range(count):
+                odd = np.uint32(2 * (within + i) + 1)
+                word = words[_place(at + i)]
+                one = np.uint32(one + _mixed(np.uint32(word + np.uint32(odd * _G))))
+                other = np.uint32(other + _mixed(np.uint32(word ^ np.uint32(odd * _H))))
+            leaf = place // LEAF - first
+            out[leaf, 0], out[leaf, 1] = out[leaf, 0] + one, out[leaf, 1] + other
+            at, place = at + count, place + count
 
 
 @_inlined  # type: ignore[untyped-decorator]

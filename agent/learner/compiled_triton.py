@@ -50,13 +50,20 @@ def _eps(block, words, table, NORMAL: tl.constexpr):
 
 
 @triton.jit
-def _tile(first_block, start, count, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's block numbers (B,), and places in the slice with their mask (B, C)."""
-    block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+def _tile(start, width, stride, per_run, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's block numbers (B,), and places in the slice with their mask (B, C).
+
+    start, width, stride: `noise.Runs`; each run has per_run programs, from its first group on.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    run = program // per_run
+    begin = start + run * stride
+    first = begin // (COLUMNS * LANES) * LANES + program % per_run * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
     group, lane = block // LANES, block % LANES
     column = tl.arange(0, COLUMNS).to(tl.int64)
-    at = (group * (COLUMNS * LANES) + lane)[:, None] + (column * LANES)[None, :] - start
-    return block, at, (at >= 0) & (at < count)
+    at = (group * (COLUMNS * LANES) + lane)[:, None] + (column * LANES)[None, :] - begin
+    return block, at + run * width, (at >= 0) & (at < width)
 
 
 @triton.jit
@@ -87,15 +94,16 @@ def noise(
     out,
     words,
     table,
-    first_block,
     start,
-    count,
+    width,
+    stride,
+    per_run,
     NORMAL: tl.constexpr,
     BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """out (count,) = eps[start : start + count]."""
-    block, at, mask = _tile(first_block, start, count, BLOCKS, COLUMNS)
+    """out (n,) = eps of the slice's runs."""
+    block, at, mask = _tile(start, width, stride, per_run, BLOCKS, COLUMNS)
     tl.store(out + at, _eps(block, words, table, NORMAL), mask)
 
 
@@ -107,9 +115,10 @@ def render(
     scale,
     words,
     table,
-    first_block,
     start,
-    count,
+    width,
+    stride,
+    per_run,
     NOISY: tl.constexpr,
     BF16: tl.constexpr,
     NORMAL: tl.constexpr,
@@ -117,7 +126,7 @@ def render(
     COLUMNS: tl.constexpr,
 ):
     """out = anchor + (delta + scale * eps), and anchor itself where the sum in brackets is 0."""
-    block, at, mask = _tile(first_block, start, count, BLOCKS, COLUMNS)
+    block, at, mask = _tile(start, width, stride, per_run, BLOCKS, COLUMNS)
     s = tl.load(delta + at, mask, other=0)
     if NOISY:
         s = s + tl.load(scale) * _eps(block, words, table, NORMAL)
@@ -134,9 +143,10 @@ def update(
     strength,
     weights,
     squares,
-    first_block,
     start,
-    count,
+    width,
+    stride,
+    per_run,
     pairs,
     PENALTY: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -149,7 +159,7 @@ def update(
     squares (programs, 2) float64: this program's sums of delta^2 and of its move^2. Summed here,
     because a copy of delta in float64 would be three times as large as delta itself.
     """
-    block, at, mask = _tile(first_block, start, count, BLOCKS, COLUMNS)
+    block, at, mask = _tile(start, width, stride, per_run, BLOCKS, COLUMNS)
     # Pairs are added in order, as on the CPU: another order would round to other bits.
     acc = tl.zeros([BLOCKS, COLUMNS], tl.float32)
     for p in range(pairs):
@@ -191,22 +201,42 @@ def _soft(d, threshold):
 
 
 @triton.jit
-def leaves(out, words, count, LEAF: tl.constexpr, TILE: tl.constexpr):
-    """out (leaves, 2) int32: the two sums of `compiled.leaves` over each LEAF words (n,) int32."""
-    first = tl.program_id(0).to(tl.int64) * LEAF
+def leaves(
+    out,
+    words,
+    start,
+    width,
+    stride,
+    count,
+    LEAF: tl.constexpr,
+    TILE: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """out (leaves, 2) int32: the sums of `compiled.leaves` over words (count,) int32, a slice.
+
+    A program goes over the places of one leaf, from that of the slice's first element on.
+    """
+    leaf = tl.program_id(0).to(tl.int64) + start // LEAF
+    first = leaf * LEAF - start
     one = tl.zeros([TILE], tl.uint64)
     other = tl.zeros([TILE], tl.uint64)
     for chunk in range(LEAF // TILE):
         place = chunk * TILE + tl.arange(0, TILE)
-        mask = first + place < count
-        word = tl.load(words + first + place, mask, other=0).to(tl.uint32, bitcast=True)
+        at = first + place
+        mask = at >= 0
+        if RUNS:  # of several runs: a division for each element, which one run does without
+            run = at // stride
+            mask = mask & (at - run * stride < width)
+            at = at - run * (stride - width)
+        mask = mask & (at < count)
+        word = tl.load(words + at, mask, other=0).to(tl.uint32, bitcast=True)
         odd = place.to(tl.uint32) * 2 + 1
         one += tl.where(mask, _mixed(word + odd * W0), 0).to(tl.uint64)
         other += tl.where(mask, _mixed(word ^ odd * W1), 0).to(tl.uint64)
     # Summed in 64 bits, of which 32 are kept: the order of additions cannot matter.
-    at = out + 2 * tl.program_id(0)
-    tl.store(at, tl.sum(one, 0).to(tl.uint32).to(tl.int32, bitcast=True))
-    tl.store(at + 1, tl.sum(other, 0).to(tl.uint32).to(tl.int32, bitcast=True))
+    to = out + 2 * leaf
+    tl.store(to, tl.sum(one, 0).to(tl.uint32).to(tl.int32, bitcast=True))
+    tl.store(to + 1, tl.sum(other, 0).to(tl.uint32).to(tl.int32, bitcast=True))
 
 
 @triton.jit

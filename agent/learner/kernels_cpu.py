@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from agent.learner import compiled
 from agent.learner.es import Step
-from agent.learner.noise import GROUP, Address, NoiseKind, normal_table, streams
+from agent.learner.noise import GROUP, Address, NoiseKind, Runs, normal_table, streams
 from agent.learner.penalty import PENALTIES, Penalty, check, check_weights
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -35,12 +35,12 @@ Result = TypeVar("Result")
 CORES: Final[int] = config.NUMBA_NUM_THREADS  # default number of threads: the cores of this process
 _UPDATE_TASK: Final = 1 << 16  # elements; part of the definition of the norms' partial sums
 _RENDER_TASK: Final = 1 << 19  # elements
-_LEAVES_TASK: Final = 16  # leaves
+_LEAVES_TASK: Final = 16 * compiled.LEAF  # elements
 _WORTH_THREADS: Final = 1 << 19  # numbers to draw below which starting threads costs more
 _BATCHES: Final = 16  # of tasks, per thread
 _NO_TABLE: Final = np.empty(0, np.float32)
 _NO_WEIGHTS: Final = np.empty(0, np.float32)
-_RENDERERS: Final = {"<f4": compiled.render, "<u2": compiled.render_bf16}
+_RENDERERS: Final = {"<f4": compiled.render_runs, "<u2": compiled.render_bf16_runs}
 
 
 class Squares(NamedTuple):
@@ -51,22 +51,22 @@ class Squares(NamedTuple):
 
 
 class Render(NamedTuple):
-    """One slice to render; all arrays of one size, `start` its place in the whole tensor."""
+    """One slice to render; all arrays of one size."""
 
     name: str
     out: Stored
     anchor: Stored  # same type as out
     delta: Floats
-    start: int = 0
+    runs: Runs = Runs()  # its place in the whole tensor
 
 
 class Update(NamedTuple):
-    """One slice of delta to update in place, `start` its place in the whole tensor."""
+    """One slice of delta to update in place."""
 
     name: str
     delta: Floats
     weights: Floats | None = None  # importance of each parameter
-    start: int = 0
+    runs: Runs = Runs()  # its place in the whole tensor
 
 
 def noise_into(
@@ -84,7 +84,7 @@ def noise_into(
     def fill(span: Span) -> None:
         compiled.noise(out[slice(*span)], start + span[0], words, table)
 
-    _spread(fill, _cuts(start, out.size, _RENDER_TASK), out.size, threads)
+    _spread(fill, _cuts(Runs(start), out.size, _RENDER_TASK), out.size, threads)
 
 
 def render_into(
@@ -99,7 +99,7 @@ def render_into(
     threads: int | None = None,
 ) -> None:
     """Write out = anchor + (delta + scale * eps) for one slice; see `render_many`."""
-    part = Render(tensor_name, out, anchor_f32, delta, start)
+    part = Render(tensor_name, out, anchor_f32, delta, Runs(start))
     render_many([part], address, scale, kind, threads)
 
 
@@ -123,14 +123,14 @@ def render_many(
     tasks = []
     for n, part in enumerate(parts):
         _check_arrays(part.name, part.delta, part.out, part.anchor)
-        tasks += [(n, span) for span in _cuts(part.start, part.delta.size, _RENDER_TASK)]
+        tasks += [(n, span) for span in _cuts(part.runs, part.delta.size, _RENDER_TASK)]
 
     def draw(task: tuple[int, Span]) -> None:
         n, span = task
         part, at = parts[n], slice(*span)
         out, anchor, delta = part.out[at], part.anchor[at], part.delta[at]
         kernel = _RENDERERS[out.dtype.str]
-        kernel(out, anchor, delta, part.start + span[0], factor, words[n], table)
+        kernel(out, anchor, delta, *_runs_of(part.runs, span), factor, words[n], table)
 
     _spread(draw, tasks, sum(part.delta.size for part in parts), threads)
 
@@ -144,7 +144,7 @@ def update_inplace(
     threads: int | None = None,
 ) -> Squares:
     """Apply a step to one slice of delta; see `update_many`."""
-    return update_many([Update(tensor_name, delta, weights, start)], step, threads)[0]
+    return update_many([Update(tensor_name, delta, weights, Runs(start))], step, threads)[0]
 
 
 def update_many(parts: Sequence[Update], step: Step, threads: int | None = None) -> list[Squares]:
@@ -160,7 +160,7 @@ def update_many(parts: Sequence[Update], step: Step, threads: int | None = None)
     tasks = [
         (n, span)
         for n, part in enumerate(parts)
-        for span in _cuts(part.start, part.delta.size, _UPDATE_TASK)
+        for span in _cuts(part.runs, part.delta.size, _UPDATE_TASK)
     ]
     work = _measured(parts) if step.no_op is not None else _updated(parts, step)
     drawn = sum(part.delta.size for part in parts) * (1 + len(step.pairs))
@@ -171,17 +171,26 @@ def update_many(parts: Sequence[Update], step: Step, threads: int | None = None)
     return [Squares(fsum(s.delta for s in f), fsum(s.step for s in f)) for f in squares]
 
 
-def tree_leaves(values: Floats, threads: int | None = None) -> NDArray[np.uint32]:
-    """(leaves, 2) sums over the bits of float32 (n,): what a tree hash is made of."""
+def tree_leaves(
+    values: Floats, threads: int | None = None, runs: Runs | None = None, whole: int | None = None
+) -> NDArray[np.uint32]:
+    """(leaves, 2) sums over the bits of float32 (n,): what a tree hash is made of.
+
+    Of a slice of a tensor of ``whole`` elements: what it adds to the sums of the tensor's leaves.
+    """
     _check_arrays("values", values)
-    words = values.view(np.uint32)
-    out = np.empty((-(-values.size // compiled.LEAF), 2), np.uint32)
+    words, runs = values.view(np.uint32), runs or Runs()
+    out = np.zeros((-(-(values.size if whole is None else whole) // compiled.LEAF), 2), np.uint32)
 
-    def add(span: Span) -> None:
-        low, high = (edge * compiled.LEAF for edge in span)
-        compiled.leaves(out[slice(*span)], words[low:high])
+    def add(span: Span) -> tuple[int, NDArray[np.uint32]]:
+        start, width, stride = _runs_of(runs, span)
+        last = start + ((span[1] - span[0]) // width - 1) * stride + width - 1
+        part = np.zeros((last // compiled.LEAF - start // compiled.LEAF + 1, 2), np.uint32)
+        compiled.leaves(part, words[slice(*span)], start, width, stride)
+        return start // compiled.LEAF, part
 
-    _spread(add, _cuts(0, len(out), _LEAVES_TASK), values.size, threads)
+    for first, part in _spread(add, _cuts(runs, values.size, _LEAVES_TASK), values.size, threads):
+        out[first : first + len(part)] += part
     return out
 
 
@@ -195,9 +204,9 @@ def _updated(parts: Sequence[Update], step: Step) -> Callable[[tuple[int, Span]]
         n, span = task
         at, part = slice(*span), parts[n]
         weights = _NO_WEIGHTS if part.weights is None else part.weights[at]
-        start = part.start + span[0]
-        squares = compiled.update(
-            part.delta[at], start, coefficients, words[n], table, *penalty, weights
+        place = _runs_of(part.runs, span)
+        squares = compiled.update_runs(
+            part.delta[at], *place, coefficients, words[n], table, *penalty, weights
         )
         return Squares(*squares)
 
@@ -224,13 +233,26 @@ def _table(kind: NoiseKind) -> Floats:
     return normal_table() if kind == "normal" else _NO_TABLE
 
 
-def _cuts(start: int, count: int, task: int) -> list[Span]:
-    """Cut [0, count) where start + index is a multiple of `task`."""
-    if start < 0:
-        raise ValueError(f"slice start {start} must be 0 or more")
-    inner = range(task - start % task, count, task)
-    edges = [0, *inner, count]
+def _cuts(runs: Runs, count: int, task: int) -> list[Span]:
+    """Cut [0, count): where start + index is a multiple of `task`, or between runs."""
+    if runs.start < 0:
+        raise ValueError(f"slice start {runs.start} must be 0 or more")
+    first, each = task - runs.start % task, task
+    if 0 < runs.width < count:
+        if count % runs.width:
+            raise ValueError(f"{count} elements are not whole runs of {runs.width}")
+        first = each = runs.width * max(1, task // runs.width)
+    edges = [0, *range(first, count, each), count]
     return [(a, b) for a, b in pairwise(edges) if a < b]
+
+
+def _runs_of(runs: Runs, span: Span) -> Runs:
+    """The runs of a cut of a slice."""
+    size = span[1] - span[0]
+    if not runs.width:
+        return Runs(runs.start + span[0], size)
+    run, within = divmod(span[0], runs.width)
+    return Runs(runs.start + run * runs.stride + within, min(runs.width, size), runs.stride)
 
 
 def _spread(

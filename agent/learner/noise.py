@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,18 @@ class Address:
             value = getattr(self, name)
             if not 0 <= value < limit:
                 raise ValueError(f"{name} {value} must lie in 0 .. {limit - 1}")
+
+
+class Runs(NamedTuple):
+    """Where a slice lies in its tensor: run r of it is elements [start + r stride, + width).
+
+    The rows of a matrix are one run, a window of its columns has one run a row. Run after run is
+    contiguous in memory.
+    """
+
+    start: int = 0
+    width: int = 0  # 0: all of the slice is one run
+    stride: int = 0
 
 
 def stream(address: Address, tensor_name: str) -> Stream:

@@ -113,7 +113,8 @@ class Engine(Protocol):
 
     def state(self) -> dict[str, str | None]:
         """What it holds: ``served`` (start, theta, a member or a digest), ``way`` (how members
-        get in: short or long), ``anchor``, ``delta_hash``."""
+        get in: short or long), ``anchor``, ``delta_hash``, ``held`` (elements of delta on each
+        tensor-parallel rank)."""
         ...
 
     def spent(self) -> dict[str, float]:

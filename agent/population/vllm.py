@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from agent.errors import UserError
+from agent.home import flush_folder
 from agent.learner.es import Applied, Step
 from agent.learner.noise import Address, NoiseKind
 from agent.population.capacity import share_of
@@ -28,6 +29,10 @@ from agent.population.vllm_arguments import (
     torchvision_for_import,
     whole_prompts,
 )
+from agent.store.anchor import Anchor
+from agent.store.tensorfile import beside
+from agent.store.theta import applied
+from agent.store.windows import Ranks
 
 # Of a request whose log-probabilities are compared with another engine's: computed in full, since a
 # prompt read in two parts rounds differently.
@@ -70,6 +75,7 @@ class VllmEngine:
         reader, self._defaults["skip_special_tokens"] = _reader(options, tokenizer)
         written = options.chat_template, options.chat_template_kwargs
         self._chat = Chat(tokenizer, *written, reader, _caller(options, tokenizer))
+        self._theta = Ranks({}, [])
         self._base: Path | None = options.model  # None: theta
         self._member: tuple[object, NoiseKind] | None = None  # whose weights it holds, if one's
         self._current = True  # whether the engine holds the base
@@ -78,28 +84,37 @@ class VllmEngine:
     def open(self, anchor: Path) -> str:
         """See ``Engine``."""
         kept = self._options.importance
-        where = self._options.master_device, str(kept) if kept else None, self._options.way
-        opened = self._rpc("anchorage_open", str(anchor), *where)
+        where = self._options.master_device, str(kept) if kept else None
+        opened = self._ranks("anchorage_open", str(anchor), *where, self._options.way)
+        if len({each["sure"] for each in opened}) > 1:  # every rank has to put weights the same way
+            opened = self._ranks("anchorage_open", str(anchor), *where, "long")
+        shapes = {name: shape for name, (shape, _) in Anchor.open(anchor).specs.items()}
+        self._theta = Ranks(shapes, [each["windows"] for each in opened])
         self._base, self._member, self._current = None, None, False
-        return str(opened["digest"])
+        return str(opened[0]["digest"])
 
     def restore(self, snapshot: Path | None, steps: Sequence[Step]) -> str:
         """See ``Engine``."""
         rows = [step.to_json() for step in steps]
-        delta_hash = str(self._rpc("anchorage_restore", snapshot and str(snapshot), rows))
+        self._ranks("anchorage_restore", snapshot and str(snapshot), rows)
         self._base, self._member, self._current = None, None, False
-        return delta_hash
+        return self._delta_hash()
 
     def apply(self, step: Step) -> Applied:
         """See ``Engine``."""
         with self._timed("update"):
-            applied = Applied(**self._rpc("anchorage_apply", step.to_json()))
+            moves = self._theta.moves(self._ranks("anchorage_apply", step.to_json()))
+            done = applied(moves, self._delta_hash())
         self._base, self._member, self._current = None, None, False
-        return applied
+        return done
 
     def save(self, path: Path) -> str:
-        """See ``Engine``."""
-        return str(self._rpc("anchorage_save", str(path)))
+        """See ``Engine``; ranks write their windows into one file."""
+        with beside(path) as folder:
+            self._ranks("anchorage_save", str(folder / path.name))
+            (folder / path.name).replace(path)
+        flush_folder(path.parent)
+        return self._delta_hash()
 
     def load(self, directory: Path, repack_head: bool = True) -> str:
         """See ``Engine``; ``repack_head`` as in the worker."""
@@ -206,7 +221,11 @@ class VllmEngine:
 
     def state(self) -> dict[str, str | None]:
         """See ``Engine``."""
-        return dict(self._rpc("anchorage_state"))
+        state = dict(self._rpc("anchorage_state"))
+        if state["anchor"] is None:
+            return state | {"delta_hash": None}
+        held = ", ".join(map(str, self._theta.held()))
+        return state | {"delta_hash": self._delta_hash(), "held": held}
 
     def spent(self) -> dict[str, float]:
         """See ``Engine``."""
@@ -219,9 +238,17 @@ class VllmEngine:
                 self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
+    def _ranks(self, method: str, *args: Any) -> list[Any]:
+        """Call a worker method on every rank; what each one says."""
+        return list(self._llm.collective_rpc(method, args=args))
+
     def _rpc(self, method: str, *args: Any) -> Any:
         """Call a worker method on every rank; what the first one says."""
-        return self._llm.collective_rpc(method, args=args)[0]
+        return self._ranks(method, *args)[0]
+
+    def _delta_hash(self) -> str:
+        """The hash of delta, put together of what the ranks hold."""
+        return self._theta.delta_hash(self._ranks("anchorage_hash"))
 
     def _hold(self, member: tuple[Address, float] | None, noise: NoiseKind) -> None:
         """Put the member into the engine, or theta or the loaded directory again.

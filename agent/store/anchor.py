@@ -26,6 +26,7 @@ from agent.errors import UserError
 from agent.home import flush_folder
 from agent.learner.penalty import check_weights
 from agent.store.tensorfile import DTYPES, Spec, beside, combined, hashed, sha256_of
+from agent.store.windows import Windows
 
 if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
     import torch
@@ -238,8 +239,8 @@ def _equal(files: Mapping[str, Any], one: str, other: str) -> bool:
 Floats = NDArray[np.float32]
 
 
-def read_floats(anchor: Anchor, path: Path) -> dict[str, Floats]:
-    """One float32 array per tensor of the anchor, from a snapshot that belongs to it."""
+def read_floats(anchor: Anchor, path: Path, windows: Windows | None = None) -> dict[str, Floats]:
+    """One float32 array per tensor of the anchor, or its window, from a snapshot of the anchor."""
     import torch
 
     handle = open_tensors(path)
@@ -256,7 +257,9 @@ def read_floats(anchor: Anchor, path: Path) -> dict[str, Floats]:
     ]
     if wrong:
         raise UserError(f"{path}: {listed(wrong)}, allowed: float32 in the anchor's shapes")
-    return {name: np.array(tensor.numpy()) for name, tensor in tensors.items()}
+    for name, window in (windows or {}).items():
+        tensors[name] = window.of(tensors[name])
+    return {name: np.array(tensor.numpy(), order="C") for name, tensor in tensors.items()}
 
 
 def importance_path(folder: Path, digest: str) -> Path:
@@ -284,14 +287,17 @@ def keep_importance(anchor: Anchor, source: Path, folder: Path) -> tuple[str, fl
     return digest, largest
 
 
-def read_importance(anchor: Anchor, folder: Path | None, digest: str) -> Mapping[str, Floats]:
+def read_importance(
+    anchor: Anchor, folder: Path | None, digest: str, windows: Windows | None = None
+) -> Mapping[str, Floats]:
     """The weights of this sha256, by tensor name, flat; UserError when they are not there."""
     path = importance_path(folder, digest) if folder else None
     if path is None or not path.is_file():
         raise UserError(f"importance {digest[:12]}: is not kept in {folder}")
     if (found := sha256_of(path)) != digest:
         raise UserError(f"{path}: has sha256 {found[:12]}, the round was made with {digest[:12]}")
-    return {name: weights.reshape(-1) for name, weights in read_floats(anchor, path).items()}
+    read = read_floats(anchor, path, windows)
+    return {name: weights.reshape(-1) for name, weights in read.items()}
 
 
 def _largest(weights: Mapping[str, Floats], source: Path) -> float:

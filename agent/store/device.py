@@ -7,8 +7,10 @@ Only what ``Bus`` copies crosses in sizes that grow with the model; the kernels'
 hundred bytes a launch.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from agent.learner.noise import Address, NoiseKind
 from agent.learner.penalty import Penalty
 from agent.store.anchor import Anchor, Floats, read_floats
 from agent.store.theta import Moves, Slot, Theta
+from agent.store.windows import Windows
 
 
 class Bus:
@@ -57,20 +60,21 @@ class DeviceParameters(Theta):
         device: torch.device | str | Bus,
         delta: Mapping[str, Floats] | None = None,
         importance: Path | None = None,
+        windows: Windows = MappingProxyType({}),
     ):
-        self.anchor, self.importance = anchor, importance
+        self.anchor, self.importance, self.windows = anchor, importance, windows
         self.bus = device if isinstance(device, Bus) else Bus(device)
         self.delta = {
-            name: torch.zeros(torch.Size(shape).numel(), device=self.bus.device)
+            name: torch.zeros(math.prod(self.shape(name)), device=self.bus.device)
             if delta is None
             else self.bus.put(torch.from_numpy(delta[name]))
-            for name, (shape, _) in anchor.specs.items()
+            for name in anchor.specs
         }
         self._on_device: tuple[str, dict[str, torch.Tensor]] = ("", {})  # importance, by its sha256
-        whole = sum(tensor.nbytes for _, tensor in anchor.tensors())
+        held = {name: self.base(name) for name in anchor.names}
         self._base = {}
-        for name, tensor in anchor.tensors() if whole < self.bus.room() else ():
-            self._base[name] = self.bus.put(tensor)
+        if sum(tensor.nbytes for tensor in held.values()) < self.bus.room():
+            self._base = {name: self.bus.put(tensor) for name, tensor in held.items()}
 
     @classmethod
     def load(
@@ -97,29 +101,33 @@ class DeviceParameters(Theta):
 
         names = list(order or self.anchor.names)
         noisy = [address] if address is not None and scale else []
+        # Two copies a member: one for each tensor would wait for the kernel before it.
         words = words_of(noisy, names, self.bus.device)
+        factor = torch.tensor([scale], dtype=torch.float32, device=self.bus.device)
         for place, name in enumerate(names):
             base = self._base.get(name)
             if base is None:
-                base = self.bus.put(self.anchor.tensor(name))
+                base = self.bus.put(self.base(name))
             slot = into(name) if into else None
             out = torch.empty_like(base) if slot is None else slot
             at, scaled = self.noise_of(name, address, scale)
-            delta = self.delta[name]
-            render_into(out, base, delta, at, name, 0, scaled, noise, words[place])
-            yield name, out.view(self.anchor.specs[name][0])
+            flat = out, base, self.delta[name]
+            runs = self.runs(name)
+            render_into(*flat, at, name, runs, scaled, noise, words[place], factor)
+            yield name, out.view(self.shape(name))
 
     def moved(self, step: Step) -> Moves:
         """See ``Theta``; squares are summed in the kernel, two numbers a tensor come back."""
-        from agent.learner.kernels_triton import update_inplace, words_of
+        from agent.learner.kernels_triton import numbers_of, update_inplace, words_of
 
         names = [name for name in self.anchor.names if name not in self.anchor.fixed]
         words = words_of(step.addresses(), names, self.bus.device)
+        numbers = numbers_of(step, self.bus.device)
         weights = self._weights_there(step.penalty)
-        sums = [
-            update_inplace(self.delta[name], name, 0, step, weights.get(name), words[place])
-            for place, name in enumerate(names)
-        ]
+        sums = []
+        for place, name in enumerate(names):
+            part = self.delta[name], name, self.runs(name), step, weights.get(name)
+            sums.append(update_inplace(*part, words[place], numbers))
         pairs = self.bus.get(torch.stack(sums)).tolist() if sums else []
         moves = {name: (pair[0], pair[1]) for name, pair in zip(names, pairs, strict=True)}
         return moves | dict.fromkeys(self.anchor.fixed, (0.0, 0.0))
@@ -145,20 +153,22 @@ class DeviceParameters(Theta):
             for values in self.delta.values():
                 values.zero_()
             return
-        for name, read in read_floats(self.anchor, snapshot).items():
+        for name, read in read_floats(self.anchor, snapshot, self.windows).items():
             self.delta[name].copy_(self.bus.put(torch.from_numpy(read)))
 
     def tree_leaves(self, name: str) -> NDArray[np.uint32]:
         """See ``Theta``; a 32,768th of delta comes back."""
         from agent.learner.kernels_triton import tree_leaves
 
-        leaves: NDArray[np.uint32] = self.bus.get(tree_leaves(self.delta[name])).numpy()
+        whole = math.prod(self.anchor.specs[name][0])
+        sums = tree_leaves(self.delta[name], self.runs(name), whole)
+        leaves: NDArray[np.uint32] = self.bus.get(sums).numpy()
         return leaves.view(np.uint32)
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; on the host, for a snapshot or a sha256."""
         for name in names:
-            yield name, self.bus.get(self.delta[name]).view(self.anchor.specs[name][0])
+            yield name, self.bus.get(self.delta[name]).view(self.shape(name))
 
 
 def _there_is(device: torch.device) -> torch.device:

@@ -18,8 +18,9 @@ from agent.learner.es import Shaping, Step, members, step
 from agent.store.anchor import Anchor
 from agent.store.journal import DamagedError, Generation, Journal
 from agent.store.packed import Rewards
-from agent.store.theta import TREE, Parameters
+from agent.store.theta import Parameters
 from agent.store.weights import export
+from agent.store.windows import TREE
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ bits are the same.
 
 Memory on the host: the mapped anchor (2 bytes a parameter for bfloat16, pages the system may
 drop), 4 bytes a parameter for delta, and the tensors rendered ahead (GROUP elements, or one
-tensor that is larger) for as long as a reader holds them.
+tensor that is larger) for as long as a reader holds them. A tensor-parallel rank holds its
+``windows`` of delta alone, and everything here is then about these.
 
 The compiled kernels are imported where they are called. They load numba and llvmlite, and vLLM's
 search for kernels, at the start of a serving engine on the CPU, fails in a process that has
@@ -18,12 +19,12 @@ llvmlite: such a process imports this module to check its weights before it star
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from agent.home import flush_folder
 from agent.learner.es import Applied, Step
-from agent.learner.noise import Address, NoiseKind
+from agent.learner.noise import Address, NoiseKind, Runs
 from agent.learner.penalty import Penalty
 from agent.store.anchor import Anchor, Floats, read_floats, read_importance
 from agent.store.tensorfile import (
@@ -42,12 +43,12 @@ from agent.store.tensorfile import (
     hashed,
     write_tensors,
 )
+from agent.store.windows import TREE, Windows, tree_hash, write_windows
 
 if TYPE_CHECKING:  # most commands need no tensor, and torch takes seconds
     import torch
 
 GROUP = 1 << 24  # elements rendered at a time
-TREE = "tree-"  # how a tree hash of delta begins
 
 Moves = Mapping[str, tuple[float, float]]
 """Tensor name -> (sum delta^2 after a step, sum (delta after - before)^2), in float64."""
@@ -68,6 +69,7 @@ class Theta(ABC):
     anchor: Anchor
     importance: Path | None = None  # folder of weights that penalties name (``importance``)
     tree: bool = False  # whether a tree hash is what is cheap where delta lies
+    windows: Windows = MappingProxyType({})
     _weights: tuple[str, Mapping[str, Floats]] = ("", {})
 
     @abstractmethod
@@ -101,7 +103,10 @@ class Theta(ABC):
 
     @abstractmethod
     def tree_leaves(self, name: str) -> NDArray[np.uint32]:
-        """(leaves, 2) sums over the bits of one tensor of delta (``compiled.leaves``)."""
+        """(leaves, 2) sums over the bits of one tensor of delta (``compiled.leaves``).
+
+        Of a window what it adds to those of the whole tensor.
+        """
 
     @abstractmethod
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,15 +119,22 @@ class Theta(ABC):
         ||delta|| by layer.
         """
         moves = self.moved(step)
-        layers: dict[str, list[float]] = {}
-        for name in self.anchor.names:
-            layers.setdefault(layer_of(name), []).append(moves[name][0])
-        return Applied(
-            delta_hash=self.delta_hash(like),
-            norm=math.sqrt(math.fsum(square for square, _ in moves.values())),
-            step_norm=math.sqrt(math.fsum(square for _, square in moves.values())),
-            layer_norms={layer: math.sqrt(math.fsum(held)) for layer, held in layers.items()},
-        )
+        return applied(moves, self.delta_hash(like))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what is held of a tensor."""
+        whole = self.anchor.specs[name][0]
+        return self.windows[name].shape(whole) if name in self.windows else whole
+
+    def runs(self, name: str) -> Runs:
+        """Where what is held of a tensor lies in it."""
+        whole = self.anchor.specs[name][0]
+        return self.windows[name].runs(whole) if name in self.windows else Runs()
+
+    def base(self, name: str) -> torch.Tensor:
+        """The anchor's part of what is held of a tensor; mapped, do not write."""
+        tensor = self.anchor.tensor(name)
+        return self.windows[name].of(tensor) if name in self.windows else tensor
 
     def noise_of(
         self, name: str, address: Address | None, scale: float
@@ -136,7 +148,8 @@ class Theta(ABC):
         if digest is None:
             return {}
         if self._weights[0] != digest:
-            self._weights = digest, read_importance(self.anchor, self.importance, digest)
+            read = read_importance(self.anchor, self.importance, digest, self.windows)
+            self._weights = digest, read
         return self._weights[1]
 
     def require_weights(self, penalty: Penalty) -> None:
@@ -159,24 +172,45 @@ class Theta(ABC):
             like: A hash that is to be compared with: its kind is taken. None: what is cheap where
                 delta lies.
         """
+        if self.windows:
+            raise ValueError("delta_hash: a rank holds windows of delta; allowed: all of it")
         if not (self.tree if like is None else like.startswith(TREE)):
             return combined(self.specs(), hashed(self.deltas(self.anchor.names)))
-        leaves = {name: self.tree_leaves(name).astype("<u4") for name in self.anchor.names}
-        hashes = {name: hashlib.sha256(each.tobytes()).digest() for name, each in leaves.items()}
-        return TREE + combined(self.specs(), hashes)
+        shapes = {name: shape for name, (shape, _) in self.anchor.specs.items()}
+        return tree_hash(shapes, {name: self.tree_leaves(name) for name in shapes})
 
     def digest(self) -> str:
         """Hex sha256 of the rendered weights, the name of a model everywhere."""
         return combined(self.anchor.specs, hashed(self.rendered()))
 
     def save(self, path: Path) -> None:
-        """Keep delta as a safetensors file: written beside its place, flushed, renamed."""
+        """Keep delta as a safetensors file: written beside its place, flushed, renamed.
+
+        A rank writes its windows into the file, which is whole when all ranks have.
+        """
         metadata = {"anchor": self.anchor.digest}
+        if self.windows:
+            parts = dict(self.deltas(self.anchor.names))
+            write_windows(path, self.specs(), self.windows, parts, metadata)
+            return
         with beside(path) as folder:
             tensors = self.deltas(file_order(self.specs()))
             write_tensors(folder / path.name, self.specs(), tensors, metadata)
             (folder / path.name).replace(path)
         flush_folder(path.parent)
+
+
+def applied(moves: Moves, delta_hash: str) -> Applied:
+    """What a step did: the hash of delta, ||delta||, the length of the move, ||delta|| by layer."""
+    layers: dict[str, list[float]] = {}
+    for name in sorted(moves):
+        layers.setdefault(layer_of(name), []).append(moves[name][0])
+    return Applied(
+        delta_hash=delta_hash,
+        norm=math.sqrt(math.fsum(square for square, _ in moves.values())),
+        step_norm=math.sqrt(math.fsum(square for _, square in moves.values())),
+        layer_norms={layer: math.sqrt(math.fsum(held)) for layer, held in layers.items()},
+    )
 
 
 class Parameters(Theta):
@@ -191,16 +225,23 @@ class Parameters(Theta):
         anchor: Anchor,
         delta: Mapping[str, Floats],
         importance: Path | None = None,
+        windows: Windows = MappingProxyType({}),
     ):
-        self.anchor, self.importance = anchor, importance
+        self.anchor, self.importance, self.windows = anchor, importance, windows
         self.delta = {name: delta[name].reshape(-1) for name in anchor.names}
 
     @classmethod
-    def zeros(cls, anchor: Anchor, importance: Path | None = None) -> Parameters:
+    def zeros(
+        cls,
+        anchor: Anchor,
+        importance: Path | None = None,
+        windows: Windows = MappingProxyType({}),
+    ) -> Parameters:
         """theta = theta_0."""
         shapes = {name: shape for name, (shape, _) in anchor.specs.items()}
+        shapes |= {name: window.shape(shapes[name]) for name, window in windows.items()}
         delta = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-        return cls(anchor, delta, importance)
+        return cls(anchor, delta, importance, windows)
 
     @classmethod
     def load(cls, anchor: Anchor, path: Path, importance: Path | None = None) -> Parameters:
@@ -222,11 +263,12 @@ class Parameters(Theta):
         from agent.learner.kernels_cpu import Render, render_many
 
         for names in groups(self.anchor.specs, order or self.anchor.names):
+            bases = {name: self.base(name).contiguous() for name in names}
             slots = {name: into(name) if into else None for name in names}
             tensors = {
-                name: torch.empty_like(self.anchor.tensor(name))
+                name: torch.empty_like(bases[name])
                 if slot is None or slot.device.type != "cpu"  # the kernels write host memory
-                else slot.view(self.anchor.specs[name][0])
+                else slot.view(self.shape(name))
                 for name, slot in slots.items()
             }
             parts: list[Render] = []
@@ -236,9 +278,9 @@ class Parameters(Theta):
                     at = self.noise_of(name, address, scale)
                     self._render_float16(name, tensor, *at, noise)
                 else:
-                    base = stored(self.anchor.tensor(name))
                     kind = fixed if name in self.anchor.fixed else parts
-                    kind.append(Render(name, stored(tensor), base, self.delta[name]))
+                    flat = stored(tensor), stored(bases[name]), self.delta[name]
+                    kind.append(Render(name, *flat, self.runs(name)))
             render_many(parts, address, scale, noise)
             render_many(fixed, None, 0.0, noise)
             yield from tensors.items()
@@ -249,13 +291,17 @@ class Parameters(Theta):
         """Through float32, rounded once at the end."""
         from agent.learner.kernels_cpu import Render, render_many
 
-        flat, base = out.view(-1), self.anchor.tensor(name).reshape(-1)
-        for start in range(0, flat.numel(), GROUP):
-            wide = base[start : start + GROUP].float()
-            delta = self.delta[name][start : start + GROUP]
-            part = Render(name, stored(wide), stored(wide), delta, start)
+        flat, base = out.view(-1), self.base(name).reshape(-1)
+        runs = self.runs(name)
+        each = GROUP if not runs.width else runs.width * max(1, GROUP // runs.width)
+        for first in range(0, flat.numel(), each):
+            wide = base[first : first + each].float()
+            delta = self.delta[name][first : first + each]
+            begin = first // runs.width * runs.stride if runs.width else first
+            place = Runs(runs.start + begin, runs.width, runs.stride)
+            part = Render(name, stored(wide), stored(wide), delta, place)
             render_many([part], address, scale, noise)
-            flat[start : start + GROUP].copy_(wide)
+            flat[first : first + each].copy_(wide)
 
     def moved(self, step: Step) -> Moves:
         """See ``Theta``; all tensors in one pass."""
@@ -263,14 +309,16 @@ class Parameters(Theta):
 
         weights, fixed = self.weights(step.penalty), self.anchor.fixed
         names = [name for name in self.anchor.names if name not in fixed]
-        parts = [Update(name, self.delta[name], weights.get(name)) for name in names]
+        parts = [
+            Update(name, self.delta[name], weights.get(name), self.runs(name)) for name in names
+        ]
         moves = dict(zip(names, update_many(parts, step), strict=True))
         return moves | dict.fromkeys(fixed, (0.0, 0.0))
 
     def reset(self, snapshot: Path | None) -> None:
         """See ``Theta``; a snapshot is read beside delta, which it replaces."""
         if snapshot is not None:
-            read = read_floats(self.anchor, snapshot)
+            read = read_floats(self.anchor, snapshot, self.windows)
             self.delta = {name: read[name].reshape(-1) for name in self.anchor.names}
             return
         for values in self.delta.values():
@@ -280,14 +328,15 @@ class Parameters(Theta):
         """See ``Theta``; on all cores."""
         from agent.learner.kernels_cpu import tree_leaves
 
-        return tree_leaves(self.delta[name])
+        whole = math.prod(self.anchor.specs[name][0])
+        return tree_leaves(self.delta[name], None, self.runs(name), whole)
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; shares memory with delta."""
         import torch
 
         for name in names:
-            yield name, torch.from_numpy(self.delta[name]).view(self.anchor.specs[name][0])
+            yield name, torch.from_numpy(self.delta[name]).view(self.shape(name))
 
 
 def groups(specs: Mapping[str, Spec], names: Iterable[str]) -> Iterator[list[str]]:

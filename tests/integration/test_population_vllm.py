@@ -18,7 +18,7 @@ from reference import Family, ReferenceEngine, random_checkpoint
 from safetensors.torch import save_file
 
 from agent.errors import UserError
-from agent.learner.es import Step, members, step
+from agent.learner.es import Applied, Step, members, step
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.population.decoding import kl_per_token, largest_difference
@@ -27,6 +27,7 @@ from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineLostError, EngineProcess
 from agent.population.process_group import SHARED_MEMORY
 from agent.population.schedule import Completion, Logprobs
+from agent.store.replay import is_sound
 from agent.store.weights import Anchor, Parameters, export
 
 pytestmark = pytest.mark.integration
@@ -427,12 +428,27 @@ def test_tensor_parallel_ranks_answer_like_one_and_end_with_their_engine(
     engine = launcher.engine(two)
     engine.ready()
     assert len(served_by(two.log)) >= 4  # the engine, its core, two ranks
-    one = moved_answers(engine, model)
+    host = Parameters.zeros(Anchor.open(model))
+    wanted = host.apply(one_step(), "tree-")
+    applied, answers = moved_answers(engine, model)
+    state, whole = engine.state(), host.anchor.parameters
+    sys.stdout.write(f"elements of delta on each rank: {state['held']} of {whole}\n")
+    assert state["way"] == "short"  # each rank has only its windows
+    norms = sum(tensor.numel() for _, tensor in host.anchor.tensors() if tensor.ndim == 1)
+    assert max(map(int, str(state["held"]).split(","))) <= whole / 2 + norms
+    assert applied.delta_hash == wanted.delta_hash
+    assert applied.layer_norms == pytest.approx(wanted.layer_norms, rel=1e-9)
+    snapshot = tmp_path / "snapshots" / "one.safetensors"
+    assert engine.save(snapshot) == wanted.delta_hash
+    assert is_sound(host.anchor, snapshot, wanted.delta_hash)
+    assert engine.restore(None, []) != wanted.delta_hash
+    assert engine.restore(snapshot, []) == wanted.delta_hash
+    assert engine.generate(PROMPTS, 6, MEMBER) == answers
     engine.close()
     assert gone(two.log)
     assert shared_memory() <= before
     single = launcher.engine(options(model))
-    assert moved_answers(single, model) == one
+    assert moved_answers(single, model)[1] == answers
     single.close()
 
 
@@ -464,11 +480,10 @@ def shared_memory() -> set[Path]:
     return set(SHARED_MEMORY.glob("vllm*"))
 
 
-def moved_answers(engine: EngineProcess, model: Path) -> tuple[str, list[Completion]]:
-    """The hash of delta after a step, and a member's answers."""
+def moved_answers(engine: EngineProcess, model: Path) -> tuple[Applied, list[Completion]]:
+    """What a step did, and a member's answers after it."""
     engine.open(model)
-    applied = engine.apply(one_step())
-    return applied.delta_hash, engine.generate(PROMPTS, 6, MEMBER)
+    return engine.apply(one_step()), engine.generate(PROMPTS, 6, MEMBER)
 
 
 def gone(log: Path) -> bool:

@@ -29,7 +29,7 @@ import torch
 
 from agent.errors import UserError
 from agent.learner.es import Step, members, step
-from agent.learner.noise import Address, NoiseKind
+from agent.learner.noise import Address, NoiseKind, Runs
 from agent.learner.penalty import PENALTIES, Penalty
 
 HERE = Address(11, 3, 2)
@@ -105,14 +105,14 @@ def bits(device: Device) -> dict[str, Any]:
             kernels_cpu.render_into(wanted, lifted, delta, HERE, "w", 5, 0.01, kind)
             out = torch.empty_like(base, device=device.name)
             there = (base.to(device.name), torch.from_numpy(delta).to(device.name))
-            kernels_triton.render_into(out, *there, HERE, "w", 5, 0.01, kind)
+            kernels_triton.render_into(out, *there, HERE, "w", Runs(5), 0.01, kind)
             case = f"render {kind} {str(dtype).removeprefix('torch.')}"
             differing[case] = _differing(out, torch.from_numpy(wanted).to(dtype))
         for penalty in PENALTIES:
             made = a_step(kind, Penalty(penalty, 0.5 if penalty == "l1" else 5.0, 0.004, 0.3))
             moved, there_delta = delta.copy(), torch.from_numpy(delta.copy()).to(device.name)
             kernels_cpu.update_inplace(moved, "w", 5, made)
-            kernels_triton.update_inplace(there_delta, "w", 5, made)
+            kernels_triton.update_inplace(there_delta, "w", Runs(5), made)
             differing[f"update {kind} {penalty}"] = _differing(there_delta, torch.from_numpy(moved))
     leaves = kernels_triton.tree_leaves(torch.from_numpy(delta).to(device.name)).cpu().numpy()
     differing["leaves"] = int((leaves.view(np.uint32) != kernels_cpu.tree_leaves(delta)).sum())
@@ -139,9 +139,9 @@ def speed(device: Device) -> dict[str, Any]:
         "randn + add": device.seconds(lambda: plain.add_(torch.randn_like(plain))),
         "noise": device.seconds(lambda: kernels.noise_into(plain, HERE, "w", 0, "normal")),
         "render": device.seconds(
-            lambda: kernels.render_into(out, anchor, delta, HERE, "w", 0, 0.01, "normal")
+            lambda: kernels.render_into(out, anchor, delta, HERE, "w", Runs(), 0.01, "normal")
         ),
-        "update": device.seconds(lambda: kernels.update_inplace(delta, "w", 0, made)),
+        "update": device.seconds(lambda: kernels.update_inplace(delta, "w", Runs(), made)),
         "hash": device.seconds(lambda: kernels.tree_leaves(delta)),
     }
     moved = {"copy": 8, "randn + add": 16, "noise": 4, "render": 8, "update": 8, "hash": 4}
@@ -169,7 +169,7 @@ def _launch(device: Device) -> float:
 
     def launches() -> None:
         for _ in range(many):
-            kernels.render_into(out, delta, delta, HERE, "w", 0, 0.01, "normal", words)
+            kernels.render_into(out, delta, delta, HERE, "w", Runs(), 0.01, "normal", words)
 
     return device.seconds(launches) / many
 
@@ -188,9 +188,9 @@ def place(device: Device) -> dict[str, Any]:
     wrong = 0
     for pair in range(3):
         at = Address(1, 0, pair)
-        kernels.render_into(rows, anchor, delta, at, "w", 0, 0.01, "normal")
+        kernels.render_into(rows, anchor, delta, at, "w", Runs(), 0.01, "normal")
         alone = torch.empty_like(anchor)
-        kernels.render_into(alone, anchor, delta, at, "w", 0, 0.01, "normal")
+        kernels.render_into(alone, anchor, delta, at, "w", Runs(), 0.01, "normal")
         answer = asked().clone()
         wrong += int((fused[wide:].reshape(-1) != alone).sum()) + int(fused[:wide].count_nonzero())
         wrong += int((answer != given @ fused.T).sum())

@@ -20,7 +20,7 @@ from agent.learner.kernels_cpu import (
     update_inplace,
     update_many,
 )
-from agent.learner.noise import Address, NoiseKind, normal, rademacher
+from agent.learner.noise import Address, NoiseKind, Runs, normal, rademacher
 from agent.learner.penalty import PENALTIES, Penalty, PenaltyKind, prox
 
 pytestmark = pytest.mark.proof  # the loops are compiled first
@@ -92,6 +92,48 @@ def test_shards_equal_the_whole_tensor(edges: list[int], noise: NoiseKind) -> No
         update_inplace(parts[at], "w", a, taken, weights[at])
     assert out.tobytes() == whole_out.tobytes()
     assert parts.tobytes() == whole.tobytes()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 5_000), st.lists(st.integers(0, 5_000), max_size=3), st.sampled_from(KINDS),
+    st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_windows_of_columns_equal_those_of_the_whole_tensor(
+    wide: int, edges: list[int], noise: NoiseKind, threads: int
+) -> None:
+    """Render, update and the leaves of the tree hash: cut anywhere, side by side the whole's."""
+    count = -(-70_000 // wide) * wide
+    anchor, delta, weights = arrays(count)
+    taken, edges = a_step("elastic_net", noise), sorted({0, wide, *(e % wide for e in edges)})
+    whole_out, whole = np.empty_like(anchor), delta.copy()
+    leaves = tree_leaves(delta)
+    render_into(whole_out, anchor, whole, HERE, "w", 0, 0.01, noise)
+    update_inplace(whole, "w", 0, taken, weights)
+    summed = np.zeros_like(leaves)
+    for a, b in itertools.pairwise(edges):
+        runs, window = Runs(a, b - a, wide), np.s_[:, a:b]
+        cut = [
+            part.reshape(-1, wide)[window].copy().reshape(-1) for part in (anchor, delta, weights)
+        ]
+        summed += tree_leaves(cut[1], threads, runs, count)
+        out = np.empty_like(cut[0])
+        render_many([Render("w", out, cut[0], cut[1], runs)], HERE, 0.01, noise, threads)
+        update_many([Update("w", cut[1], cut[2], runs)], taken, threads)
+        assert out.tobytes() == whole_out.reshape(-1, wide)[window].tobytes()
+        assert cut[1].tobytes() == whole.reshape(-1, wide)[window].tobytes()
+    assert summed.tolist() == leaves.tolist()
+
+
+def test_leaves_of_rows_add_up_to_the_whole_tensors() -> None:
+    delta = arrays(3 * LEAF + 17)[1]
+    parts = [
+        tree_leaves(delta[a:b], None, Runs(a), delta.size)
+        for a, b in itertools.pairwise([0, 5, LEAF + 9, delta.size])
+    ]
+    assert sum(parts).tolist() == tree_leaves(delta).tolist()
+    with pytest.raises(ValueError, match="not whole runs of 10"):
+        tree_leaves(delta, None, Runs(0, 10, 20), 2 * delta.size)
 
 
 @pytest.mark.parametrize("noise", KINDS)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from agent.learner import compiled_triton
 from agent.learner.penalty import PENALTIES
 
-SPAN = {"first_block": "i64", "start": "i64", "count": "i64"}
+SPAN = {"start": "i64", "width": "i64", "stride": "i64", "per_run": "i64"}
 NOISE = {"words": "*i32", "table": "*fp32"}
 UPDATE = {
     "delta": "*fp32", "coefficients": "*fp32", **NOISE, "strength": "*fp32", "weights": "*fp32",
@@ -38,8 +38,13 @@ def cases(full: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]
     """(name, kernel, argument types, constants); without `full` one of each kernel."""
     normal = {"NORMAL": True, "BLOCKS": 128, "COLUMNS": 8}
     signs = {"NORMAL": False, "BLOCKS": 32, "COLUMNS": 128}
-    leaves = {"out": "*i32", "words": "*i32", "count": "i64"}
-    yield "leaves", compiled_triton.leaves, leaves, {"LEAF": 1 << 16, "TILE": 1024}
+    leaves = {
+        "out": "*i32", "words": "*i32", "start": "i64", "width": "i64", "stride": "i64",
+        "count": "i64",
+    }  # fmt: skip
+    for runs in (False, True) if full else (True,):
+        constants = {"LEAF": 1 << 16, "TILE": 1024, "RUNS": runs}
+        yield f"leaves {runs}", compiled_triton.leaves, leaves, constants
     for kind, tile in {"normal": normal, "signs": signs}.items() if full else [("normal", normal)]:
         yield f"noise {kind}", compiled_triton.noise, {"out": "*fp32", **NOISE, **SPAN}, tile
         for stored in ("*fp32", "*i16", "*fp16") if full else ("*i16",):

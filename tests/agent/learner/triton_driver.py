@@ -7,13 +7,14 @@ otherwise in Triton's interpreter (TRITON_INTERPRET=1, set by the caller before 
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from agent.learner import kernels_cpu, kernels_triton
 from agent.learner.es import members, step
-from agent.learner.noise import Address, NoiseKind
+from agent.learner.noise import Address, NoiseKind, Runs
 from agent.learner.penalty import PENALTIES, Penalty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +23,7 @@ SLICES = ((3637, 900), (32 * 2**32 - 300, 700), (0, 0))
 if FULL:
     SLICES = (*SLICES, (0, 5000), (8191, 1))
 KINDS: tuple[NoiseKind, ...] = ("normal", "rademacher")
+WINDOWS = ((512, 1024, 1024), (1_000, 1_777, 3_333))  # columns from, to, of so many
 HERE = Address(2**63 - 1, 17, 4)
 
 
@@ -68,16 +70,16 @@ def render_cases() -> Iterator[tuple[str, int]]:
                 kernels_cpu.render_into(exact, lifted, delta, HERE, "w", start, scale, kind)
                 found = torch.empty_like(base)
                 kernels_triton.render_into(
-                    found, base, device(delta), HERE, "w", start, scale, kind
+                    found, base, device(delta), HERE, "w", Runs(start), scale, kind
                 )
                 cast = torch.from_numpy(exact).to(dtype)
                 yield f"render {kind} {start} {count} {dtype}", differing(found, cast)
             found = torch.empty(count, device=DEVICE)
             kernels_triton.render_into(
-                found, device(anchor), device(delta), None, "w", start, scale, kind
+                found, device(anchor), device(delta), None, "w", Runs(start), scale, kind
             )
             kernels_cpu.render_many(
-                [kernels_cpu.Render("w", wanted, anchor, delta, start)], None, scale, kind
+                [kernels_cpu.Render("w", wanted, anchor, delta, Runs(start))], None, scale, kind
             )
             yield f"plain {kind} {start} {count}", differing(found, wanted)
 
@@ -88,7 +90,9 @@ def tie_cases() -> Iterator[tuple[str, int]]:
     delta = np.full(anchor.numel(), 2**-8, np.float32)
     wanted = (anchor.float() + torch.from_numpy(delta)).bfloat16()
     found = torch.empty_like(anchor, device=DEVICE)
-    kernels_triton.render_into(found, anchor.to(DEVICE), device(delta), None, "w", 0, 0.0, "normal")
+    kernels_triton.render_into(
+        found, anchor.to(DEVICE), device(delta), None, "w", Runs(), 0.0, "normal"
+    )
     yield "ties", differing(found, wanted)
 
 
@@ -105,7 +109,7 @@ def update_cases() -> Iterator[tuple[str, int]]:
                 )  # fmt: skip
                 found = device(delta)
                 sums = kernels_triton.update_inplace(
-                    found, "w", start, now, device(weights) if weighted else None
+                    found, "w", Runs(start), now, device(weights) if weighted else None
                 )
                 wanted = kernels_cpu.update_inplace(
                     delta, "w", start, now, weights if weighted else None
@@ -123,12 +127,45 @@ def leaf_cases() -> Iterator[tuple[str, int]]:
         yield f"leaves {count}", int((found != kernels_cpu.tree_leaves(values)).sum())
 
 
+def window_cases() -> Iterator[tuple[str, int]]:
+    """Windows of columns, which may begin anywhere in a group and in a leaf."""
+    for a, b, wide in WINDOWS:
+        name, runs = f"{a}:{b} of {wide}", Runs(a, b - a, wide)
+
+        def cut(values: np.ndarray, a: int = a, b: int = b, wide: int = wide) -> np.ndarray:
+            return values.reshape(-1, wide)[:, a:b].copy().reshape(-1)
+
+        count = -(-66_000 // wide) * wide
+        held = cut(numbers(count)[1])
+        leaves = kernels_triton.tree_leaves(device(held), runs, count).cpu().numpy()
+        wanted = kernels_cpu.tree_leaves(held, None, runs, count)
+        yield f"leaves {name}", int((leaves.view(np.uint32) != wanted).sum())
+        anchor, delta, weights = numbers(4 * wide)
+        now = step(
+            np.random.default_rng(1).random(2), members(2, False), run_seed=3, generation=1,
+            sigma=0.01, alpha=0.01, penalty=Penalty("l1", 0.5),
+        )  # fmt: skip
+        for kind in KINDS if FULL else KINDS[:1]:
+            whole = np.empty_like(anchor)
+            kernels_cpu.render_into(whole, anchor, delta, HERE, "w", 0, 0.01, kind)
+            found, there = device(cut(whole)), device(cut(delta))
+            found.zero_()
+            kernels_triton.render_into(
+                found, device(cut(anchor)), there, HERE, "w", runs, 0.01, kind
+            )
+            yield f"render {kind} {name}", differing(found, cut(whole))
+            moved, drawn = delta.copy(), replace(now, noise=kind)
+            kernels_cpu.update_inplace(moved, "w", 0, drawn, weights)
+            kernels_triton.update_inplace(there, "w", runs, drawn, device(cut(weights)))
+            yield f"update {kind} {name}", differing(there, cut(moved))
+
+
 def refusal_cases() -> Iterator[tuple[str, int]]:
     """A wrong argument is a one-line ValueError, counted as 0; anything else as 1."""
     good = torch.zeros(10, device=DEVICE)
     for name, bad in (("dtype", good.double()), ("size", good[:5]), ("strides", good[::2])):
         try:
-            kernels_triton.render_into(bad, good, good, HERE, "w", 0, 0.1, "normal")
+            kernels_triton.render_into(bad, good, good, HERE, "w", Runs(), 0.1, "normal")
         except ValueError as refused:
             yield f"refuse {name}", int("\n" in str(refused))
         else:
@@ -139,7 +176,7 @@ def refusal_cases() -> Iterator[tuple[str, int]]:
     )  # fmt: skip
     before = numbers(100)[1]
     delta = device(before)
-    kernels_triton.update_inplace(delta, "w", 0, no_op)
+    kernels_triton.update_inplace(delta, "w", Runs(), no_op)
     yield "no-op", differing(delta, before)
 
 
@@ -150,6 +187,7 @@ if __name__ == "__main__":
         update_cases(),
         tie_cases(),
         leaf_cases(),
+        window_cases(),
         refusal_cases(),
     )
     json.dump({name: count for group in groups for name, count in group}, sys.stdout)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from agent.learner.es import members, step
-from agent.learner.kernels_cpu import render_into
 from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
-from agent.population.worker import Layout, ModuleSlice, places
+from agent.population.layout import Layout, ModuleSlice, places
+from agent.store.replay import is_sound
 from agent.store.tensorfile import Spec
+from agent.store.theta import applied
 from agent.store.weights import Anchor, Parameters
+from agent.store.windows import TREE, Ranks, Window, counted, to_json
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 SHAPES = {
@@ -221,8 +224,7 @@ def test_a_model_that_is_not_fully_accounted_for_goes_the_long_way(specs: dict[s
     assert Layout.of(Fused(), specs, torch.float32) is None
 
 
-def test_split_quantised_and_unknown_models_go_the_long_way() -> None:
-    assert Layout.of(Fused(tp_size=2), SPECS, torch.float32) is None
+def test_quantised_and_unknown_models_go_the_long_way() -> None:
     assert Layout.of(object(), SPECS, torch.float32) is None
     quantised = Fused()
     quantised.model.layers[0].mlp.down_proj.quant_method = object()
@@ -231,54 +233,133 @@ def test_split_quantised_and_unknown_models_go_the_long_way() -> None:
     assert Layout.of(elsewhere, SPECS, torch.float32) is None
 
 
-CUT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
-"""Dimension that tensor parallelism cuts; the embedding by rows, norms not at all."""
+class Rank(nn.Module):
+    """One of two tensor-parallel workers' model, cut as vLLM cuts it; one key and value head."""
+
+    packed_modules_mapping = PACKED
+
+    def __init__(self, rank: int):
+        super().__init__()
+        layer: Any = nn.Module()
+        layer.attn, layer.mlp = nn.Module(), nn.Module()
+        layer.attn.qkv_proj = split(Linear(12, 8, bias=True), rank, [8, 8, 8], 8)
+        layer.attn.qkv_proj.num_kv_head_replicas = 2
+        layer.mlp.gate_up_proj = split(Linear(6, 8), rank, [6, 6], 8)
+        layer.mlp.down_proj = split(Linear(8, 3), rank, [8], 6)
+        embedding: Any = Embedding()
+        embedding.weight = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+        embedding.shard_indices = SimpleNamespace(
+            org_vocab_start_index=8 * rank, org_vocab_end_index=(8, 10)[rank]
+        )
+        embedding.tp_size, embedding.tp_rank = 2, rank
+        self.model: Any = nn.Module()
+        self.model.embed_tokens, self.model.layers = embedding, nn.ModuleList([layer])
+        self.model.norm = nn.LayerNorm(8, bias=False)
 
 
-def drawn(theta: Parameters, name: str, rank: int | None, address: Address) -> torch.Tensor:
-    """A rank's part of a tensor (None: all of it), rendered run by run at its own indices."""
-    shape = SHAPES[name]
-    kind = "embed" if "embed" in name else name.split(".")[-2]
-    cut = 0 if kind == "embed" else CUT.get(kind)
-    places = np.arange(np.prod(shape)).reshape(shape)
-    if rank is not None and cut is not None:
-        places = np.array_split(places, 2, axis=cut)[rank]
-    out = torch.empty(places.shape)
-    rows = places.reshape(-1, places.shape[-1])
-    anchor = theta.anchor.tensor(name).reshape(-1).numpy()
-    for row, part in zip(rows, out.view(rows.shape), strict=True):
-        run = slice(row[0], row[-1] + 1)
-        base, delta = anchor[run], theta.delta[name][run]
-        render_into(part.numpy(), base, delta, address, name, int(row[0]), 0.1, "normal")
-    return out
+def split(layer: Any, rank: int, output_sizes: list[int], input_size: int) -> Any:
+    """A layer as one of two workers has it."""
+    layer.tp_size, layer.tp_rank = 2, rank
+    layer.output_sizes, layer.input_size = output_sizes, input_size
+    return layer
 
 
-def test_tensor_parallel_ranks_fuse_the_bits_of_the_whole(tmp_path: Path) -> None:
-    """Both ranks' parts of every parameter, put side by side, are the parameter one worker has."""
+HELD = {  # the rows, or the columns, of each rank; what is not named is whole on both
+    "embed_tokens.weight": (np.s_[:8], np.s_[8:10]),
+    "q_proj.weight": (np.s_[:4], np.s_[4:]),
+    "q_proj.bias": (np.s_[:4], np.s_[4:]),
+    "gate_proj.weight": (np.s_[:3], np.s_[3:]),
+    "up_proj.weight": (np.s_[:3], np.s_[3:]),
+    "down_proj.weight": (np.s_[:, :3], np.s_[:, 3:]),
+}
+
+
+def of_rank(named: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """What a rank holds of tensors."""
+    cut = {".".join(name.split(".")[-2:]): name for name in named}
+    return {
+        name: named[name][HELD[end][rank]] if end in HELD else named[name]
+        for end, name in cut.items()
+    }
+
+
+def test_ranks_hold_their_windows_of_theta_and_together_the_whole(tmp_path: Path) -> None:
+    """Members, steps, the hash of delta, norms and a snapshot, by two ranks and by one worker."""
     save_file(tensors(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
-    theta, address = Parameters.zeros(Anchor.open(tmp_path)), Address(3, 1, 2)
-    rewards = np.array([0.1, 0.7, 0.2, 0.9])
-    theta.apply(
-        step(
-            rewards, members(4, True), run_seed=3, generation=0, sigma=0.1, alpha=0.2,
-            penalty=Penalty("l2", 1.0),
-        )
-    )  # fmt: skip
-    whole = dict(theta.rendered(address, 0.1))
-    for name in SHAPES:
-        assert torch.equal(drawn(theta, name, None, address), whole[name])
-    parameters: dict[str, list[str]] = {}
-    found = places(SPECS, PACKED)
-    for name in sorted(SHAPES, key=lambda name: found[name].start):
-        parameters.setdefault(found[name].whole, []).append(name)
-    for parts in parameters.values():
-        ranks = [torch.cat([drawn(theta, name, r, address) for name in parts]) for r in range(2)]
-        for rank, held in enumerate(ranks):
-            cut = [
-                whole[name].chunk(2, dim=1 if "down_proj" in name else 0)[rank]
-                if "norm" not in name
-                else whole[name]
-                for name in parts
-            ]
-            assert torch.equal(held, torch.cat(cut))
+    anchor, address = Anchor.open(tmp_path), Address(3, 1, 2)
+    one = Parameters.zeros(anchor)
+    layouts = [Layout.of(Rank(rank), SPECS, torch.float32) for rank in range(2)]
+    assert None not in layouts
+    two = [Parameters.zeros(anchor, None, layout.windows) for layout in layouts if layout]
+    ranks = Ranks(SHAPES, [to_json(theta.windows) for theta in two])
+    assert ranks.held() == [sum(d.size for d in theta.delta.values()) for theta in two]
+    for generation in range(2):
+        now = step(
+            np.array([0.1, 0.7, 0.2, 0.9]), members(4, True), run_seed=3, generation=generation,
+            sigma=0.1, alpha=0.2, penalty=Penalty("l1", 0.01),
+        )  # fmt: skip
+        wanted = one.apply(now, TREE)
+        moves = ranks.moves([theta.moved(now) for theta in two])
+        leaves = [{n: t.tree_leaves(n).tobytes() for n in SHAPES} for t in two]
+        found = applied(moves, ranks.delta_hash([{"leaves": each} for each in leaves]))
+        assert found.delta_hash == wanted.delta_hash
+        assert found.norm == pytest.approx(wanted.norm, rel=1e-12)
+        assert found.layer_norms == pytest.approx(wanted.layer_norms, rel=1e-12)
+    whole = dict(one.rendered(address, 0.1))
+    for rank, (theta, layout) in enumerate(zip(two, layouts, strict=True)):
+        rendered, held = dict(theta.rendered(address, 0.1)), of_rank(whole, rank)
+        assert all(torch.equal(rendered[name], held[name]) for name in SHAPES)
+        theta.save(tmp_path / "snapshot.safetensors")
+        assert layout is not None
+        layout.put(backwards(rendered))
+        down = layout._modules["model.layers.0.mlp.down_proj"].packed
+        assert torch.equal(down, held["model.layers.0.mlp.down_proj.weight"])
+        parts = [held[f"model.layers.0.attn.{each}_proj.weight"] for each in "qkv"]
+        assert torch.equal(layout._modules["model.layers.0.attn.qkv_proj"].packed, torch.cat(parts))
+    assert is_sound(anchor, tmp_path / "snapshot.safetensors", one.delta_hash())
+    for theta in two:
+        before = {name: delta.copy() for name, delta in theta.delta.items()}
+        theta.reset(None)
+        theta.reset(tmp_path / "snapshot.safetensors")
+        assert all(np.array_equal(theta.delta[name], before[name]) for name in SHAPES)
+        with pytest.raises(ValueError, match="a rank holds windows"):
+            theta.delta_hash()
+
+
+def test_a_fused_tensor_or_other_sizes_of_a_rank_go_the_long_way() -> None:
+    """Rows of a tensor that is q, k and v at once are not cut at one place."""
+    fused = dict(SPECS)
+    for kind in ("weight", "bias"):
+        shape = (16, 8)[: 2 if kind == "weight" else 1]
+        fused[f"model.layers.0.attn.qkv_proj.{kind}"] = shape, torch.float32
+        for each in "qkv":
+            del fused[f"model.layers.0.attn.{each}_proj.{kind}"]
+    assert Layout.of(Rank(0), fused, torch.float32) is None
+    other: Any = Rank(0)
+    other.model.layers[0].mlp.down_proj.input_size = 3  # says that it is not split
+    assert Layout.of(other, SPECS, torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [{"w": Window(0, 0, 5)}, {"w": Window(0, 6, 10)}],
+        [{"w": Window(0, 0, 5)}, {"w": Window(0, 4, 10)}],
+        [{"w": Window(0, 0, 5)}, {"w": Window(1, 5, 10)}],
+        [{"w": Window(0, 0, 10)}, {}],
+    ],
+)
+def test_windows_that_are_not_the_whole_once_are_refused(windows: list[dict[str, Window]]) -> None:
+    with pytest.raises(ValueError, match="w: "):
+        counted({"w": (10, 10)}, windows)
+
+
+def test_elements_on_several_ranks_are_counted_once() -> None:
+    same = [
+        {"w": Window(0, 0, 5)},
+        {"w": Window(0, 0, 5)},
+        {"w": Window(0, 5, 10)},
+        {"w": Window(0, 10, 10)},
+    ]
+    assert counted({"w": (10, 10), "norm": (3,)}, same) == [["w", "norm"], [], ["w"], ["w"]]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,22 +126,22 @@ def test_members_and_theta_reach_the_engine(tmp_path: Path) -> None:
     directory = model(tmp_path / "a", 0)
     extension, theta = worker(directory), Parameters.zeros(Anchor.open(directory))
     opened = extension.anchorage_open(str(directory))
-    assert opened == {"digest": theta.anchor.digest, "parameters": 12 * 8 + 8 * 24 + 8}
+    assert opened == {"digest": theta.anchor.digest, "sure": False, "windows": {}}
     for generation in range(3):
         for pair, sign in ((0, 1), (0, -1), (3, 1)):
             extension.anchorage_render(5, generation, pair, sign * 0.1)
             address = Address(5, generation, pair)
             assert holds(extension, theta.rendered(address, sign * 0.1))
             assert not holds(extension, theta.rendered())
-        applied = extension.anchorage_apply(one_step(generation).to_json())
-        assert applied == asdict(theta.apply(one_step(generation)))
+        moves = extension.anchorage_apply(one_step(generation).to_json())
+        assert moves == {n: list(each) for n, each in theta.moved(one_step(generation)).items()}
+        assert extension.anchorage_hash() == {"hash": theta.delta_hash()}
         extension.anchorage_render(0, 0, 0, 0.0)
         assert holds(extension, theta.rendered())
     assert extension.anchorage_state() == {
         "served": "theta",
         "way": "long",  # nothing is known about this runner's model
         "anchor": theta.anchor.digest,
-        "delta_hash": theta.delta_hash(),
     }
 
 
@@ -154,10 +153,14 @@ def test_restore_is_the_snapshot_and_the_steps(tmp_path: Path) -> None:
     theta.save(tmp_path / "one.safetensors")
     theta.apply(one_step(1))
     rows = [one_step(0).to_json(), one_step(1).to_json()]
-    assert extension.anchorage_restore(None, rows) == theta.delta_hash()
     snapshot = str(tmp_path / "one.safetensors")
-    assert extension.anchorage_restore(snapshot, rows[1:]) == theta.delta_hash()
-    assert extension.anchorage_restore(None, rows[1:]) != theta.delta_hash()
+    for start, after, same in (
+        (None, rows, True),
+        (snapshot, rows[1:], True),
+        (None, rows[1:], False),
+    ):
+        extension.anchorage_restore(start, after)
+        assert (extension.anchorage_hash() == {"hash": theta.delta_hash()}) is same
 
 
 @pytest.mark.parametrize("kind", [ParallelLMHead, VocabParallelEmbedding])
@@ -223,7 +226,8 @@ def test_without_an_anchor_there_is_nothing_to_move(tmp_path: Path) -> None:
     extension = worker(model(tmp_path / "a", 0))
     with pytest.raises(UserError, match="anchorage_open first"):
         extension.anchorage_apply(one_step(0).to_json())
-    assert extension.anchorage_state()["delta_hash"] is None
+    with pytest.raises(UserError, match="anchorage_open first"):
+        extension.anchorage_hash()
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

@@ -19,8 +19,8 @@ from agent.learner import es
 from agent.learner.penalty import Penalty
 from agent.store.journal import DamagedError, Journal
 from agent.store.replay import is_sound, reached, replay, route, snapshot_path
-from agent.store.theta import TREE
 from agent.store.weights import Anchor, Parameters
+from agent.store.windows import TREE
 
 pytestmark = pytest.mark.proof
 
