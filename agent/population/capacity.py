@@ -3,18 +3,24 @@
 For d parameters of w bytes, T tensor-parallel ranks, and delta on the accelerator, a GPU holds
 
     weights   w d / T     vLLM's
-    anchor    w d         every rank renders whole tensors and keeps its own part of them, so that
-    delta     4 d         neither is divided by T
+    anchor    w d_T       of the windows that the rank renders
+    delta     4 d_T
     cache     tokens * kv / min(T, heads)      of one sequence at least
     working   WORKING     context, graphs and activations of vLLM: assumed, not measured
 
-With delta on the host the GPU holds neither anchor nor delta, and each rank holds 4 d there.
+    d_T = vectors + keys / min(T, heads) + (d - vectors - keys) / T
+
+vectors are the tensors of one dimension, counted whole, keys the projections to keys and values,
+whose heads several ranks share where there are fewer of them. A model whose layers ``layout`` does
+not know to split is rendered whole on every rank: d_T = d. With delta on the host the GPU holds
+neither anchor nor delta, and each rank holds 4 d_T there.
 """
 
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
@@ -29,6 +35,10 @@ GIB = 2**30
 WORKING = 2 * GIB
 PROCESS = GIB // 2  # of an engine's process on the host, beyond what it shares with the launcher
 CACHE = GIB // 2  # of an engine on the CPU (`EngineOptions.kv_cache_mib`)
+KEYS = ("k_proj.weight", "v_proj.weight")
+SPLIT = frozenset(  # modules of dense Llama-like models, whose windows ``layout`` knows
+    f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+) | {"embed_tokens", "lm_head"}
 SMI = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")  # MiB a line
 
 Device = Literal["cpu", "cuda"]
@@ -43,6 +53,16 @@ class ModelSize:
     weight_bytes: int  # all parameters in the published dtype
     kv_bytes: int  # keys and values of one token, all layers, on one rank alone
     kv_heads: int
+    vectors: int = 0  # parameters in tensors of one dimension, which every rank holds
+    keys: int = 0  # parameters of the projections to keys and values
+    split: bool = True  # whether a rank holds its windows alone
+
+    def on_rank(self, ranks: int) -> int:
+        """Parameters of theta that each of so many ranks renders and moves."""
+        if ranks == 1 or not self.split:
+            return self.parameters
+        rest = self.parameters - self.vectors - self.keys
+        return self.vectors + ceil(self.keys / min(ranks, self.kv_heads)) + ceil(rest / ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +86,14 @@ def size_of(anchor: "Anchor") -> ModelSize:
     """The size of a model directory, from its config and the headers of its files."""
     config = json.loads((anchor.directory / "config.json").read_text(encoding="utf-8"))
     stored = sum(tensor.nbytes for _, tensor in anchor.tensors())
-    return _sized(config, anchor.parameters, len(anchor.names), stored)
+    shapes = {name: shape for name, (shape, _) in anchor.specs.items()}
+    matrices = {name.split(".")[-2]: prod(s) for name, s in shapes.items() if len(s) > 1}
+    return replace(
+        _sized(config, anchor.parameters, len(anchor.names), stored),
+        vectors=sum(prod(shape) for shape in shapes.values() if len(shape) < 2),
+        keys=sum(prod(s) for n, s in shapes.items() if n.endswith(KEYS)),
+        split=matrices.keys() <= SPLIT,
+    )
 
 
 def size_of_config(config: Mapping[str, Any]) -> ModelSize:
@@ -93,7 +120,11 @@ def size_of_config(config: Mapping[str, Any]) -> ModelSize:
     tables = 1 if config.get("tie_word_embeddings") else 2
     parameters = tables * int(config["vocab_size"]) * hidden + layers * layer + hidden
     tensors = tables + layers * (9 + 3 * bool(bias) + 2 * bool(normed)) + 1
-    return _sized(config, parameters, tensors, 2 * parameters)
+    return replace(
+        _sized(config, parameters, tensors, 2 * parameters),
+        vectors=layers * (2 * hidden + bias + normed) + hidden,
+        keys=layers * 2 * hidden * size * kv,
+    )
 
 
 _NUMBERS = (
@@ -136,15 +167,14 @@ def gpu_bytes(
         "cache of one sequence": tokens * size.kv_bytes // min(ranks, size.kv_heads),
         "working": WORKING,
     }
-    return need | (master_bytes(size, weighted) if device == "cuda" else {})
+    return need | (master_bytes(size, ranks, weighted) if device == "cuda" else {})
 
 
-def master_bytes(size: ModelSize, weighted: bool = False) -> dict[str, int]:
+def master_bytes(size: ModelSize, ranks: int, weighted: bool = False) -> dict[str, int]:
     """What theta takes beside vLLM's weights on each rank of an engine, by part, in bytes."""
-    floats = 4 * size.parameters
-    return {"anchor": size.weight_bytes, "delta": floats} | (
-        {"importance": floats} if weighted else {}
-    )
+    held = size.on_rank(ranks)
+    anchor, floats = size.weight_bytes * held // size.parameters, 4 * held
+    return {"anchor": anchor, "delta": floats} | ({"importance": floats} if weighted else {})
 
 
 def host_bytes(
@@ -156,7 +186,7 @@ def host_bytes(
     """
     need = {"processes": engines * PROCESS}
     if device == "cpu":
-        need["delta"] = engines * ranks * 4 * size.parameters
+        need["delta"] = engines * ranks * 4 * size.on_rank(ranks)
     if not on_gpu:
         need |= {"weights": engines * size.weight_bytes, "cache": engines * CACHE}
     return need
@@ -195,13 +225,15 @@ def gpu_memory() -> int | None:
     return min((int(line) << 20 for line in told.split() if line.isdecimal()), default=None)
 
 
-def vllm_share(share: float, size: ModelSize, memory: int, weighted: bool = False) -> float:
+def vllm_share(
+    share: float, size: ModelSize, ranks: int, memory: int, weighted: bool = False
+) -> float:
     """vLLM's part of an engine's share of a GPU, theta's own bytes taken off.
 
     vLLM takes all of the share that it is given for weights and cache, so that what it is not told
     of would not fit afterwards.
     """
-    return share - sum(master_bytes(size, weighted).values()) / memory
+    return share - sum(master_bytes(size, ranks, weighted).values()) / memory
 
 
 def share_of(options: EngineOptions) -> float:
@@ -212,7 +244,9 @@ def share_of(options: EngineOptions) -> float:
     if options.master_device == "cpu" or memory is None:
         return options.gpu_memory_utilization
     size, weighted = size_of(Anchor.open(options.model)), options.weighted
-    need = gpu_bytes(size, options.tensor_parallel, "cuda", 1, weighted)
+    size = replace(size, split=size.split and options.way == "short")
+    ranks = options.tensor_parallel
+    need = gpu_bytes(size, ranks, "cuda", 1, weighted)
     room = options.gpu_memory_utilization * memory
     refuse_small("engines.master_device: 'cuda': a GPU", need, room, f"of {gib(memory)}")
-    return vllm_share(options.gpu_memory_utilization, size, memory, weighted)
+    return vllm_share(options.gpu_memory_utilization, size, ranks, memory, weighted)

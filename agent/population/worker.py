@@ -81,8 +81,7 @@ class WeightsExtension:
         theta = self._anchorage_theta()
         if not theta.windows:
             return {"hash": theta.delta_hash()}
-        names = theta.anchor.names
-        return {"leaves": {name: theta.tree_leaves(name).tobytes() for name in names}}
+        return {"leaves": {n: each.astype("<u4").tobytes() for n, each in theta.leaves().items()}}
 
     def anchorage_save(self, path: str) -> None:
         """Write what is here of delta to a snapshot."""

@@ -156,14 +156,18 @@ class DeviceParameters(Theta):
         for name, read in read_floats(self.anchor, snapshot, self.windows).items():
             self.delta[name].copy_(self.bus.put(torch.from_numpy(read)))
 
-    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
-        """See ``Theta``; a 32,768th of delta comes back."""
+    def leaves(self) -> dict[str, NDArray[np.uint32]]:
+        """See ``Theta``; a 32,768th of delta comes back, in one copy that waits for all kernels."""
         from agent.learner.kernels_triton import tree_leaves
 
-        whole = math.prod(self.anchor.specs[name][0])
-        sums = tree_leaves(self.delta[name], self.runs(name), whole)
-        leaves: NDArray[np.uint32] = self.bus.get(sums).numpy()
-        return leaves.view(np.uint32)
+        names = self.anchor.names
+        sums = [
+            tree_leaves(self.delta[name], self.runs(name), math.prod(self.anchor.specs[name][0]))
+            for name in names
+        ]
+        all_of_them: NDArray[np.uint32] = self.bus.get(torch.cat(sums)).numpy().view(np.uint32)
+        ends = np.cumsum([len(each) for each in sums])[:-1]
+        return dict(zip(names, np.split(all_of_them, ends), strict=True))
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; on the host, for a snapshot or a sha256."""

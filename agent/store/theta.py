@@ -102,8 +102,8 @@ class Theta(ABC):
         """
 
     @abstractmethod
-    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
-        """(leaves, 2) sums over the bits of one tensor of delta (``compiled.leaves``).
+    def leaves(self) -> dict[str, NDArray[np.uint32]]:
+        """(leaves, 2) sums over the bits of each tensor of delta (``compiled.leaves``).
 
         Of a window what it adds to those of the whole tensor.
         """
@@ -177,7 +177,7 @@ class Theta(ABC):
         if not (self.tree if like is None else like.startswith(TREE)):
             return combined(self.specs(), hashed(self.deltas(self.anchor.names)))
         shapes = {name: shape for name, (shape, _) in self.anchor.specs.items()}
-        return tree_hash(shapes, {name: self.tree_leaves(name) for name in shapes})
+        return tree_hash(shapes, self.leaves())
 
     def digest(self) -> str:
         """Hex sha256 of the rendered weights, the name of a model everywhere."""
@@ -324,12 +324,15 @@ class Parameters(Theta):
         for values in self.delta.values():
             values.fill(0)
 
-    def tree_leaves(self, name: str) -> NDArray[np.uint32]:
+    def leaves(self) -> dict[str, NDArray[np.uint32]]:
         """See ``Theta``; on all cores."""
         from agent.learner.kernels_cpu import tree_leaves
 
-        whole = math.prod(self.anchor.specs[name][0])
-        return tree_leaves(self.delta[name], None, self.runs(name), whole)
+        specs = self.anchor.specs
+        return {
+            name: tree_leaves(self.delta[name], None, self.runs(name), math.prod(specs[name][0]))
+            for name in specs
+        }
 
     def deltas(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Theta``; shares memory with delta."""

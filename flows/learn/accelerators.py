@@ -1,20 +1,22 @@
 """What a round of a model would take on GPUs that need not be here, from stated or measured rates.
 
-With d parameters of w bytes in t tensors, N members of P prompts, E engines of T GPUs, everything
-in seconds, bytes and bytes a second, and delta on the accelerator:
+With d parameters of w bytes in t tensors, d_T of them on each of an engine's T ranks
+(``capacity``), N members of P prompts in A pairs, E engines of T GPUs, everything in seconds, bytes
+and bytes a second, and delta on the accelerator:
 
     step       = max((W + B c k) / T / (share bandwidth), 2 d B / (T flops share)) + step_s
     generate   = P answer / B * step + 2 d P prompt / (T flops share)
-    render     = max(d / normals_s, (2 w + 4) d / (share bandwidth)) + t launch_s
-    update     = max(N d / normals_s, 8 d / (share bandwidth)) + t launch_s
-    hash       = 4 d / (share bandwidth) + t launch_s
+    render     = max(d_T / normals_s, (2 w + 4) d_T / (share bandwidth), t launch_s)
+    update     = max(A d_T / normals_s, 8 d_T / (share bandwidth), 2 t launch_s)
+    hash       = max(4 d_T / (share bandwidth), t launch_s)
     generation = ceil(N / E) (generate + render) + update + hash
 
 W are the bytes of the weights, B the sequences of a batch, c their mean length and k the cache of
-a token. With more ranks than one a member is put in by vLLM's reload: + t reload_s + 2 W / T /
-(share bandwidth). With delta on the host render, update and hash run on its cores, and W crosses
-the link for every member. Every engine draws the noise of all N members in an update, so that part
-is not divided by E.
+a token. The host launches the kernels of a pass without waiting for any of them (an update also
+sums its squares), so that the slowest of the three counts. Where a rank does not know its windows
+(d_T = d) a member is put in by vLLM's reload: + t reload_s + 2 W / T / (share bandwidth). With
+delta on the host render, update and hash run on its cores, and W crosses the link for every member.
+Every engine draws the noise of all A pairs in an update, so that part is not divided by E.
 """
 
 import json
@@ -122,6 +124,12 @@ class Work:
     generations: int
     max_num_seqs: int
     max_model_len: int
+    mirrored: bool = False  # two members to a pair
+
+    @property
+    def pairs(self) -> int:
+        """Noise addresses of a generation."""
+        return self.members // 2 if self.mirrored else self.members
 
 
 def work_of(changes: Mapping[str, Any]) -> Work:
@@ -129,7 +137,8 @@ def work_of(changes: Mapping[str, Any]) -> Work:
     learner, engines = chosen(LearnerSettings(), changes), EngineSettings()
     prompts = min(learner.batch or learner.prompts, learner.prompts)
     length = ModelSettings().max_model_len
-    return Work(learner.population, prompts, learner.generations, engines.max_num_seqs, length)
+    rounds = learner.generations, engines.max_num_seqs, length
+    return Work(learner.population, prompts, *rounds, learner.mirrored)
 
 
 def known_size(model: str) -> ModelSize:
@@ -240,25 +249,29 @@ def seconds_of(
         f"{generate:.2f} s",
     ]
     launches = t * rates.launch_s
+    held = size.on_rank(ranks)
+    whole = ranks > 1 and not size.split
     if device == "cuda":
-        drawn, passed = d / rates.normals_s, (2 * width + 4) * d / read
-        reload = t * rates.reload_s + 2 * weights / ranks / read if ranks > 1 else 0.0
-        render = max(drawn, passed) + launches + reload
-        updated = max(work.members * d / rates.normals_s, 8 * d / read) + launches
-        hashed = 4 * d / read + launches
+        drawn, passed = held / rates.normals_s, (2 * width + 4) * held / read
+        reload = t * rates.reload_s + 2 * weights / ranks / read if whole else 0.0
+        render = max(drawn, passed, launches) + reload
+        drawing, moving = work.pairs * drawn, 8 * held / read
+        updated = max(drawing, moving, 2 * launches)
+        hashed = max(4 * held / read, launches)
         lines += [
-            f"render = max({drawn:.3f} s drawing, {passed:.3f} s memory) + {launches:.3f} s "
-            f"launches + {reload:.3f} s vLLM's reload = {render:.3f} s",
-            f"update = max({work.members} * {drawn:.3f}, {8 * d / read:.3f}) + {launches:.3f} = "
+            f"parameters of theta on a rank = {held:,} of {d:,}",
+            f"render = max({drawn:.3f} s drawing, {passed:.3f} s memory, {launches:.3f} s launches)"
+            f" + {reload:.3f} s vLLM's reload = {render:.3f} s",
+            f"update = max({work.pairs} * {drawn:.3f}, {moving:.3f}, {2 * launches:.3f}) = "
             f"{updated:.2f} s on every engine",
-            f"hash = {4 * d / read:.3f} + {launches:.3f} = {hashed:.3f} s",
+            f"hash = max({4 * held / read:.3f}, {launches:.3f}) = {hashed:.3f} s",
         ]
     else:
         cores = rates.cores * ranks
-        drawn, crossed = ranks * d / (rates.core_render * cores), weights / rates.link
+        drawn, crossed = ranks * held / (rates.core_render * cores), weights / rates.link
         render = drawn + crossed + t * rates.reload_s
-        updated = ranks * work.members * d / (rates.core_normals_s * cores)
-        hashed = ranks * 4 * d / (rates.core_sha256 * cores)
+        updated = ranks * work.pairs * held / (rates.core_normals_s * cores)
+        hashed = ranks * 4 * held / (rates.core_sha256 * cores)
         lines += [
             f"render = {drawn:.2f} s on {cores:g} cores + {crossed:.2f} s over the link + "
             f"{t * rates.reload_s:.2f} s vLLM's reload = {render:.2f} s",
@@ -270,7 +283,7 @@ def seconds_of(
 def _batch(size: ModelSize, fleet: Fleet, work: Work, rates: GpuRates, device: Device) -> int:
     """Sequences that run at once: the setting, the prompts, or what vLLM's cache has room for."""
     memory = GPUS[fleet.gpu].memory
-    share = vllm_share(fleet.share, size, memory) if device == "cuda" else fleet.share
+    share = vllm_share(fleet.share, size, fleet.ranks, memory) if device == "cuda" else fleet.share
     own = gpu_bytes(size, fleet.ranks, "cpu", 0)
     ranks = min(fleet.ranks, size.kv_heads)
     length = rates.prompt_tokens + rates.answer_tokens
@@ -314,12 +327,14 @@ def plan_model(model: str, fleet: Fleet, work: Work, rates: GpuRates) -> dict[st
     if device is None:
         return document | {"refused": _refusal(model, fleet, bytes_tried)}
     seconds, arithmetic = seconds_of(size, fleet, work, rates, device)
+    mirrored, _ = seconds_of(size, fleet, replace(work, mirrored=True), rates, device)
     generation = seconds.generation(work.members, fleet.engines)
     return document | {
         "bus": bus_bytes(size, device),
         "seconds": asdict(seconds)
         | {"generation": generation, "round": generation * work.generations},
         "weight_share": seconds.weight_share(work.members, fleet.engines),
+        "weight_share_mirrored": mirrored.weight_share(work.members, fleet.engines),
         "engines_that_pay": engines_that_pay(seconds, work.members),
         "arithmetic": arithmetic,
     }
@@ -337,5 +352,5 @@ def _refusal(model: str, fleet: Fleet, tried: Mapping[str, Any]) -> str:
         ways.append(f"delta {at}: {', '.join(each)}")
     return (
         f"{model}: does not fit {fleet.gpus} x {fleet.gpu}, {fleet.ranks} to an engine "
-        f"({'; '.join(ways)}); every rank holds all of delta"
+        f"({'; '.join(ways)})"
     )

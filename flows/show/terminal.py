@@ -275,7 +275,8 @@ def model_plan_tables(planned: Mapping[str, Any]) -> list[Table | str]:
         "seconds a member": f"{took['generate'] + took['render']:.2f}",
         "seconds a generation": f"{took['generation']:.1f} on {fleet['engines']} engines",
         "hours a round": f"{took['round'] / 3600:.2f} of learning",
-        "weight work": f"{100 * planned['weight_share']:.1f} % of a generation",
+        "weight work": f"{100 * planned['weight_share']:.1f} % of a generation, "
+        f"{100 * planned['weight_share_mirrored']:.1f} % with learner.mirrored",
         "engines that pay": f"up to {planned['engines_that_pay']}",
     }
     rates = ", ".join(f"{name} {value:g}" for name, value in planned["rates"].items())

@@ -167,9 +167,11 @@ def _launch(device: Device) -> float:
     delta = torch.zeros(256, device=device.name)
     out, words = torch.empty_like(delta), kernels.words_of([HERE], ["w"], delta.device)[0]
 
+    factor = torch.full((1,), 0.01, device=device.name)
+
     def launches() -> None:
         for _ in range(many):
-            kernels.render_into(out, delta, delta, HERE, "w", Runs(), 0.01, "normal", words)
+            kernels.render_into(out, delta, delta, HERE, "w", Runs(), 0.01, "normal", words, factor)
 
     return device.seconds(launches) / many
 

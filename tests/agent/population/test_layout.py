@@ -301,7 +301,7 @@ def test_ranks_hold_their_windows_of_theta_and_together_the_whole(tmp_path: Path
         )  # fmt: skip
         wanted = one.apply(now, TREE)
         moves = ranks.moves([theta.moved(now) for theta in two])
-        leaves = [{n: t.tree_leaves(n).tobytes() for n in SHAPES} for t in two]
+        leaves = [{n: each.tobytes() for n, each in t.leaves().items()} for t in two]
         found = applied(moves, ranks.delta_hash([{"leaves": each} for each in leaves]))
         assert found.delta_hash == wanted.delta_hash
         assert found.norm == pytest.approx(wanted.norm, rel=1e-12)
