@@ -313,6 +313,7 @@ def test_ranks_hold_their_windows_of_theta_and_together_the_whole(tmp_path: Path
         theta.save(tmp_path / "snapshot.safetensors")
         assert layout is not None
         layout.put(backwards(rendered))
+        layout.put(theta.rendered(address, 0.1, into=layout.slot))  # straight into the rows
         down = layout._modules["model.layers.0.mlp.down_proj"].packed
         assert torch.equal(down, held["model.layers.0.mlp.down_proj.weight"])
         parts = [held[f"model.layers.0.attn.{each}_proj.weight"] for each in "qkv"]
