@@ -68,7 +68,7 @@ def study_paper_command(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds, from 1.")] = 3,
     generations: Annotated[
-        int | None, typer.Option(min=1, help="Of a trial. Default: 60; of a directory 500.")
+        int | None, typer.Option(min=1, help="Of a trial. Default: 30; of a directory 500.")
     ] = None,
     every: Annotated[
         int | None,

@@ -41,7 +41,7 @@ class PaperStudy:
     targets: tuple[str, ...]
     systems: tuple[str, ...]
     seeds: int = 3
-    generations: int = 60
+    generations: int = 30
     every: int = 10  # generations between measurements
     rows: int = 200  # evaluation rows of a task
     kl_rows: int = 16  # continuations of a task

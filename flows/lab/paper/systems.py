@@ -92,7 +92,7 @@ class Lengths:
 
 def lengths_of(model: str) -> Lengths:
     """The lengths of a model: small ones, or the paper's."""
-    return Lengths(60, 10, 200) if model in SIZES else Lengths(500, 25, 2000)
+    return Lengths(30, 10, 200) if model in SIZES else Lengths(500, 25, 2000)
 
 
 def sizes_of(model: str) -> Sizes:

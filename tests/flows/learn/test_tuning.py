@@ -180,8 +180,8 @@ def test_nothing_follows_a_choice_and_a_changed_one_is_named(
     assert chosen is not None
     with pytest.raises(UserError, match="its candidate is chosen"):
         journal.choose(made.run_id, chosen)
-    journal._database.rows("DROP TRIGGER choices_UPDATE")
-    journal._database.rows("UPDATE choices SET t = 0.3")
+    journal.database.rows("DROP TRIGGER choices_UPDATE")
+    journal.database.rows("UPDATE choices SET t = 0.3")
     with pytest.raises(DamagedError, match="generation choice: t is damaged"):
         journal.verify(made.run_id)
 
