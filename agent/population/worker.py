@@ -84,8 +84,8 @@ class WeightsExtension:
         return {"leaves": {n: each.astype("<u4").tobytes() for n, each in theta.leaves().items()}}
 
     def anchorage_save(self, path: str) -> None:
-        """Write what is here of delta to a snapshot."""
-        self._anchorage_theta().save(Path(path))
+        """Write what is here of delta to a snapshot, in a folder that the engine keeps locked."""
+        self._anchorage_theta().write(Path(path))
 
     def anchorage_render(
         self,

@@ -184,7 +184,14 @@ class Theta(ABC):
         return combined(self.anchor.specs, hashed(self.rendered()))
 
     def save(self, path: Path) -> None:
-        """Keep delta as a safetensors file: written beside its place, flushed, renamed.
+        """Keep delta as a safetensors file: written beside its place, flushed, renamed."""
+        with beside(path) as folder:
+            self.write(folder / path.name)
+            (folder / path.name).replace(path)
+        flush_folder(path.parent)
+
+    def write(self, path: Path) -> None:
+        """Write delta to a new safetensors file, in a folder that ``beside`` gave to the caller.
 
         A rank writes its windows into the file, which is whole when all ranks have.
         """
@@ -193,11 +200,8 @@ class Theta(ABC):
             parts = dict(self.deltas(self.anchor.names))
             write_windows(path, self.specs(), self.windows, parts, metadata)
             return
-        with beside(path) as folder:
-            tensors = self.deltas(file_order(self.specs()))
-            write_tensors(folder / path.name, self.specs(), tensors, metadata)
-            (folder / path.name).replace(path)
-        flush_folder(path.parent)
+        tensors = self.deltas(file_order(self.specs()))
+        write_tensors(path, self.specs(), tensors, metadata)
 
 
 def applied(moves: Moves, delta_hash: str) -> Applied:

@@ -310,7 +310,7 @@ def test_ranks_hold_their_windows_of_theta_and_together_the_whole(tmp_path: Path
     for rank, (theta, layout) in enumerate(zip(two, layouts, strict=True)):
         rendered, held = dict(theta.rendered(address, 0.1)), of_rank(whole, rank)
         assert all(torch.equal(rendered[name], held[name]) for name in SHAPES)
-        theta.save(tmp_path / "snapshot.safetensors")
+        theta.write(tmp_path / "snapshot.safetensors")
         assert layout is not None
         layout.put(backwards(rendered))
         layout.put(theta.rendered(address, 0.1, into=layout.slot))  # straight into the rows

@@ -19,6 +19,7 @@ from agent.population.worker import (
     forget_packed_experts,
     refuse_head_of_its_own,
 )
+from agent.store.tensorfile import beside
 from agent.store.weights import Anchor, Parameters
 
 SHAPES = {
@@ -143,6 +144,20 @@ def test_members_and_theta_reach_the_engine(tmp_path: Path) -> None:
         "way": "long",  # nothing is known about this runner's model
         "anchor": theta.anchor.digest,
     }
+
+
+@pytest.mark.timeout(20)
+def test_a_snapshot_is_written_into_the_folder_that_the_engine_keeps_locked(tmp_path: Path) -> None:
+    directory = model(tmp_path / "a", 0)
+    extension, theta = worker(directory), Parameters.zeros(Anchor.open(directory))
+    extension.anchorage_open(str(directory))
+    extension.anchorage_apply(one_step(0).to_json())
+    theta.apply(one_step(0))
+    theta.save(tmp_path / "whole.safetensors")
+    with beside(tmp_path / "part.safetensors") as folder:
+        extension.anchorage_save(str(folder / "part.safetensors"))
+        written = (folder / "part.safetensors").read_bytes()
+    assert written == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_restore_is_the_snapshot_and_the_steps(tmp_path: Path) -> None:
