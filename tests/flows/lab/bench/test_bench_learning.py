@@ -114,10 +114,11 @@ def test_the_report_pairs_seeds_and_needs_no_model(tmp_path: Path) -> None:
     assert plot_learning(document, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_committed_results_are_those_of_the_documents() -> None:
+@pytest.mark.parametrize("model", ["smollm2", "embedded"])
+def test_the_committed_results_are_those_of_the_documents(model: str) -> None:
     root = Path(__file__).parents[4]
     page = (root / "docs" / "learning.md").read_text()
-    results = report(root / "docs" / "results", "smollm2")["trials"]
+    results = report(root / "docs" / "results", model)["trials"]
     assert results
     for each in results:
         target = each["trial"]["target"]
