@@ -136,7 +136,8 @@ def collect(
             pools["train" if alone else pool_of(salt, row.row_hash, shares)].append(row)
     chosen = replace(caps, principal_share=0.0) if alone else caps
     train, more = fair_choice(pools["train"], chosen, salt, turn)
-    apart = replace(chosen, round_rows=caps.selection_rows)
+    # A share of no rows would set every one aside as over its cap, which it is not.
+    apart = replace(chosen, round_rows=caps.selection_rows) if caps.selection_rows else Caps(0, 0.0)
     selection, rest = fair_choice(pools["selection"], apart, salt, turn)
     for row in selection[caps.selection_rows :]:
         rest.append((row, "no_room", f"the round's {caps.selection_rows} selection rows are full"))

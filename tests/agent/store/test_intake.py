@@ -104,6 +104,9 @@ def test_rows_that_choose_are_shared_among_principals_and_never_train() -> None:
     off = collect(rows, Caps(400, 0.0), salt=SALT)
     assert off.selection == ()
     assert off.train == kept.train
+    none = collect(rows, Caps(400, 0.01), salt=SALT)  # of no selection rows no cap is passed
+    assert set(aside(none, "over_cap")).isdisjoint(pool)
+    assert pool <= set(aside(none, "no_room"))
 
 
 def test_shares_are_kept_on_average() -> None:
