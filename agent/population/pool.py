@@ -96,6 +96,7 @@ class Population:
             slot = Slot(len(self._slots), start)
             slot.mending = True
             self._slots.append(slot)
+        self._record(slot, "added")
         self._in_background(slot, again=False)
         return slot.number
 
@@ -296,14 +297,15 @@ class Population:
     def _lost(self, slot: Slot) -> None:
         """Have a broken engine mended, or leave it; the plan that goes on hears which."""
         with self._world:
-            slot.mending = slot.can_mend()
+            slot.mending = mending = slot.can_mend()
+            # Before the plan hears of it, which may end before the mender begins.
+            self._record(slot, "started again" if mending else "dropped")
             if self._events is not None:
-                self._events.put((Failed(slot.number, slot.reason, slot.mending), None))
-        if slot.mending:
+                self._events.put((Failed(slot.number, slot.reason, mending), None))
+        if mending:
             self._in_background(slot)
         else:
             slot.release()
-            self._record(slot, "dropped")
 
     def _in_background(self, slot: Slot, again: bool = True) -> None:
         """Mend a slot in a thread that nobody waits for: a start may take minutes."""
@@ -313,11 +315,13 @@ class Population:
 
     def _mend(self, slot: Slot, again: bool) -> None:
         """Start an engine until one is where the others are, as often as allowed."""
-        while not again or slot.can_mend():
-            self._record(slot, "started again" if again else "added")
-            if self._brought(slot, again):
-                return
+        while not self._brought(slot, again):
             again = True
+            if not slot.can_mend():
+                break
+            self._record(slot, "started again")
+        else:
+            return
         with self._world:
             slot.mending = False
             if self._events is not None:
