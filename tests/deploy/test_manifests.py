@@ -54,6 +54,20 @@ def test_every_mount_has_its_volume_and_every_claim_exists() -> None:
                 assert volume["persistentVolumeClaim"]["claimName"] in claims
 
 
+@pytest.mark.parametrize("version", ["1.30", None])
+def test_every_manifest_is_one_that_kubernetes_takes(version: str | None) -> None:
+    """By the schemas of an old and of the newest version; unknown keys are faults."""
+    import kubernetes_validate
+
+    version = version or kubernetes_validate.latest_version()
+    for path in MANIFESTS:
+        for document in documents(path):
+            kubernetes_validate.validate(document, version, strict=True)
+            wrong = document | {"spek": {}}
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(wrong, version, strict=True)
+
+
 def test_every_container_runs_a_module_that_exists() -> None:
     for _, pod in pods():
         for container in containers(pod):
