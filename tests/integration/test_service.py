@@ -30,6 +30,7 @@ from flows.show.prefect import VERDICTS
 
 pytestmark = pytest.mark.integration
 
+EXECUTABLE = Path(sys.executable).with_name("anchorage")
 EXAMPLES = Path(examples.__file__).parent
 SERVICE_PAGE = Path(__file__).parents[2] / "docs" / "service.md"
 SETTINGS = """
@@ -65,9 +66,9 @@ class Running:
 
 
 def anchorage(*arguments: str, home: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does."""
+    """Run the installed command as a user does."""
     told = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments, "--home", str(home)],
+        [EXECUTABLE, *arguments, "--home", str(home)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
