@@ -569,22 +569,72 @@ def test_blue_green_flips_between_two_warm_engines_under_streams(running: Runnin
     SupervisedEngines(running.home).stop(GREEN)
 
 
-def test_a_canary_takes_its_share_and_everything_or_nothing_follows(
-    running: Running, scale: Callable[[int, int], int]
-) -> None:
-    """Eight clients; a bad candidate is withdrawn, a good one swapped in, nobody is failed."""
-    if scale(0, 1) == 0:
-        pytest.skip("two trials of real engines: in the soak")
+@pytest.fixture(scope="module")
+def passed(running: Running) -> tuple[Service, str]:
+    """The even version as champion, and the odd one as a candidate that passed the gate."""
     if read_served(running.home).digest != running.even.digest:
         running.change(running.even)
     (running.home.root / "salt").write_text("a salt of tests")  # who is on trial is then known
     service = Service.at(running.home.root)
-    old, new = service.champion(), running.odd.digest
-    assert old == running.even.digest
-    made_by_a_round(service, new, 1)
+    assert service.champion() == running.even.digest
+    made_by_a_round(service, running.odd.digest, 1)
     for state in ("PROPOSED", "EVALUATED", "PASSED"):
-        service.record(new, state, "a test")
-    session = Session(service, Silent())
+        service.record(running.odd.digest, state, "a test")
+    return service, running.odd.digest
+
+
+def answers_of(running: Running, kind: str, status: str, digest: str) -> int:
+    """What /metrics counts."""
+    try:
+        labels = f'{{kind="{kind}",status="{status}",version="{digest[:12]}"}}'
+        return int(running.metric(f"anchorage_answers_total{labels}"))
+    except StopIteration:
+        return 0
+
+
+def test_a_shadow_answers_for_the_record_and_no_client_sees_it(
+    running: Running, passed: tuple[Service, str], scale: Callable[[int, int], int]
+) -> None:
+    """Eight clients, whose questions the candidate answers wrongly: withdrawn, unseen."""
+    if scale(0, 1) == 0:
+        pytest.skip("a trial of real engines: in the soak")
+    service, new = passed
+    old, settings = service.champion(), service.settings
+    engines = settings.engines.model_copy(update={"swap": "shadow"})
+    shadowing = Service(service.home, settings.model_copy(update={"engines": engines}))
+    with visiting(running, running.letters[old]) as seen:
+        while len(seen) < 300:
+            time.sleep(0.1)
+        [(began, ended)] = tried(Session(shadowing, Silent()), new)
+        after = time.time()
+        while not any(each.at > after for each in seen):
+            time.sleep(0.1)
+    shadows = answers_of(running, "shadow", "ok", new)
+    meanwhile = sum(began < each.at < ended for each in seen)
+    failed = sum(not each.ok for each in seen)
+    by_candidate = sum(each.version != old[:12] for each in seen)
+    sys.stdout.write(
+        f"\nshadow: share asked {engines.canary_share:.3f}, seen {shadows / meanwhile:.3f} "
+        f"({shadows} answers for the record beside {meanwhile}); answers of the candidate that a "
+        f"client saw {by_candidate} of {len(seen)}; failed answers {failed}\n"
+    )
+    assert (failed, by_candidate) == (0, 0)
+    assert shadows > 0
+    assert answers_of(running, "shadow", "error", new) == 0
+    assert answers_of(running, "trial", "ok", new) == 0
+    assert service.ledger.state(new) == "ROLLED_BACK"
+    assert "worse on trial: reward 1.000 -> 0.000" in service.ledger.of(new)[-1].why
+    assert read_served(running.home).digest == service.champion() == old
+
+
+def test_a_canary_takes_its_share_and_everything_or_nothing_follows(
+    running: Running, passed: tuple[Service, str], scale: Callable[[int, int], int]
+) -> None:
+    """Eight clients; a bad candidate is withdrawn, a good one swapped in, nobody is failed."""
+    if scale(0, 1) == 0:
+        pytest.skip("two trials of real engines: in the soak")
+    service, new = passed
+    old, session = service.champion(), Session(service, Silent())
     with visiting(running, running.letters[old]) as bad:
         while len(bad) < 300:
             time.sleep(0.1)
@@ -602,16 +652,21 @@ def test_a_canary_takes_its_share_and_everything_or_nothing_follows(
             time.sleep(0.1)
     assert service.ledger.state(new) == "BAKING"
     assert read_served(running.home).digest == service.champion() == new
-    assert all(each.ok for each in (*bad, *good))
     by_session: dict[str, list[Asked]] = {}
     for each in good:
         if began < each.at < ended - 1.0:
             by_session.setdefault(each.session, []).append(each)
     whole = [two for two in by_session.values() if len(two) == 2]
-    assert all(one.version == other.version for one, other in whole)
+    changed = sum(one.version != other.version for one, other in whole)
     share = sum(two[0].version == new[:12] for two in whole) / len(whole)
-    assert abs(share - 0.1) <= 0.02, f"{share:.3f} of {len(whole)} sessions"
+    failed = sum(not each.ok for each in (*bad, *good))
+    asked = service.settings.engines.canary_share
+    sys.stdout.write(
+        f"\ncanary: share asked {asked:.3f}, seen {share:.3f} of {len(whole)} sessions; sessions "
+        f"that changed sides {changed}; failed answers {failed} of {len(bad) + len(good)}\n"
+    )
+    assert (changed, failed) == (0, 0)
+    assert abs(share - asked) <= 0.02
     assert {each.version for each in good if each.at > after} == {new[:12]}
-    lines = httpx.get(f"{running.endpoint}/metrics").text
-    assert f'anchorage_answers_total{{kind="trial",status="ok",version="{new[:12]}"}}' in lines
-    assert 'kind="trial",status="error"' not in lines
+    assert answers_of(running, "trial", "ok", new) > 0
+    assert answers_of(running, "trial", "error", new) == 0
