@@ -62,7 +62,7 @@ class AnswerTrace:
     change: str  # fixed or broken
     messages: Sequence[Mapping[str, str]]
     completion: str
-    gold: str
+    gold: str  # "" where no right answer is known
     reward: float
     extracted: str | None
 
@@ -185,7 +185,8 @@ class Registry:
         for trace, each in zip(traces, answers, strict=True):
             gold = {"name": "expected_response", "value": each.gold, "source": rows}
             reward = {"name": "reward", "value": each.reward, "source": verifier}
-            mlflow.log_expectation(trace_id=trace, **gold)
+            if each.gold:
+                mlflow.log_expectation(trace_id=trace, **gold)
             why = f"extracted: {each.extracted}"
             mlflow.log_feedback(trace_id=trace, rationale=why, **reward)
         # Last: a run that was cut short has no such tag and is made again.

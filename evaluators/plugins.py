@@ -1,7 +1,8 @@
 """Own tasks, from entry points or files: loading, settings, and the check of their contract.
 
 The contract of a task, which ``check`` tests on rows of its own: the gold answer scores 1; the
-wrong answer and an empty one score 0 (of a graded task: less than the gold answer); the same input
+wrong answer and an empty one score 0 (of a graded task: less than the gold answer, or than 1 where
+there is none); a task may have no gold and no wrong answer; the same input
 has the same verdict and leaves the row as it was; no completion, however odd, makes it fail or
 takes longer than 100 ms; no key occurs twice.
 """
@@ -169,15 +170,19 @@ def _said(error: Exception) -> str:
 def _row_problems(task: Task, key: str, row: Row) -> Iterator[Problem]:
     """Gold 1, wrong 0, nothing 0, pure, and a prompt that can be sent."""
     before = copy.deepcopy(row)
-    gold, wrong = task.gold(row), task.wrong(row)
-    best = judge(task, gold, row).reward
-    for name, text, wanted in (("gold", gold, 1.0), ("wrong", wrong, 0.0), ("empty", "", 0.0)):
+    answers = [("gold", task.gold(row), 1.0)] if task.gold else []
+    best, whose = 1.0, "1"
+    for _, gold, _ in answers:
+        best = judge(task, gold, row).reward
+        whose = f"the gold answer's {best:g}"
+    answers += [("wrong", task.wrong(row), 0.0)] if task.wrong else []
+    for name, text, wanted in (*answers, ("empty", "", 0.0)):
         verdict = judge(task, text, row)
         kept = verdict.reward == wanted
         scores = f"scores {verdict.reward:g}; {wanted:g} is wanted"
         if task.graded:
             kept = name == "gold" or verdict.reward < best
-            scores = f"scores {verdict.reward:g}; less than the gold answer's {best:g} is wanted"
+            scores = f"scores {verdict.reward:g}; less than {whose} is wanted"
         if verdict.error and name != "empty":
             kind = f"{name} {verdict.error.partition(':')[0]}"
             yield Problem(kind, key, f"the {name} answer fails: {verdict.error}")

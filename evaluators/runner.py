@@ -311,9 +311,9 @@ def export(samples: Sequence[SampleRow], tasks: Mapping[str, Task], folder: Path
 
 
 def record(doc_id: int, sample: SampleRow, task: Task) -> dict[str, Any]:
-    """One sample as lm-evaluation-harness logs it; ``target`` is the gold answer as text."""
+    """One sample as lm-evaluation-harness logs it; ``target`` is the gold answer, if known."""
     doc = json.loads(sample["example"])
-    target = task.gold(doc)
+    target = task.gold(doc) if task.gold else ""
     generation = {"until": [], "do_sample": False, "max_gen_toks": task.max_tokens}
     return {
         "doc_id": doc_id,

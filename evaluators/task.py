@@ -1,7 +1,8 @@
 """Tasks: rows in, chat messages out, and a verdict on each completion.
 
-A task is data plus four pure functions of a row (key, fields, gold, wrong) and one pure function of
-(completion, row), the verifier. ``judge`` applies it to one completion, ``score_lines`` to JSONL.
+A task is data plus pure functions of a row (key and fields; gold and wrong, where answers are
+known) and one pure function of (completion, row), the verifier. ``judge`` applies it to one
+completion, ``score_lines`` to JSONL.
 Nothing here reads a file, a clock or the environment.
 """
 
@@ -58,7 +59,8 @@ class Source:
 class Task:
     """One task; ``verify`` must be pure and bounded, and ``gold`` must score 1, ``wrong`` 0.
 
-    Of a graded task ``gold`` must score more than ``wrong`` and than an empty answer.
+    Of a graded task ``gold`` must score more than ``wrong`` and than an empty answer. Without
+    ``gold``, where a verifier judges by the row alone, these must score less than 1.
     """
 
     name: str
@@ -67,8 +69,8 @@ class Task:
     fields: Callable[[Row], Mapping[str, str]]  # what the template may name
     template: str
     verify: Callable[[str, Row], Verdict]
-    gold: Callable[[Row], str]
-    wrong: Callable[[Row], str]
+    gold: Callable[[Row], str] | None = None  # an answer that is known to be right
+    wrong: Callable[[Row], str] | None = None  # one that is known to be wrong
     target: bool = False  # can be trained on
     format_weight: float = 0.0
     max_tokens: int = 1024
@@ -86,8 +88,15 @@ class Task:
     version: str = EXTRACTION_VERSION  # of the extraction; part of the harness hash
 
     def worked(self, row: Row) -> str:
-        """The answer to a row as a worked example shows it; it contains the gold answer."""
-        return (self.demonstrate or self.gold)(row)
+        """The answer to a row as a worked example shows it; it contains the gold answer.
+
+        Raises:
+            UserError: The task knows no answers.
+        """
+        known = self.demonstrate or self.gold
+        if known is None:
+            raise UserError(f"task {self.name!r}: worked examples need demonstrate or gold")
+        return known(row)
 
     def messages(self, row: Row, shots: Sequence[Row] = ()) -> list[Message]:
         """The chat for one row: each example as a user and an assistant turn, then the question."""
@@ -235,13 +244,15 @@ def form_problem(task: Task, row: object) -> str | None:
 def row_problem(task: Task, row: object) -> str | None:
     """Why a row from outside cannot be learnt from, or None.
 
-    Beside its form: the verifier has to give its gold answer a higher reward than a wrong one.
+    Beside its form: the verifier has to give its gold answer a higher reward than a wrong one; a
+    task without gold has to give a wrong one (without ``wrong`` an empty one) less than 1.
     """
     if problem := form_problem(task, row):
         return problem
     assert isinstance(row, Mapping)
+    known = [("gold", task.gold)] if task.gold else []
     rewards = []
-    for name, make in (("gold", task.gold), ("wrong", task.wrong)):
+    for name, make in (*known, ("wrong", task.wrong) if task.wrong else ("empty", _empty)):
         try:
             answer = make(row)
         except Exception as error:
@@ -250,9 +261,15 @@ def row_problem(task: Task, row: object) -> str | None:
         if verdict.error:
             return f"the {name} answer has no verdict ({verdict.error[:MAX_SHOWN_ROW]})"
         rewards.append(verdict.reward)
-    if rewards[0] <= rewards[1]:
+    if task.gold and rewards[0] <= rewards[1]:
         return f"the gold answer scores {rewards[0]:g}, a wrong one {rewards[1]:g}"
+    if rewards[-1] >= 1:
+        return f"the {name} answer scores {rewards[-1]:g}; less than 1 is wanted"
     return None
+
+
+def _empty(row: Row) -> str:
+    return ""
 
 
 def _short(error: Exception) -> str:

@@ -205,7 +205,7 @@ class Moved:
     """A row whose reward changed: its question, its gold answer, and both models' samples."""
 
     question: str
-    gold: str
+    gold: str  # "" where no right answer is known
     before: Sample
     after: Sample
 
@@ -253,7 +253,8 @@ def _answers(row: Moved, baseline: str) -> Iterator[str]:
     yield f"**{row.after['task']}, row {row.after['example_id']}**"
     yield ""
     yield _quoted("question", row.question)
-    yield _quoted("gold", row.gold)
+    if row.gold:
+        yield _quoted("gold", row.gold)
     for name, sample in ((baseline, row.before), ("candidate", row.after)):
         yield _quoted(f"{name}, reward {_reward(sample):g}", sample["completion"])
 

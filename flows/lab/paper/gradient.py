@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from agent.errors import UserError
 from agent.home import locked
 from agent.store.weights import Anchor, Parameters
 from evaluators.runner import questions_of
@@ -150,11 +151,17 @@ def fine_tune(
     """All training rows in every generation: one AdamW step on their answers' cross-entropy.
 
     It takes seconds for a small model and begins anew after a kill; no answer is generated.
+
+    Raises:
+        UserError: The task knows no gold answers.
     """
+    gold = data["task"].gold
+    if gold is None:
+        raise UserError(f"task {data['task'].name!r}: fine-tuning needs its gold answers")
     optimiser = torch.optim.AdamW(model.parameters(), lr=job.sizes.sft_rate, weight_decay=0.0)
     pairs = []
     for chat, row in zip(data["chats"], data["rows"], strict=True):
-        whole = [*chat, {"role": "assistant", "content": data["task"].gold(row)}]
+        whole = [*chat, {"role": "assistant", "content": gold(row)}]
         ask = partial(tokenizer.apply_chat_template, return_dict=False)
         begun, ids = ask(chat, add_generation_prompt=True), ask(whole)
         pairs.append((ids, len(begun)))
