@@ -2,15 +2,16 @@
 
 A file that the settings name (``tasks.files = ["my_env.py:TASK"]``) holds one call:
 
-    TASK = from_trl(rewards=[accuracy, length], file="rows.jsonl", name="mine", gold=...)
+    TASK = from_trl(rewards=[accuracy, length], file="rows.jsonl", name="mine")
     TASK = from_verifiers("my_taskset", file="rows.jsonl", gold=lambda row: row["answer"])
 
 and rows lie beside it, for a taskset of `verifiers` written once by
 
     python -m evaluators.environments my_taskset > rows.jsonl
 
-Both are graded tasks of one answer a row. ``gold`` gives an answer that earns more than ``wrong``
-(an empty one by default); training does not use it, the check of a row does.
+Both are graded tasks of one answer a row; of a taskset, conversations that clients had are judged
+as a whole as well. ``gold``, if known, gives an answer that earns more than
+``wrong`` (an empty one by default); training does not use it, the check of a row does.
 """
 
 import asyncio
@@ -33,8 +34,8 @@ def from_trl(
     file: str,
     *,
     name: str,
-    gold: Answer,
-    wrong: Answer = lambda row: "",
+    gold: Answer | None = None,
+    wrong: Answer | None = None,
     weights: Sequence[float] | None = None,
     low: float = 0.0,
     high: float = 1.0,
@@ -53,8 +54,8 @@ def from_trl(
         rewards: Reward functions.
         file: Rows (JSONL or parquet) with the columns that the functions take.
         name: Of the task.
-        gold: An answer that earns more than ``wrong``.
-        wrong: A wrong answer.
+        gold: An answer that earns more than ``wrong``, if there is one to every row.
+        wrong: A wrong answer; an empty one if None.
         weights: One a function; 1 each if None.
         low: Sum that is reward 0.
         high: Sum that is reward 1.
@@ -86,8 +87,8 @@ def from_verifiers(
     taskset: str,
     file: str,
     *,
-    gold: Answer,
-    wrong: Answer = lambda row: "",
+    gold: Answer | None = None,
+    wrong: Answer | None = None,
     name: str | None = None,
     scale: float = 1.0,
     **options: Any,
@@ -96,14 +97,15 @@ def from_verifiers(
 
         reward = min(max(sum_i weight_i r_i / scale, 0), 1)
 
-    Rewards are those that need no runtime: of the task's data and one answer. Tool servers, judges
-    that ask a model, and environments of several turns are not run.
+    Rewards are those that need no runtime: of the task's data and the messages. Rows are asked one
+    answer each; sessions of clients (``Task.converse``) are judged whole, each of their answers a
+    turn of the model's. Tool servers, simulated users and judges that ask a model are not run.
 
     Args:
         taskset: Its id, as `verifiers` finds it: a module, or an installed package.
         file: Rows as ``taskset_rows`` gives them.
-        gold: An answer that earns more than ``wrong``.
-        wrong: A wrong answer.
+        gold: An answer that earns more than ``wrong``, if there is one to every row.
+        wrong: A wrong answer; an empty one if None.
         name: Of the task; the taskset's if None.
         scale: Sum of rewards that is reward 1.
         options: Further fields of ``Task``, such as max_tokens.
@@ -114,14 +116,15 @@ def from_verifiers(
     kind = _taskset(taskset).task_type()
     data = kind.data_type()
 
-    def verify(completion: str, row: Row) -> Verdict:
-        task = kind(data.model_validate(row["data"]))
-        turns = [*_vf_prompt(task.data), vf.AssistantMessage(content=completion)]
+    def scored(task: Any, turns: Sequence[Any], given: int) -> Verdict:
         nodes = [
-            vf.MessageNode(parent=at - 1 if at else None, message=message)
+            vf.MessageNode(
+                parent=at - 1 if at else None,
+                message=message,
+                sampled=at >= given and message.role == "assistant",
+            )
             for at, message in enumerate(turns)
         ]
-        nodes[-1].sampled = True
         about = vf.TraceTask(type=kind.__name__, data=task.data, key=task.key, hash=task.hash)
         trace = vf.Trace(task=about, agent=vf.AgentInfo(config=AgentConfig()), nodes=nodes)
         with closing(_Loop(SelectSelector())) as loop:
@@ -129,10 +132,20 @@ def from_verifiers(
         scores = {key: reward and reward.score for key, reward in trace.rewards.items()}
         return _verdict(trace.reward / scale, scores)
 
-    def nested(answer: Answer) -> Answer:
-        return lambda row: answer(row["data"])
+    def verify(completion: str, row: Row) -> Verdict:
+        task = kind(data.model_validate(row["data"]))
+        before = _vf_prompt(task.data)
+        return scored(task, [*before, vf.AssistantMessage(content=completion)], len(before))
+
+    def converse(messages: Sequence[Message], row: Row) -> Verdict:
+        task = kind(data.model_validate(row["data"]))
+        return scored(task, list(map(_vf_message, messages)), len(_vf_prompt(task.data)))
+
+    def nested(answer: Answer | None) -> Answer | None:
+        return answer and (lambda row: answer(row["data"]))
 
     short = name or taskset.rpartition(".")[2].replace("-", "_")
+    options = {"converse": converse, **options}
     return _task(short, file, "prompt", verify, nested(gold), nested(wrong), options)
 
 
@@ -158,6 +171,16 @@ def _vf_prompt(data: Any) -> list[Any]:
     return [*system, *([vf.UserMessage(content=own)] if isinstance(own, str) else own or [])]
 
 
+def _vf_message(message: Message) -> Any:
+    """A message of the chat completions API as an object of `verifiers`."""
+    import verifiers.v1 as vf
+
+    kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "tool": vf.ToolMessage}
+    calls = [{"id": each["id"], **each["function"]} for each in message.get("tool_calls") or ()]
+    kind = kinds.get(message["role"], vf.AssistantMessage)
+    return kind.model_validate({**message, "tool_calls": calls or None})
+
+
 class _Loop(asyncio.SelectorEventLoop):
     """An event loop without a socket, which the process of a sandboxed verdict may not open.
 
@@ -177,8 +200,8 @@ def _task(
     file: str,
     prompt: str,
     verify: Callable[[str, Row], Verdict],
-    gold: Answer,
-    wrong: Answer,
+    gold: Answer | None,
+    wrong: Answer | None,
     options: Mapping[str, Any],
 ) -> Task:
     """A graded target whose rows hold their own messages under ``prompt``."""

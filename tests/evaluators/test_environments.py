@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from agent.errors import UserError
 from evaluators.environments import from_trl, from_verifiers, taskset_rows
 from evaluators.loading import read_file
 from evaluators.plugins import check, load
-from evaluators.task import Row, form_problem, judge, row_problem, with_prompt
+from evaluators.task import (
+    Row,
+    form_problem,
+    judge,
+    judge_conversation,
+    row_problem,
+    with_prompt,
+)
 
 ROW = {"prompt": "What is 3 + 4?", "solution": "7", "length": 1}
 CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 3 + 4?"}]
@@ -148,3 +156,51 @@ def test_a_taskset_of_verifiers_is_a_task_with_its_rubric(taskset: str, tmp_path
     sandboxed = load(f"{tmp_path / 'mine.py'}:TASK")
     assert check(sandboxed, rows) == []
     assert judge(sandboxed, "rohxxx", rows[0]).reward == 0.125
+
+
+PATIENT = """
+import verifiers.v1 as vf
+
+class Number(vf.TaskData):
+    answer: str
+
+class Guess(vf.Task[Number, vf.State, vf.TaskConfig]):
+    @vf.reward(weight=1.0)
+    async def soon(self, trace: vf.Trace) -> float:
+        asked = sum(len(each.tool_calls or ()) for each in trace.assistant_messages)
+        told = [each.content for each in trace.tool_messages]
+        right = trace.last_reply == self.data.answer and told == ["higher"] * asked
+        return float(right) / trace.num_turns
+
+class GuessSet(vf.Taskset[Guess, vf.TasksetConfig]):
+    def load(self):
+        yield Guess(Number(prompt="Guess my number.", answer="7"))
+
+__all__ = ["GuessSet"]
+"""
+
+
+def test_a_conversation_is_judged_by_the_tasksets_rewards_over_all_turns(taskset: str) -> None:
+    """Three answers, one of them a tool call, in a plain process and in the sandbox."""
+    folder = Path(sys.path[0])
+    (folder / "guess.py").write_text(PATIENT)
+    rows = list(taskset_rows("guess"))
+    text = "from evaluators.environments import from_verifiers\nTASK = from_verifiers('guess',"
+    (folder / "guessing.py").write_text(f"{text} 'rows.jsonl')\n")
+    call = {"id": "c", "type": "function", "function": {"name": "ask", "arguments": "{}"}}
+    opening = {"role": "user", "content": "Guess my number."}
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "5"},
+        {"role": "user", "content": "No."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "higher"},
+        {"role": "assistant", "content": "7"},
+    ]
+    for task in (from_verifiers("guess", "rows.jsonl"), load(f"{folder / 'guessing.py'}:TASK")):
+        assert judge(task, "7", rows[0]).reward == 1
+        whole = judge_conversation(task, [opening, *turns], rows[0])
+        assert (whole.error, whole.reward) == (None, pytest.approx(1 / 3))
+        assert judge_conversation(task, [opening, *turns[:1], turns[1], *turns[:1]], rows[0]) == (
+            replace(whole, reward=0.0, extracted="soon=0")
+        )
+    sys.modules.pop("guess", None)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from flows.show.report import RoundReport
 from flows.show.terminal import Silent
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+TASKS_PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 LEARNER = {"generations": 4, "population": 16, "selection": 0, "prompts": 48}
 
 
@@ -54,6 +56,24 @@ def test_an_agents_exchange_is_learnt_from(
     rows = exchange.questions(200)
     service = exchange.desk(tmp_path, rows[48:], learner=LEARNER)
     exchange.converse(service, rows[:48])
+    rewards = learnt(service, launcher)
+    [run] = service.journal.runs()
+    assert run.plan["rows"]["from_traffic"] == 48
+    assert rewards[-1] > rewards[0] + 0.1, rewards
+
+
+def test_a_taskset_of_several_turns_is_learnt_from(
+    launcher: EngineLauncher,
+    tmp_path: Path,
+    scale: Callable[[int, int], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same exchange, judged over its turns by rewards of the real library."""
+    if scale(0, 1) == 0:
+        pytest.skip("four generations of conversations: in the soak")
+    pytest.importorskip("verifiers.v1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    service = exchange.taskset_desk(tmp_path, exchange.questions(200), 48, learner=LEARNER)
     rewards = learnt(service, launcher)
     [run] = service.journal.runs()
     assert run.plan["rows"]["from_traffic"] == 48
@@ -182,6 +202,24 @@ def test_a_taskset_of_verifiers_trains(
     learner = {"generations": 3, "population": 12, "prompts": 24, "selection": 0}
     rewards = learnt(home(tmp_path, "counted", learner, priors=["piqa"], rows=40), launcher)
     assert rewards[-1] > rewards[0] + 0.05, rewards
+
+
+def test_a_task_without_gold_trains(
+    launcher: EngineLauncher, tmp_path: Path, scale: Callable[[int, int], int]
+) -> None:
+    """The one of docs/tasks.md, whose rows are questions alone."""
+    if scale(0, 1) == 0:
+        pytest.skip("a round: in the soak; its verifier and its traffic have unit tests")
+    blocks = re.findall(r"```python\n(.*?)```", TASKS_PAGE.read_text("utf-8"), re.DOTALL)
+    (text,) = (block for block in blocks if 'name="steps"' in block)
+    (tmp_path / "steps.py").write_text(text)
+    written(
+        tmp_path / "steps.jsonl",
+        [{"question": row["question"]} for row in exchange.questions(240)],
+    )
+    learner = {"generations": 4, "population": 16, "prompts": 48, "selection": 0}
+    rewards = learnt(home(tmp_path, "steps", learner, priors=["piqa"], rows=40), launcher)
+    assert rewards[-1] > rewards[0] + 0.1, rewards
 
 
 def _number(row: Mapping[str, Any]) -> str:

@@ -40,6 +40,27 @@ def collected(service: Service) -> Collected:
     return collect_rows(service, "desk", COUNT + 4)
 
 
+def test_a_taskset_of_several_turns_is_asked_again_turn_by_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the real library: its rewards look at every turn of the session, in the sandbox."""
+    pytest.importorskip("verifiers.v1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = exchange.questions(60 + COUNT)
+    service = exchange.taskset_desk(tmp_path, rows, COUNT)
+    verdicts = service.experience.rows("agents")
+    assert [each.reward for each in verdicts] == [0.0] * COUNT  # none of them an error
+    round_rows = collect_rows(service, "agents", COUNT + 4)
+    assert (round_rows.from_traffic, round_rows.counts()) == (COUNT, {"unverified": 0})
+    for asked in round_rows.asked[:COUNT]:
+        assert isinstance(asked.prompt, Conversation)
+        [[result]] = asked.follow or []
+        assert (result["role"], result["content"]) == (
+            "tool",
+            exchange.told(asked.row["data"]),
+        )
+
+
 def test_a_session_is_one_example_with_the_reward_of_its_end(
     talked: tuple[Service, list[Row]],
 ) -> None:
