@@ -6,17 +6,18 @@ and bytes a second, and delta on the accelerator:
 
     step       = max((W + B c k) / T / (share bandwidth), 2 d B / (T flops share)) + step_s
     generate   = P answer / B * step + 2 d P prompt / (T flops share)
-    render     = max(d_T / normals_s, (2 w + 4) d_T / (share bandwidth), t launch_s)
-    update     = max(A d_T / normals_s, 8 d_T / (share bandwidth), 2 t launch_s)
+    render     = max(d_T / draws_s, (2 w + 4) d_T / (share bandwidth), t launch_s)
+    update     = max(A d_T / draws_s, 8 d_T / (share bandwidth), 2 t launch_s)
     hash       = max(4 d_T / (share bandwidth), t launch_s)
     generation = ceil(N / E) (generate + render) + update + hash
 
-W are the bytes of the weights, B the sequences of a batch, c their mean length and k the cache of
-a token. The host launches the kernels of a pass without waiting for any of them (an update also
-sums its squares), so that the slowest of the three counts. Where a rank does not know its windows
-(d_T = d) a member is put in by vLLM's reload: + t reload_s + 2 W / T / (share bandwidth). With
-delta on the host render, update and hash run on its cores, and W crosses the link for every member.
-Every engine draws the noise of all A pairs in an update, so that part is not divided by E.
+W are the bytes of the weights, B the sequences of a batch, c their mean length and k the cache of a
+token; draws_s is normals_s or signs_s, by the kind of noise (``learner.noise``). The host launches
+the kernels of a pass without waiting for any of them (an update also sums its squares), so that the
+slowest of the three counts. Where a rank does not know its windows (d_T = d) a member is put in by
+vLLM's reload: + t reload_s + 2 W / T / (share bandwidth). With delta on the host render, update and
+hash run on its cores, and W crosses the link for every member. Every engine draws the noise of all
+A pairs in an update, so that part is not divided by E.
 """
 
 import json
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from agent.learner.noise import NoiseKind
 from agent.population.capacity import (
     GIB,
     Device,
@@ -86,6 +88,7 @@ class GpuRates:
     """What seconds follow from. Nothing of a GPU was measured: these are assumed until stated."""
 
     normals_s: float = 1e11  # normals drawn by the Triton kernels of one GPU
+    signs_s: float = 2e11  # of Rademacher noise: twice the normals, as measured on one CPU core
     share: float = 0.6  # of a GPU's bandwidth and FLOPs that is reached
     step_s: float = 0.004  # of one engine step beside its reads: Python, launches, sampling
     launch_s: float = 1e-4  # host seconds a tensor and kernel
@@ -94,9 +97,15 @@ class GpuRates:
     cores: float = 16.0  # of the host, for each GPU
     core_render: float = 0.8e9  # parameters/s: measured on one core, as are the next two
     core_normals_s: float = 0.65e9
+    core_signs_s: float = 1.3e9
     core_sha256: float = 1.7e9  # bytes/s
     prompt_tokens: float = 200.0
     answer_tokens: float = 512.0
+
+    def draws(self, noise: NoiseKind) -> tuple[float, float]:
+        """Numbers a second of one GPU and of one core of the host."""
+        normals, signs = (self.normals_s, self.core_normals_s), (self.signs_s, self.core_signs_s)
+        return normals if noise == "normal" else signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +134,7 @@ class Work:
     max_num_seqs: int
     max_model_len: int
     mirrored: bool = False  # two members to a pair
+    noise: NoiseKind = "normal"
 
     @property
     def pairs(self) -> int:
@@ -138,7 +148,7 @@ def work_of(changes: Mapping[str, Any]) -> Work:
     prompts = min(learner.batch or learner.prompts, learner.prompts)
     length = ModelSettings().max_model_len
     rounds = learner.generations, engines.max_num_seqs, length
-    return Work(learner.population, prompts, *rounds, learner.mirrored)
+    return Work(learner.population, prompts, *rounds, learner.mirrored, learner.noise)
 
 
 def known_size(model: str) -> ModelSize:
@@ -251,8 +261,9 @@ def seconds_of(
     launches = t * rates.launch_s
     held = size.on_rank(ranks)
     whole = ranks > 1 and not size.split
+    gpu_draws, core_draws = rates.draws(work.noise)
     if device == "cuda":
-        drawn, passed = held / rates.normals_s, (2 * width + 4) * held / read
+        drawn, passed = held / gpu_draws, (2 * width + 4) * held / read
         reload = t * rates.reload_s + 2 * weights / ranks / read if whole else 0.0
         render = max(drawn, passed, launches) + reload
         drawing, moving = work.pairs * drawn, 8 * held / read
@@ -270,7 +281,7 @@ def seconds_of(
         cores = rates.cores * ranks
         drawn, crossed = ranks * held / (rates.core_render * cores), weights / rates.link
         render = drawn + crossed + t * rates.reload_s
-        updated = ranks * work.pairs * held / (rates.core_normals_s * cores)
+        updated = ranks * work.pairs * held / (core_draws * cores)
         hashed = ranks * 4 * held / (rates.core_sha256 * cores)
         lines += [
             f"render = {drawn:.2f} s on {cores:g} cores + {crossed:.2f} s over the link + "

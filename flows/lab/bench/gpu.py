@@ -142,17 +142,20 @@ def speed(device: Device) -> dict[str, Any]:
             lambda: kernels.render_into(out, anchor, delta, HERE, "w", Runs(), 0.01, "normal")
         ),
         "update": device.seconds(lambda: kernels.update_inplace(delta, "w", Runs(), made)),
+        "update of signs": device.seconds(
+            lambda: kernels.update_inplace(delta, "w", Runs(), a_step("rademacher"))
+        ),
         "hash": device.seconds(lambda: kernels.tree_leaves(delta)),
     }
-    moved = {"copy": 8, "randn + add": 16, "noise": 4, "render": 8, "update": 8, "hash": 4}
-    drawn = {"randn + add": 1, "noise": 1, "render": 1, "update": PAIRS}
+    moved = {"copy": 8, "randn + add": 16, "noise": 4, "render": 8, "hash": 4}
+    drawn = {"randn + add": 1, "noise": 1, "render": 1, "update": PAIRS, "update of signs": PAIRS}
     bandwidth = 8 * count / seconds["copy"]
     rows = {
         name: {
             "seconds": took,
-            "normals_s": drawn.get(name, 0) * count / took,
-            "bytes_s": moved[name] * count / took,
-            "of_copy": moved[name] * count / took / bandwidth,
+            "draws_s": drawn.get(name, 0) * count / took,
+            "bytes_s": moved.get(name, 8) * count / took,
+            "of_copy": moved.get(name, 8) * count / took / bandwidth,
         }
         for name, took in seconds.items()
     }
@@ -278,8 +281,12 @@ def add_piece(name: str, device: Device, out: Path) -> dict[str, Any]:
     document |= {"device": named, "torch": torch.__version__}
     document[name] = PIECES[name](device)
     if name == "speed":
-        rate = document["speed"]["kernels"]["update"]["normals_s"]
-        document["rates"] = {"normals_s": rate, "launch_s": document["speed"]["launch_s"]}
+        kernels = document["speed"]["kernels"]
+        document["rates"] = {
+            "normals_s": kernels["update"]["draws_s"],
+            "signs_s": kernels["update of signs"]["draws_s"],
+            "launch_s": document["speed"]["launch_s"],
+        }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
@@ -300,7 +307,7 @@ def table(document: Mapping[str, Any]) -> str:
         cases = f"{found['sum']} of {len(found['differing'])} cases' {found['elements']:,} elements"
         rows.append(("elements that differ from the CPU's", cases))
     for name, each in document.get("speed", {}).get("kernels", {}).items():
-        drawn = f"{each['normals_s']:.3g} normals/s, " if each["normals_s"] else ""
+        drawn = f"{each['draws_s']:.3g} draws/s, " if each["draws_s"] else ""
         share = f"{100 * each['of_copy']:.0f} % of a copy's"
         rows.append((name, f"{drawn}{each['bytes_s'] / 1e9:.1f} GB/s, {share}"))
     if found := document.get("place"):

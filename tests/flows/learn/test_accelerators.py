@@ -29,8 +29,9 @@ from flows.learn.accelerators import (
 
 WORK = Work(members=30, prompts=200, generations=100, max_num_seqs=100, max_model_len=4096)
 ROUND = GpuRates(  # numbers with which every part can be worked out on paper
-    normals_s=1e9, share=0.5, step_s=0.01, launch_s=1e-3, reload_s=0.01, link=1e9, cores=10.0,
-    core_render=1e8, core_normals_s=1e8, core_sha256=1e9, prompt_tokens=0.0, answer_tokens=100.0,
+    normals_s=1e9, signs_s=4e9, share=0.5, step_s=0.01, launch_s=1e-3, reload_s=0.01, link=1e9,
+    cores=10.0, core_render=1e8, core_normals_s=1e8, core_signs_s=5e8, core_sha256=1e9,
+    prompt_tokens=0.0, answer_tokens=100.0,
 )  # fmt: skip
 SIZE = ModelSize(parameters=10**9, tensors=100, weight_bytes=2 * 10**9, kv_bytes=10**4, kv_heads=8)
 
@@ -46,10 +47,15 @@ def test_every_part_is_its_formula() -> None:
     paired, _ = seconds_of(SIZE, Fleet(), replace(WORK, mirrored=True), ROUND, "cuda")
     assert paired == replace(seconds, update=pytest.approx(15 * 1e9 / 1e9))
     assert any("update = max(30 * 1.000" in line for line in lines)
+    signs, _ = seconds_of(SIZE, Fleet(), replace(WORK, noise="rademacher"), ROUND, "cuda")
+    drawn = pytest.approx(1e9 / 4e9), pytest.approx(30 * 1e9 / 4e9)
+    assert signs == replace(seconds, render=drawn[0], update=drawn[1])
     host, _ = seconds_of(SIZE, Fleet(), WORK, ROUND, "cpu")
     assert host.render == pytest.approx(1e9 / (1e8 * 10) + 2e9 / 1e9 + 100 * 0.01)
     assert host.update == pytest.approx(30 * 1e9 / (1e8 * 10))
     assert host.hash == pytest.approx(4e9 / (1e9 * 10))
+    signs, _ = seconds_of(SIZE, Fleet(), replace(WORK, noise="rademacher"), ROUND, "cpu")
+    assert signs == replace(host, update=pytest.approx(30 * 1e9 / (5e8 * 10)))
 
 
 def test_ranks_divide_reads_and_theta_unless_they_do_not_know_their_windows() -> None:

@@ -48,7 +48,7 @@ def test_every_piece_runs_on_a_bare_machine_and_finds_nothing_wrong(tmp_path: Pa
     memory = document["memory"]
     assert memory["bus"] == {"open": 2 * 2048, "member": 0, "generation": 8 * (16 + 8)}
     assert memory["planned_bytes"] == 6 * 2048
-    assert set(document["rates"]) == {"normals_s", "launch_s"}
+    assert set(document["rates"]) == {"normals_s", "signs_s", "launch_s"}
     assert min(document["rates"].values()) > 0
     shown = table(document)
     assert "| elements that differ from the CPU's | 0 of 19 cases' 300 elements |" in shown
