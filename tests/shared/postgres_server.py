@@ -37,6 +37,7 @@ class PostgresProcess:
             self._prefix = ["runuser", "-u", "postgres", "--"]
             shutil.chown(self._folder, "postgres")
         self.port = free_port()
+        self.kills = 0
         self._run("initdb", "-D", self._data, "-U", "postgres", "--no-sync", "--encoding=UTF8")
         self.start()
 
@@ -60,6 +61,7 @@ class PostgresProcess:
 
     def kill(self) -> None:
         """End it as a crash does: no connection is told, nothing is flushed."""
+        self.kills += 1
         self._run("pg_ctl", "-D", self._data, "-m", "immediate", "stop")
 
     def url(self, database: str = "postgres") -> str:

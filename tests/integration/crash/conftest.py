@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,9 @@ class Stack:
 
     def more(self, controllers: Controllers, count: int, verdict: str = "PASSED") -> list[str]:
         """New candidates of this home at that state, as rounds would make them."""
-        service, first = Service.at(self.home.root), len(self.digests)
-        made = candidates(service, range(first, first + count), verdict)
+        first = len(self.digests)
+        with opened(self.home) as service:
+            made = candidates(service, range(first, first + count), verdict)
         told = controllers.act(act="register", digests=made)
         assert told.get("ended") == {}, told
         self.digests.extend(made)
@@ -210,6 +212,17 @@ class Stack:
             time.sleep(0.05)
 
 
+@contextmanager
+def opened(home: Home) -> Iterator[Service]:
+    """The parts of a home; what was opened of its databases is closed with the block."""
+    service = Service.at(home.root)
+    try:
+        yield service
+    finally:
+        for name in {"ledger", "journal"} & service.__dict__.keys():  # opened at their first use
+            getattr(service, name).close()
+
+
 def judged(service: Service, digest: str, number: int, verdict: str) -> None:
     """A round that made the digest, and what the gate said of it so far."""
     run = f"{number:04d}-gsm8k"
@@ -244,8 +257,13 @@ def probed(home: Home, digest: str) -> None:
     write_probes(home, digest, Probes.of([prompt], [[table]]))
 
 
-def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, list[str]]:
-    """A home whose original model is served, with candidates that passed the gate."""
+def home_with(
+    root: Path, count: int, baking: dict[str, Any], url: str | None
+) -> tuple[Home, list[str]]:
+    """A home whose original model is served, with candidates that passed the gate.
+
+    ``url``: a PostgreSQL server for journal, ledger and traffic; None: files of the home.
+    """
     anchor = tiny_anchor(root / "anchor")
     home = Home.at(root / "h")
     home.sockets.mkdir(mode=0o700)
@@ -261,13 +279,14 @@ def home_with(root: Path, count: int, baking: dict[str, Any]) -> tuple[Home, lis
             "baking": baking,
             "tasks": {"data_dir": str(root / "rows")},
             "projection": {"reconcile_seconds": 0.25},
+            "state": {"url": url},
         }
     )
     home.settings_json.write_text(settings.model_dump_json())
-    service = Service.at(home.root)
-    digests = [service.champion()]
-    probed(home, digests[0])
-    digests += candidates(service, range(1, 1 + count), "PASSED")
+    with opened(home) as service:
+        digests = [service.champion()]
+        probed(home, digests[0])
+        digests += candidates(service, range(1, 1 + count), "PASSED")
     write_served(home, Served(digests[0], str(anchor.directory)))
     return home, digests
 
@@ -285,18 +304,21 @@ def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[i
     """``make_stack(candidates)``: a home that serves, one that promotes in it, and its parts."""
     open_: list[Any] = []
 
-    def make(candidates: int, **baking: Any) -> tuple[Stack, Controllers, Service]:
+    def make(
+        candidates: int, url: str | None = None, **baking: Any
+    ) -> tuple[Stack, Controllers, Service]:
         root = tmp_path_factory.mktemp("c")
-        home, digests = home_with(root, candidates, baking or {"minutes": 0})
+        home, digests = home_with(root, candidates, baking or {"minutes": 0}, url)
         controllers = Controllers(home)
         told = controllers.act(act="register", digests=digests)
         assert told.get("ended") == {}, told
         stack = Stack(home, digests, free_port())
         open_.extend((stack, controllers, root))
         stack.start()
-        return stack, controllers, Service.at(home.root)
+        return stack, controllers, services.enter_context(opened(home))
 
-    yield make
+    with ExitStack() as services:
+        yield make
     for each in open_:
         if isinstance(each, Stack):
             each.stop()

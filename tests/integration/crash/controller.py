@@ -67,7 +67,7 @@ class StoppableService(Service):
 
     @cached_property
     def ledger(self) -> Ledger:
-        ledger = StoppableLedger(self.home.state_db)
+        ledger = StoppableLedger(self._state, self.wait_s)
         ledger.here = self.here
         return ledger
 
