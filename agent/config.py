@@ -57,6 +57,7 @@ PROFILES: dict[str, dict[str, Any]] = {
             "selection": 0,
             "budget_minutes": 0.0,
             "too_large": "ignore",  # its sigma is known to be small enough
+            "noise": "normal",
         },
         "tasks": {"max_tokens": 48, "rows": 400, "curve_every": 5},
         # At 45 % right, one row in five flips whatever is learnt: 400 rows carry 8 points.
@@ -73,6 +74,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "model": {"max_model_len": 1024, "dtype": "bfloat16"},
         "learner": {
             "fitness": "likelihood",
+            "noise": "normal",  # as it was measured
             "sigma": 0.001,
             "alpha": 0.003,
             "population": 32,

@@ -152,7 +152,10 @@ class LearnerSettings(Section):
         "log-probability they give to the task's worked answers, which are read and not generated; "
         "candidates are chosen and judged by reward either way.",
     )
-    noise: Literal["normal", "rademacher"] = Field("normal", description="Kind of perturbation.")
+    noise: Literal["normal", "rademacher"] = Field(
+        "rademacher",
+        description="Kind of perturbation: normals, or signs, which are drawn in half of the time.",
+    )
     penalty: Literal["none", "l2", "l1", "huber", "elastic_net"] = Field(
         "l2", description="Decay toward the anchor."
     )

@@ -219,7 +219,7 @@ def bench_scaling_command(
     ] = 7.0,
     update: Annotated[
         float, typer.Option(min=0, help="Seconds of an update for each member.")
-    ] = 0.031,
+    ] = 0.015,
     mtbf: Annotated[
         float, typer.Option("--mtbf-hours", min=0.01, help="Hours until an engine breaks.")
     ] = 168.0,

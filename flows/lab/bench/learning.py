@@ -46,6 +46,7 @@ PUBLISHED = {  # arXiv 2605.30148, its settings at 3B, in our exact arithmetic
     "selection": 0,
     "shaping": "zscore",
     "mirrored": False,
+    "noise": "normal",
     "fitness": "reward",
 }
 _EXAMPLES = Path(examples.__file__).parent / "extraction.py"
