@@ -666,7 +666,8 @@ def test_a_canary_takes_its_share_and_everything_or_nothing_follows(
         f"that changed sides {changed}; failed answers {failed} of {len(bad) + len(good)}\n"
     )
     assert (changed, failed) == (0, 0)
-    assert abs(share - asked) <= 0.02
+    # Two points, or three standard errors where a slow machine saw few sessions.
+    assert abs(share - asked) <= max(0.02, 3 * (asked * (1 - asked) / len(whole)) ** 0.5)
     assert {each.version for each in good if each.at > after} == {new[:12]}
     assert answers_of(running, "trial", "ok", new) > 0
     assert answers_of(running, "trial", "error", new) == 0
