@@ -3,11 +3,12 @@
 Here it is decided and recorded; the swap itself is `flows.serve.swaps`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 from agent.errors import UserError
 from agent.home import is_locked, locked
+from agent.store.ledger import BEGINS
 from agent.store.weights import short
 from deploy.serving.controller import TRIALS, Event
 from flows.serve.bake import settle_for
@@ -75,21 +76,37 @@ def is_owed(service: Service, digest: str, state: str) -> bool:
     return service.journal.candidate(digest).parent_digest == service.champion()
 
 
-def promote(session: Session, digest: str, why: str = "passed the gate") -> ServeOutcome:
+def promote(
+    session: Session, digest: str, why: str = "passed the gate", only: Collection[str] = ()
+) -> ServeOutcome:
     """Serve a digest by a verified swap, after which it bakes. What baked before is settled first.
 
     Where the settings want a trial first, that is begun (`flows.serve.trial` ends it).
+
+    Args:
+        session: The parts of the home.
+        digest: What to serve.
+        why: The reason, for the ledger.
+        only: The states it is promoted from; empty: any that the ledger lets be served.
 
     Raises:
         UserError: The ledger does not let it be served, or nothing was touched and why.
     """
     service = session.service
     finish(session)
-    if not may_serve(service, digest):
+    seen = service.ledger.state(digest)
+    if (only and seen not in only) or not may_serve(service, digest):
         raise UserError(_not_served(service, digest))
     settle_for(session, digest)
 
     def write(event: Event, of: str, reason: str, epoch: int) -> None:
+        # The lease is held from before the first event on. Until then another controller may have
+        # served this digest and a later one: it would be the older one that comes back.
+        if event in BEGINS and (now := service.ledger.state(digest)) != seen:
+            raise UserError(
+                f"digest {short(digest)} was {seen} and is {now}: another controller acted "
+                "meanwhile; nothing was changed"
+            )
         service.record(of, event, reason, epoch=epoch)
 
     chosen = service.settings.engines.swap
@@ -145,7 +162,7 @@ def carry_out(session: Session, digest: str, why: str) -> ServeOutcome:
     """
     service = session.service
     try:
-        return promote(session, digest, why)
+        return promote(session, digest, why, PASSED)
     except UserError as error:
         state = service.ledger.state(digest)
         if state not in PASSED:

@@ -1,5 +1,6 @@
 """The promised way back: whatever makes a swap fail, the earlier version is served."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deploy.serving.served import Served, read_served, write_served
 from evaluators.examples import json_answer
 from flows.learn.evaluate import pools
 from flows.serve import swaps
-from flows.serve.promote import promote
+from flows.serve.promote import PASSED, promote
 from flows.serve.swaps import probe_prompts
 from flows.service import Service
 from flows.session import Session
@@ -37,23 +38,55 @@ class Failing(Service):
         return super().directory(digest)
 
 
+class Overtaken(Service):
+    """A controller that is held up where it looks for weights, while others act."""
+
+    meanwhile: list[Callable[[], object]]
+
+    def directory(self, digest: str) -> Path:
+        while self.meanwhile:
+            self.meanwhile.pop(0)()
+        return super().directory(digest)
+
+
+def passed(root: Path, kind: type[Service], *numbers: int) -> tuple[Any, list[str]]:
+    """A home, its stack down, and candidates that passed."""
+    anchor = tiny_anchor(root / "anchor")
+    home = Home.at(root / "home")
+    chosen = {"model": {"path": str(anchor.directory)}, "review": {"mode": "auto"}}
+    service = kind(home, Settings.model_validate(chosen))
+    write_served(home, Served(anchor.digest, str(anchor.directory)))
+    service.champion()  # the ledger's first row
+    digests = [candidate_of(anchor, number, home.weights) for number in numbers]
+    for number, digest in zip(numbers, digests, strict=True):
+        made_by_a_round(service, digest, number)
+        for state in ("PROPOSED", "EVALUATED", "PASSED"):
+            service.record(digest, state, "a test")
+    return service, digests
+
+
 @pytest.fixture
 def promoted(tmp_path: Path) -> Session:
     """A home, its stack down, that serves its first candidate."""
-    anchor = tiny_anchor(tmp_path / "anchor")
-    home = Home.at(tmp_path / "home")
-    chosen = {"model": {"path": str(anchor.directory)}, "review": {"mode": "auto"}}
-    service = Failing(home, Settings.model_validate(chosen))
+    service, [digest] = passed(tmp_path, Failing, 1)
     service.errors = []
-    write_served(home, Served(anchor.digest, str(anchor.directory)))
-    service.champion()  # the ledger's first row
-    digest = candidate_of(anchor, 1, home.weights)
-    made_by_a_round(service, digest, 1)
-    for state in ("PROPOSED", "EVALUATED", "PASSED"):
-        service.record(digest, state, "a test")
     session = Session(service, Silent())
     assert promote(session, digest).served == digest
     return session
+
+
+def test_a_promotion_that_others_overtook_does_not_bring_an_older_version_back(
+    tmp_path: Path,
+) -> None:
+    service, [first, second] = passed(tmp_path, Overtaken, 1, 2)
+    other = Session(Service(service.home, service.settings), Silent())
+    service.meanwhile = [lambda: promote(other, first), lambda: promote(other, second)]
+    with pytest.raises(UserError, match="was PASSED and is CHAMPION: another controller acted"):
+        promote(Session(service, Silent()), first)
+    assert read_served(service.home).digest == service.champion() == second
+    with pytest.raises(UserError, match="is CHAMPION"):
+        promote(other, first, only=PASSED)
+    assert promote(other, first).served == service.champion() == first  # asked for anew
 
 
 @pytest.mark.parametrize(

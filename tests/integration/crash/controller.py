@@ -118,7 +118,8 @@ def promote_all(command: dict[str, Any]) -> int:
     for digest in digests:
         while service.ledger.state(digest) in ("PASSED", "SWAP_INTENT"):
             try:
-                made += promote.promote(session, digest, "raced").served == digest
+                raced = promote.promote(session, digest, "raced", promote.PASSED)
+                made += raced.served == digest
             except UserError:
                 time.sleep(0.01)  # the other one is at work, or was quicker
     return made
