@@ -1,7 +1,7 @@
 """The study's figures from its result files: a row a target and system, and the paper's claims.
 
-A mean over seeds has its t interval (95 %) from two seeds on. A claim that compares systems is
-decided on differences between trials of one seed:
+A mean over seeds has its t interval (95 %) from three seeds on; that of two is too wide to say
+anything. A claim that compares systems is decided on differences between trials of one seed:
 
     seen          3 seeds or more, all differences have the claimed sign (or size)
     not seen      3 seeds or more, and one has not
@@ -24,7 +24,7 @@ SUFFERS = 0.02  # of the target, as a share: what the study calls equal
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mean over seeds and its interval; none with one seed."""
+    """A mean over seeds and its interval; none with fewer than three."""
 
     mean: float
     low: float | None
@@ -35,7 +35,7 @@ class Spread:
 def spread(values: Sequence[float]) -> Spread:
     """Mean and t interval of values, one a seed."""
     mean, count = fmean(values), len(values)
-    if count < 2:
+    if count < LEAST_SEEDS:
         return Spread(mean, None, None, count)
     half = float(stats.t.ppf(0.975, count - 1)) * stdev(values) / sqrt(count)
     return Spread(mean, mean - half, mean + half, count)

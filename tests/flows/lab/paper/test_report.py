@@ -99,10 +99,11 @@ def test_the_stop_is_the_first_best_of_the_rows_kept_apart() -> None:
     assert stopped(trial)["generation"] == 10
 
 
-def test_an_interval_of_one_seed_is_none() -> None:
-    assert spread([0.5]).low is None
-    two = spread([0.4, 0.6])
-    assert two.high == pytest.approx(0.5 + 12.7062 * 0.1, rel=1e-4)  # t of one degree of freedom
+def test_an_interval_of_two_seeds_is_none() -> None:
+    assert spread([0.4, 0.6]).low is None
+    three = spread([0.4, 0.5, 0.6])
+    half = 4.30265 * 0.1 / 3**0.5  # t of two degrees of freedom, the standard error
+    assert three.high == pytest.approx(0.5 + half, rel=1e-4)
 
 
 def test_the_lambda_rule_takes_the_highest_that_keeps_the_target() -> None:
