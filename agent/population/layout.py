@@ -196,10 +196,15 @@ class Layout:
                 module.weight = torch.nn.Parameter(whole, requires_grad=False)
                 module.quant_method.process_weights_after_loading(module)
 
-    def slot(self, name: str) -> torch.Tensor:
+    def slot(self, name: str) -> torch.Tensor | None:
         """The memory of a tensor, flat, to be written in the model's dtype: its rows of the model,
-        or of the matrix that is packed once it is whole."""
-        return self._rows(self._places[name]).view(-1)
+        or of the matrix that is packed once it is whole.
+
+        None where the model keeps another dtype, as vLLM's CPU build does of a bfloat16 model's
+        biases: those are copied.
+        """
+        rows = self._rows(self._places[name])
+        return rows.view(-1) if rows.dtype == self._dtype else None
 
     def _is_packed(self, place: ModuleSlice) -> bool:
         return self._packs and self._is_linear(place) and place.parameter == "weight"

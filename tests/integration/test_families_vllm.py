@@ -41,17 +41,20 @@ REFUSED = {  # vLLM's build for the CPU has no kernel; vLLM does not tie what is
 SLOW = {"gpt_oss"}  # vLLM's reload does not pack its experts: an engine for every member
 FEW = ["gpt2", "qwen3_moe"]  # other names, experts; Gemma 2 has a test of its own
 PARTS = 4
+TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8").splitlines()
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_family_answers_like_cold_engines(part: int, scale: Scale) -> None:
-    """In parts, of a quarter of an hour each; `pytest -s` prints each family's row."""
+    """In parts, of a quarter of an hour each; `pytest -s` prints each row of docs/models.md."""
     few = scale(0, 1) == 0
     if few and part > 0:
         pytest.skip("all families: in the soak")
     names, dtypes = (FEW, DTYPES[1:]) if few else (list(FAMILIES)[part::PARTS], DTYPES)
     for name, trials in certify_tiny(names, Silent(), dtypes):
-        sys.stdout.write(f"{row(name, trials)}\n")
+        line = row(name, trials)
+        sys.stdout.write(f"{line}\n")
+        assert few or line in TABLE
         for trial in trials:
             if (name, trial.tied, trial.dtype) in REFUSED:
                 assert REFUSED[name, trial.tied, trial.dtype] in trial.error

@@ -151,7 +151,7 @@ def test_on_a_gpu_a_member_is_written_to_the_rows_of_the_model_and_storage_stays
         slots = {name: layout.slot(name) for name in named}
         direct = {}
         for name, slot in slots.items():  # what a kernel does: its output is the slot
-            if "mlp" not in name:
+            if "mlp" not in name and slot is not None:
                 direct[name] = slot.copy_(named[name].view(-1)).view(named[name].shape)
         layout.put(backwards(named | direct))  # the others are copied
         layer = model.model.layers[0]
@@ -177,6 +177,7 @@ def test_a_member_is_written_to_the_matrix_that_is_packed() -> None:
             if place == most:
                 raise RuntimeError
             slot = layout.slot(name)
+            assert slot is not None
             yield name, slot.copy_(tensor.view(-1)).view(tensor.shape)
 
     for seed, most in enumerate([len(SHAPES), 3, 6, len(SHAPES)]):
@@ -191,6 +192,19 @@ def test_a_member_is_written_to_the_matrix_that_is_packed() -> None:
         both = [named[f"model.layers.0.mlp.{each}_proj.weight"] for each in ("gate", "up")]
         assert torch.equal(layer.mlp.gate_up_proj.packed, torch.cat(both))
         assert torch.equal(model.model.norm.weight, named["model.norm.weight"])
+
+
+def test_a_bias_that_is_kept_in_float32_is_copied() -> None:
+    model = Fused(torch.bfloat16)
+    layout, attn = Layout.of(model, SPECS, torch.bfloat16), model.model.layers[0].attn
+    assert layout is not None
+    attn.qkv_proj.bias = nn.Parameter(attn.qkv_proj.bias.float(), requires_grad=False)
+    named = {name: tensor.bfloat16() for name, tensor in tensors(0).items()}
+    without = {name for name in named if layout.slot(name) is None}
+    biases = [f"model.layers.0.attn.{letter}_proj.bias" for letter in "qkv"]
+    assert without == set(biases)
+    layout.put(backwards(named))
+    assert torch.equal(attn.qkv_proj.bias, torch.cat([named[name] for name in biases]).float())
 
 
 def test_places_follow_the_packed_order_not_the_alphabet() -> None:
