@@ -11,14 +11,18 @@ forked from this process instead of importing everything again.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from agent.config import Settings, kept
 from agent.errors import UserError
@@ -36,6 +40,7 @@ from deploy.supervise import end_leaderless
 LOOPBACK = "127.0.0.1"
 UNIX_PATH_BYTES = 107  # longest sun_path, without its ending zero
 KV_CACHE_GIB = 1  # of main memory, on the CPU
+ASK_S = 0.2  # between two looks whether the server answers
 
 
 def command(home: Home, settings: Settings, slot: str = BLUE) -> tuple[str, ...]:
@@ -214,7 +219,10 @@ async def _serve(
     check: Callable[[], None],
     ready: Callable[[], None],
 ) -> None:
-    """Start the engine core, check what it loaded, and answer until a signal."""
+    """Start the engine core, check what it loaded, and answer until a signal.
+
+    ``ready`` is called at the first answer, as a client sees it: vLLM's server returns at its end.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
     from vllm.usage.usage_lib import UsageContext
@@ -228,12 +236,23 @@ async def _serve(
     engine = AsyncLLM.from_vllm_config(config, usage_context=usage)
     try:
         check()  # before anybody is answered
-        shutdown = await build_and_serve(engine, address, listener, args)
-        ready()
-        await shutdown
+        first = asyncio.create_task(_at_first_answer(Path(args.uds), ready))
+        await (await build_and_serve(engine, address, listener, args))
+        first.cancel()
     finally:
         engine.shutdown()
         listener.close()
+
+
+async def _at_first_answer(path: Path, ready: Callable[[], None]) -> None:
+    """Call ``ready`` once the server on a socket says that it is well."""
+    transport = httpx.AsyncHTTPTransport(uds=str(path))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        while True:
+            with suppress(httpx.TransportError):
+                if (await client.get("/health")).is_success:
+                    return ready()
+            await asyncio.sleep(ASK_S)
 
 
 def _interrupted(*_: object) -> None:

@@ -144,6 +144,14 @@ def test_status_names_every_service(running: Running) -> None:
     assert len(running.status["champion"]) == 64
 
 
+def test_an_engine_that_answers_counts_no_failed_start(running: Running) -> None:
+    """Or every kill would let the next start wait longer."""
+    count, until = Home.at(running.home).starts_json("engine"), time.monotonic() + 60
+    while count.exists():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
 def test_plain_and_streamed_answers_are_the_same_and_carry_the_version(running: Running) -> None:
     raw = chat(running)
     plain = raw.parse()

@@ -1,5 +1,6 @@
 """How the engine's process is told what to serve, and that nobody else can reach it."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -166,3 +167,25 @@ def test_a_start_that_fails_at_its_settings_is_counted(home: Home) -> None:
     count = starts(home, BLUE)
     assert count is not None
     assert count.begun == 1
+
+
+def test_an_engine_is_ready_at_its_first_answer_and_while_it_serves() -> None:
+    statuses, calls = [503, 503, 200, 200], list[int]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 {statuses.pop(0)} x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode())
+        await writer.drain()
+        writer.close()
+
+    async def served(path: Path) -> None:
+        asked = asyncio.create_task(process._at_first_answer(path, lambda: calls.append(1)))
+        await asyncio.sleep(2 * process.ASK_S)  # nobody listens yet
+        assert not asked.done()
+        async with await asyncio.start_unix_server(answer, path):
+            await asked
+
+    with tempfile.TemporaryDirectory() as short_name:
+        asyncio.run(served(Path(short_name) / "s"))
+    assert (calls, statuses) == ([1], [200])
