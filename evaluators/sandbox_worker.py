@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -155,7 +156,8 @@ def _readable(spec: str, hidden: list[Path]) -> dict[Path, bool]:
     file = Path(place).resolve() if place.endswith(".py") else None
     roots = [*map(Path, confine.SYSTEM_FILES), Path(sys.prefix), Path(sys.base_prefix)]
     roots += [Path(entry).resolve() for entry in sys.path if entry]
-    roots += [file, file.parent] if file else []
+    roots += [file, file.parent] if file else _package(place)
+    roots += [*_package("evaluators"), *_package("agent")]
     readable: dict[Path, bool] = {}
     for root in roots:
         if not any(folder == root or root in folder.parents for folder in hidden):
@@ -164,6 +166,15 @@ def _readable(spec: str, hidden: list[Path]) -> dict[Path, bool]:
             readable.setdefault(root, False)
             readable |= {child: True for child in root.iterdir() if _is_module(child, hidden)}
     return readable
+
+
+def _package(module: str) -> list[Path]:
+    """Where a module's top package lies: of an editable install no search path names it."""
+    found = find_spec(module.partition(".")[0])
+    if found is None:
+        return []
+    alone = [found.origin] if found.has_location and found.origin else []
+    return [Path(place).resolve() for place in found.submodule_search_locations or alone]
 
 
 def _coverable(hidden: list[Path], readable: Mapping[Path, bool]) -> list[Path]:

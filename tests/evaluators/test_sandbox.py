@@ -452,6 +452,16 @@ def test_a_worker_that_was_killed_between_two_verdicts_is_replaced(tmp_path: Pat
         sandbox.verify("anchor", ROW)
 
 
+def test_a_task_is_loaded_from_any_folder(tmp_path: Path) -> None:
+    """An editable install is on no search path, and nothing of ours lies where the user works."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "from evaluators.sandbox import protections; print(sorted(protections().active))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{sorted(protections().active)}\n"
+
+
 def test_every_promise_is_told_with_its_means() -> None:
     full = Protections(frozenset({"user", "pid", "network", "ipc", "landlock", "seccomp"}))
     assert full.complete
