@@ -129,11 +129,18 @@ async def begin_trial(request: Request) -> Response:
 
 
 async def end_trial(request: Request) -> Response:
-    """Send everything to the champion again; answers that the candidate has begun end there."""
+    """Send everything to the champion again; answers that the candidate has begun end there.
+
+    Those that nobody sees are given up: its engine stops next, and answers that the stop cuts
+    would be counted as errors of the version.
+    """
     _, order = parse(await request.body(), TrialEnd)
-    admission = _parts(request).admission
-    if admission.trial is not None and admission.trial.route.version == order.version:
-        admission.trial = None
+    parts = _parts(request)
+    trial = parts.admission.trial
+    if trial is not None and trial.route.version == order.version:
+        parts.admission.trial = None
+        for task in parts.shadows:
+            task.cancel()
     return await state(request)
 
 

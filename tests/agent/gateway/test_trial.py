@@ -180,6 +180,26 @@ def test_a_shadow_that_fails_is_recorded_against_its_version(running: Any, candi
     assert ("shadow", B, "error") in recorded(running)
 
 
+def test_shadow_answers_that_are_under_way_at_the_end_of_a_trial_are_not_its_errors(
+    running: Any, candidate: Any
+) -> None:
+    begin(running, candidate, 0.999, shadow=True)
+    candidate.fault = "stuck"
+    assert ask(running, "s") == A[:12]
+    until, shadows = time.monotonic() + 10, running.app.state.parts.shadows
+    while not candidate.running:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    with running.admin() as admin:
+        assert admin.post("/trial/end", json={"version": B}).json()["trial"] is None
+    while shadows:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    running.settled()
+    assert recorded(running) == [("chat.completions", A, "ok")]
+    assert 'kind="shadow"' not in metrics(running)
+
+
 def test_the_admin_side_begins_renews_and_ends_a_trial(running: Any, tmp_path: Any) -> None:
     order = {
         "version": B, "socket": str(tmp_path / "green.sock"), "share": 0.25, "shadow": False,
