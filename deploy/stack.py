@@ -6,6 +6,7 @@ state the last crash left.
 """
 
 import os
+import random
 import socket
 import sys
 import time
@@ -46,6 +47,8 @@ ENDPOINT = (BLUE, "gateway")  # what `up` waits for
 UP_TIMEOUT_S = 600.0
 POLL_S = 0.2
 ENDED = ("exited", "backoff", "fatal")
+UNASKED = range(20_000, 30_000)  # ports that no system gives to whoever asks for any
+TRIES = 100  # ports in use before `up` gives up
 
 Progress = Callable[[str, str], None]  # service, what became of it
 
@@ -244,7 +247,9 @@ def _ports_before(home: Home) -> Mapping[str, int]:
 def choose_ports(settings: Settings, before: Mapping[str, int] | None = None) -> Ports:
     """The ports the settings name; where they name 0, those of ``before`` that are still free.
 
-    Clients keep the addresses they know over `down` and `up`.
+    Clients keep the addresses they know over `down` and `up`. A new port is one of ``UNASKED``: a
+    service binds it later, MLflow up to a minute, and by then a port that the system gives to
+    whoever asks for any may be another process's.
 
     Raises:
         UserError: A port that the settings name is in use.
@@ -258,17 +263,21 @@ def choose_ports(settings: Settings, before: Mapping[str, int] | None = None) ->
     try:
         chosen = {}
         for name, (host, port) in wanted.items():
-            last = (before or {}).get(name, 0)
-            try:
-                chosen[name] = _bound(name, host, port or last, held)
-            except UserError:
-                if port:
-                    raise
-                chosen[name] = _bound(name, host, 0, held)
+            last = (before or {}).get(name)
+            other = (*([last] if last else []), *random.sample(UNASKED, TRIES))
+            chosen[name] = _first_bound(name, host, (port,) if port else other, held)
     finally:
         for sock in held:
             sock.close()
     return Ports(**chosen)
+
+
+def _first_bound(name: str, host: str, ports: Sequence[int], held: list[socket.socket]) -> int:
+    """The first of these ports that is free, bound for a moment."""
+    for port in ports[:-1]:
+        with suppress(UserError):
+            return _bound(name, host, port, held)
+    return _bound(name, host, ports[-1], held)
 
 
 def _bound(name: str, host: str, port: int, held: list[socket.socket]) -> int:

@@ -333,10 +333,23 @@ def test_a_port_in_use_is_refused_before_anything_starts(home: Home) -> None:
     assert not home.supervisor_config.exists()
 
 
-def test_ports_are_free_and_different() -> None:
+def test_ports_are_free_and_different_and_no_other_process_gets_them_unasked() -> None:
     for _ in range(20):
         ports = stack.choose_ports(load())
-        assert len({ports.gateway, ports.mlflow, ports.prefect}) == 3
+        chosen = {ports.gateway, ports.mlflow, ports.prefect}
+        assert len(chosen) == 3
+        assert all(1024 <= port < 32_768 for port in chosen)  # Linux gives those from there on
+
+
+def test_a_port_in_use_is_passed_over() -> None:
+    held: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = (other.getsockname()[1], stack.choose_ports(load()).mlflow)
+        assert stack._first_bound("mlflow", "127.0.0.1", ports, held) == ports[1]
+        with pytest.raises(UserError, match=f"mlflow port {ports[0]} on 127.0.0.1: Addr"):
+            stack._first_bound("mlflow", "127.0.0.1", ports[:1], held)
+    for each in held:
+        each.close()
 
 
 FAILURES = {
