@@ -2,7 +2,10 @@
 
 import re
 
-SECRET = re.compile(r"(://[^:/@\s]*):[^/\s]*@|([?&]password=)[^&\s]*")  # the password in a URL
+# The password in a URL; of a web server's all before the host, since a token may stand there.
+SECRET = re.compile(
+    r"""(https?://)[^\s'"]*@|(://[^:/@\s]*:)[^/\s]*@|([?&]\w*(?:password|token|key)=)[^&\s'"]*"""
+)
 
 
 class UserError(Exception):
@@ -11,4 +14,6 @@ class UserError(Exception):
 
 def masked(text: str) -> str:
     """A text for a person or a log, with *** for the passwords of the URLs in it."""
-    return SECRET.sub(lambda found: f"{found[1]}:***@" if found[1] else f"{found[2]}***", text)
+    return SECRET.sub(
+        lambda found: f"{found[3]}***" if found[3] else f"{found[1] or found[2]}***@", text
+    )

@@ -4,13 +4,17 @@ As `agent.sections`, which says what is learnt and judged.
 """
 
 import ipaddress
+import re
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from agent.sections import AUTO, Section
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+# Of a server: no user, password or query, which would be written to files of the home.
+SERVER_URL = re.compile(r"""https?://[^\s/?#@"'\\]+(/[^\s?#@"'\\]*)?""")
 
 
 class StateSettings(Section):
@@ -165,6 +169,16 @@ class ProjectionSettings(Section):
 
     mlflow_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
     prefect_port: int = Field(0, ge=0, le=65535, description="Port; 0 takes a free one.")
+    mlflow_url: str = Field(
+        "",
+        description="An MLflow server to use, such as 'https://mlflow.example.org'; empty: one of "
+        "our own on loopback, which `up` starts.",
+    )
+    prefect_api_url: str = Field(
+        "",
+        description="The API of a Prefect server to use, such as "
+        "'https://prefect.example.org/api'; empty: one of our own on loopback, which `up` starts.",
+    )
     loop_minutes: float = Field(
         0.0, ge=0, description="Minutes from a round's end to the next scheduled one; 0: off."
     )
@@ -174,3 +188,29 @@ class ProjectionSettings(Section):
         description="New verified rows of the target after which a round starts; 0: off.",
     )
     reconcile_seconds: float = Field(30.0, gt=0, description="Seconds between reconciliations.")
+
+    @field_validator("mlflow_url", "prefect_api_url")
+    @classmethod
+    def _server(cls, url: str) -> str:
+        """Credentials come from the environment: what is in a URL is written and printed."""
+        if url and not (SERVER_URL.fullmatch(url) and _has_port(url)):
+            raise ValueError(
+                "allowed: http://host:port/path or https://, without user, password and query; "
+                "credentials are read from MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN and "
+                "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+            )
+        return url.rstrip("/")
+
+    @property
+    def consoles(self) -> tuple[str, ...]:
+        """The servers that are ours, of "mlflow" and "prefect": those without a URL."""
+        urls = {"mlflow": self.mlflow_url, "prefect": self.prefect_api_url}
+        return tuple(name for name, url in urls.items() if not url)
+
+
+def _has_port(url: str) -> bool:
+    """Whether a URL's port, if it names one, is a port."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False

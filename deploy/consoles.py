@@ -22,6 +22,11 @@ from agent.home import Home, read_sealed, secret, write_sealed
 from agent.review import review_word
 
 USER = "anchorage"
+SIGN_IN = {  # server -> variables that its clients sign in by
+    "mlflow": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    "prefect": ("PREFECT_API_AUTH_STRING", "PREFECT_API_KEY"),
+}
+CONSOLES = tuple(SIGN_IN)
 LOOPBACK = "127.0.0.1"
 HOSTS = frozenset({LOOPBACK, "localhost", "::1"})
 
@@ -31,14 +36,29 @@ Send = Callable[[Any], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def credentials(home: Home) -> dict[str, str]:
-    """Variables by which MLflow's and Prefect's clients sign in; never part of a command line."""
+def credentials(home: Home, consoles: Collection[str] = CONSOLES) -> dict[str, str]:
+    """Variables by which MLflow's and Prefect's clients sign in; never part of a command line.
+
+    Args:
+        home: Whose servers they are.
+        consoles: The servers of this home. Another one keeps what the environment has for it, but
+            for this home's password (an old ``export``), which is blanked; as what the environment
+            has for another server is for a server of this home. So no server gets another's secret.
+    """
     password = secret(home.password)
-    return {
+    ours = {
         "MLFLOW_TRACKING_USERNAME": USER,
         "MLFLOW_TRACKING_PASSWORD": password,
         "PREFECT_API_AUTH_STRING": f"{USER}:{password}",
     }
+    signed = {}
+    for server, names in SIGN_IN.items():
+        for name in names:
+            if server in consoles and (name in ours or name in os.environ):
+                signed[name] = ours.get(name, "")
+            elif server not in consoles and password in os.environ.get(name, ""):
+                signed[name] = ""
+    return signed
 
 
 class HostGuard:

@@ -23,7 +23,7 @@ from agent.config import Settings, keep
 from agent.errors import UserError
 from agent.home import Home, locked, read_sealed, write_sealed
 from agent.population.placement import on_cpu
-from deploy.consoles import LOOPBACK, USER, credentials
+from deploy.consoles import CONSOLES, LOOPBACK, USER, credentials
 from deploy.serving import process
 from deploy.serving.process import private_socket
 from deploy.serving.served import BLUE, GREEN, SLOTS, Served, read_served, write_served
@@ -63,13 +63,17 @@ class Ports:
 
 
 def services(home: Home, settings: Settings, ports: Ports) -> tuple[Program, ...]:
-    """The processes of a stack, what the endpoint needs first."""
-    shared = client_environment(home, ports)
+    """The processes of a stack, what the endpoint needs first; no console of what has a URL."""
+    shared = client_environment(home, settings, ports)
     own = ("--home", str(home.root))
     flows_cli = (sys.executable, "-m", "flows.cli", "service")
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
     for folder in (home.mlflow, home.prefect):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    consoles = {
+        "mlflow": _console("mlflow", home, ports.mlflow, "/health", quiet),
+        "prefect": _console("prefect", home, ports.prefect, "/api/health", shared),
+    }
     return (
         _engine(home, settings, BLUE),
         Program(
@@ -79,25 +83,24 @@ def services(home: Home, settings: Settings, ports: Ports) -> tuple[Program, ...
             Probe(f"{url(ports.gateway, settings.gateway.host)}/healthz"),
         ),
         Program("watchdog", (sys.executable, "-m", "deploy.serving.watchdog", str(home.root))),
-        _console("mlflow", home, ports.mlflow, "/health", quiet),
-        _console("prefect", home, ports.prefect, "/api/health", shared),
+        *(consoles[name] for name in settings.projection.consoles),
         Program("flows", (*flows_cli, "flows", *own), shared, nice=BACKGROUND),
         _engine(home, settings, GREEN),
     )
 
 
-def client_environment(home: Home, ports: Ports) -> dict[str, str]:
-    """Variables that lead MLflow's and Prefect's clients to this stack, and keep them quiet.
+def client_environment(home: Home, settings: Settings, ports: Ports) -> dict[str, str]:
+    """Variables that lead MLflow's and Prefect's clients to their servers, and keep them quiet.
 
-    Without the password: they are written to supervisord's configuration and to command lines.
+    Without a password: they are written to supervisord's configuration and to command lines.
     """
     return {
         "ANCHORAGE_HOME": str(home.root),
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_TRACKING_URI": url(ports.mlflow),
+        "MLFLOW_TRACKING_URI": settings.projection.mlflow_url or url(ports.mlflow),
         "PREFECT_HOME": str(home.prefect),
-        "PREFECT_API_URL": f"{url(ports.prefect)}/api",
+        "PREFECT_API_URL": settings.projection.prefect_api_url or f"{url(ports.prefect)}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_CLI_PROMPT": "false",
@@ -180,20 +183,19 @@ def _stop(home: Home) -> int:
 def status(home: Home) -> dict[str, Any]:
     """{"endpoint", "mlflow", "model_page", "prefect", "sign_in", "champion", "services"}.
 
-    ``model_page`` is MLflow's page of the versions. ``sign_in`` says how to open MLflow's and
-    Prefect's pages, ``services`` lists {"name", "state", "pid"}. Addresses are None and no service
-    is listed where nothing runs; a second engine is listed while it runs. Services whose
-    supervisord was killed are "unsupervised".
+    ``model_page`` is MLflow's page of the versions. ``sign_in`` says how to open the pages of our
+    own servers, ``services`` lists {"name", "state", "pid"}. Addresses are None and no service is
+    listed where nothing runs; a second engine is listed while it runs. Services whose supervisord
+    was killed are "unsupervised".
     """
     services_now = states(home) if supervisor_of(home) is not None else _unsupervised(home)
-    running = bool(services_now)
-    record = _read_record(home) if running else {}
+    record = _read_record(home) if services_now else {}
     return {
         "endpoint": record.get("endpoint"),
         "mlflow": record.get("mlflow"),
         "model_page": record.get("model_page"),
         "prefect": record.get("prefect"),
-        "sign_in": f"user {USER}, password in {home.password}" if running else None,
+        "sign_in": record.get("sign_in"),
         "champion": _champion(home),
         "services": [
             {"name": each.name, "state": _state(home, each), "pid": each.pid}
@@ -249,7 +251,7 @@ def choose_ports(settings: Settings, before: Mapping[str, int] | None = None) ->
 
     Clients keep the addresses they know over `down` and `up`. A new port is one of ``UNASKED``: a
     service binds it later, MLflow up to a minute, and by then a port that the system gives to
-    whoever asks for any may be another process's.
+    whoever asks for any may be another process's. A server by URL keeps the one of ``before``.
 
     Raises:
         UserError: A port that the settings name is in use.
@@ -259,11 +261,11 @@ def choose_ports(settings: Settings, before: Mapping[str, int] | None = None) ->
         "mlflow": (LOOPBACK, settings.projection.mlflow_port),
         "prefect": (LOOPBACK, settings.projection.prefect_port),
     }
+    chosen = {name: (before or {}).get(name, 0) for name in wanted}
     held: list[socket.socket] = []
     try:
-        chosen = {}
-        for name, (host, port) in wanted.items():
-            last = (before or {}).get(name)
+        for name in ("gateway", *settings.projection.consoles):
+            (host, port), last = wanted[name], chosen[name]
             other = (*([last] if last else []), *random.sample(UNASKED, TRIES))
             chosen[name] = _first_bound(name, host, (port,) if port else other, held)
     finally:
@@ -350,12 +352,17 @@ def _alone(home: Home) -> Iterator[None]:
 
 
 def _write_record(home: Home, settings: Settings, ports: Ports) -> None:
+    environment = client_environment(home, settings, ports)
+    mlflow, ours = environment["MLFLOW_TRACKING_URI"], settings.projection.consoles
+    only = "" if ours == CONSOLES else f" ({', '.join(ours)} only)"
     record = {
         "endpoint": url(ports.gateway, settings.gateway.host),
-        "mlflow": url(ports.mlflow),
-        "model_page": f"{url(ports.mlflow)}/#/models/{quote(settings.model.name, safe='')}",
-        "prefect": url(ports.prefect),
-        "environment": client_environment(home, ports),
+        "mlflow": mlflow,
+        "model_page": f"{mlflow}/#/models/{quote(settings.model.name, safe='')}",
+        "prefect": environment["PREFECT_API_URL"].removesuffix("/api"),
+        "sign_in": f"user {USER}, password in {home.password}{only}" if ours else None,
+        "consoles": ours,
+        "environment": environment,
     }
     write_sealed(home.stack_json, record)
 
@@ -371,8 +378,19 @@ def environment_of(home: Home) -> dict[str, str]:
     """The variables that lead clients to the running stack and sign them in; empty if none runs."""
     if supervisor_of(home) is None:
         return {}
-    found: dict[str, str] = _read_record(home).get("environment", {})
-    return found | credentials(home)
+    record = _read_record(home)
+    return {**record.get("environment", {}), **credentials(home, record.get("consoles", CONSOLES))}
+
+
+def health_pages(home: Home) -> dict[str, str]:
+    """What endpoint, MLflow and Prefect, ours or by URL, answer 200 at; nothing while down."""
+    record = _read_record(home)
+    environment = record.get("environment", {})
+    return record and {
+        "endpoint": f"{record.get('endpoint')}/healthz",
+        "mlflow": f"{environment.get('MLFLOW_TRACKING_URI')}/health",
+        "prefect": f"{environment.get('PREFECT_API_URL')}/health",
+    }
 
 
 def _champion(home: Home) -> str | None:

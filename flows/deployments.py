@@ -28,9 +28,10 @@ from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.utilities.callables import parameter_schema
 
+from agent.errors import UserError
 from agent.home import Home, is_locked
 from flows.learn import loop
 from flows.learn.collect import collect_rows
@@ -38,7 +39,7 @@ from flows.learn.loop import Due, RowTrigger, decide, note_refusals, refusal, re
 from flows.learn.weigh import weigh
 from flows.serve import promote, swaps
 from flows.serve.bake import bake
-from flows.serve.outlook import new_rows
+from flows.serve.outlook import deployment_name, new_rows
 from flows.serve.reconcile import attempt, poll, repair
 from flows.service import Service
 from flows.session import Session, session
@@ -58,6 +59,8 @@ from flows.show.prefect import (
 from flows.show.terminal import Silent
 
 LOG = logging.getLogger("anchorage.flows")
+# What a server that is away, refuses us or is no Prefect leads to.
+UNWILLING = (httpx.HTTPError, PrefectException, ValueError)
 PREFECT_S = 60.0  # between two lines that say it does not answer, and two registrations
 POLL_S = 5.0  # between two looks for runs that are due
 
@@ -152,9 +155,16 @@ def run_flow(name: str, *arguments: Any) -> Any:
     parameters = dict(inspect.signature(function).bind(*arguments).arguments)
     outer = CURRENT.get(None)
     task = outer.begin_task(name) if outer else None
-    parent = UUID(task) if task else None
-    with get_client(sync_client=True) as client:
-        made = client.create_flow_run(FLOWS[name], parameters=parameters, parent_task_run_id=parent)
+    shown: dict[str, Any] = {
+        "parameters": parameters,
+        "parent_task_run_id": UUID(task) if task else None,
+    }
+    try:
+        with get_client(sync_client=True) as client:
+            made = client.create_flow_run(FLOWS[name], **shown)
+    except UNWILLING as error:  # a server may be well and refuse us
+        LOG.warning("Prefect: %s is not shown: %s", name, " ".join(str(error).split()))
+        return function(*arguments)
     with reported(made.id, name, parameters) as finish:
         result = finish(function(*arguments))
     if outer:
@@ -195,6 +205,8 @@ class Runner:
         rows: Says when new rows start a loop.
         note: Keeps why a run was refused: flow, reason.
         command: home, flow, run -> the command that runs it.
+        label: Name of the deployments on a server that others use, too: there those of another
+            home are left alone. Without it each has its flow's name, and all are ours.
     """
 
     def __init__(
@@ -205,8 +217,9 @@ class Runner:
         command: Callable[[Path, str, UUID], list[str]] = process_of,
         rows: RowTrigger | None = None,
         note: Callable[[str, str], None] = lambda _name, _why: None,
+        label: str | None = None,
     ) -> None:
-        self._home, self._client = home, client
+        self._home, self._client, self._label = home, client, label
         self._command, self._rows, self._note = command, rows, note
         self._every = timedelta(minutes=minutes) if minutes else None
         self._names: dict[UUID, str] = {}  # deployment -> flow
@@ -219,11 +232,14 @@ class Runner:
     def _registered(self, name: str) -> UUID:
         """A deployment's id; one that differs is deleted first, as an update may leave parts."""
         every, home = self._every if name == "loop" else None, str(self._home.root)
+        label = self._label or name
         try:
-            found = self._client.read_deployment_by_name(f"{name}/{name}")
+            found = self._client.read_deployment_by_name(f"{name}/{label}")
         except ObjectNotFound:
             pass
         else:
+            if self._label:
+                loop.refuse_foreign(f"{name}/{label}", home, found)
             wrong = refusal(name, home, found)
             planned = [getattr(each.schedule, "interval", None) for each in found.schedules]
             if wrong is None and planned == ([every] if every else []):
@@ -233,7 +249,7 @@ class Runner:
         plan = [DeploymentScheduleCreate(schedule=_from_now(every), active=True)] if every else []
         return self._client.create_deployment(
             self._client.create_flow(FLOWS[name]),
-            name,
+            label,
             schedules=plan,
             description=inspect.getdoc(FLOWS[name].fn),
             parameter_openapi_schema=parameter_schema(FLOWS[name].fn).model_dump_for_openapi(),
@@ -255,10 +271,11 @@ class Runner:
                     stop_left(list(self._names), self._running)
                     registered_at = now
                 self.tick()
-            except (httpx.HTTPError, ObjectNotFound) as error:
+            except (*UNWILLING, UserError) as error:
                 registered_at = -PREFECT_S
                 if now - told_at >= PREFECT_S:
-                    LOG.warning("Prefect: %s", " ".join(str(error).split()))
+                    line = " ".join(str(error).split())
+                    LOG.warning("Prefect at %s: %s", self._client.api_url, line)
                     told_at = now
             yield
 
@@ -367,13 +384,15 @@ def serve_flows(service: Service) -> None:
     watcher = threading.Thread(target=watch, args=[service], name="reconcile", daemon=True)
     watcher.start()
     while not server_answers(wait_s=PREFECT_S):
-        LOG.warning("Prefect does not answer; its schedules wait for it, nothing else does")
-        time.sleep(POLL_S if "PREFECT_API_URL" in os.environ else PREFECT_S)
+        url = os.environ.get("PREFECT_API_URL")
+        LOG.warning("Prefect at %s: no answer; schedules wait for it, nothing else does", url)
+        time.sleep(POLL_S if url else PREFECT_S)
     plan, target = service.settings.projection, service.settings.tasks.target
+    label = deployment_name(service.settings, "") or None
     rows = RowTrigger(plan.loop_rows, lambda: new_rows(service, target))
     with get_client(sync_client=True) as client:
         note = note_refusals(service)
-        runner = Runner(service.home, plan.loop_minutes, client, rows=rows, note=note)
+        runner = Runner(service.home, plan.loop_minutes, client, rows=rows, note=note, label=label)
         with closing(runner):
             for _ in runner.looks():
                 time.sleep(POLL_S)

@@ -22,6 +22,7 @@ from agent.store.journal import Journal
 from agent.store.ledger import Entry, Ledger, StaleEpoch
 from agent.store.postgres import move_state
 from agent.store.weights import Anchor, require, short
+from deploy.consoles import credentials
 from deploy.embedded.rows import up_to as embedded_rows
 from deploy.model import original, record_of
 from deploy.serving.intact import mend
@@ -175,8 +176,11 @@ class Service:
 
     @cached_property
     def registry(self) -> Registry:
-        """MLflow on SQLite under the home."""
-        artifacts = self.home.mlflow_artifacts
+        """MLflow: the server of the settings, else SQLite under the home."""
+        plan, artifacts = self.settings.projection, self.home.mlflow_artifacts
+        if plan.mlflow_url:
+            os.environ.update(credentials(self.home, plan.consoles))  # none of ours goes there
+            return Registry(plan.mlflow_url, self.settings.model.name, None)
         for folder in (self.home.mlflow, artifacts):  # the mode does not hold for parents
             folder.mkdir(mode=0o700, exist_ok=True)
         return Registry(f"sqlite:///{self.home.mlflow_db}", self.settings.model.name, artifacts)

@@ -4,13 +4,15 @@ import json
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.home import Home as HomeFolder
 from flows.cli.options import AsJson, Config, Home
 from flows.show.terminal import pairs, reporter, settings_tables, show, status_tables
+
+if TYPE_CHECKING:  # a command imports what it needs
+    from flows.service import Service
 
 app = typer.Typer()
 service_app = typer.Typer(help="The service under systemd.", no_args_is_help=True)
@@ -148,7 +150,7 @@ def flows_service(home: Home = None) -> None:
     from flows.service import Service
 
     service = Service.at(home)
-    _sign_in(service.home)
+    _sign_in(service)
     from flows.deployments import serve_flows
 
     logging.getLogger("anchorage").setLevel(logging.INFO)  # Prefect's handler prints it
@@ -160,15 +162,20 @@ def run_service(name: str, run_id: str, home: Home = None) -> None:
     """The process of one scheduled run; its parameters are a JSON object on stdin."""
     from flows.service import Service
 
-    _sign_in(Service.at(home).home)
+    _sign_in(Service.at(home))
     from flows.deployments import run_one
 
     run_one(name, run_id, json.load(sys.stdin))
 
 
-def _sign_in(home: HomeFolder) -> None:
-    """Let Prefect's client sign in; it reads the variables when Prefect is imported."""
+def _sign_in(service: "Service") -> None:
+    """Let Prefect's client sign in; it reads the variables when Prefect is imported.
+
+    A URL of the settings counts also where `up` did not start this process, as in a container.
+    """
     from deploy.consoles import credentials
 
-    for name, value in credentials(home).items():
-        os.environ.setdefault(name, value)
+    plan = service.settings.projection
+    os.environ.update(credentials(service.home, plan.consoles))
+    if plan.prefect_api_url:
+        os.environ["PREFECT_API_URL"] = plan.prefect_api_url

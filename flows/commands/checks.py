@@ -345,19 +345,14 @@ def sockets(home: Home) -> str:
 
 
 def ports(home: Home) -> str:
-    """Endpoint, MLflow and Prefect answer on their ports."""
+    """Endpoint, MLflow and Prefect answer, on their ports or by their URLs."""
     if not is_wanted(home):
         return "the service is down"
-    record = stack.status(home)
-    paths = {"endpoint": "/healthz", "mlflow": "/health", "prefect": "/api/health"}
-    silent = [
-        f"{name} at {record[name]}"
-        for name, path in paths.items()
-        if not record[name] or not answers(Probe(f"{record[name]}{path}"), 10.0)
-    ]
-    if silent:
-        raise RuntimeError(f"no answer: {', '.join(silent)}")
-    return ", ".join(str(record[name]) for name in paths)
+    pages = stack.health_pages(home)
+    silent = [f"{name} at {page}" for name, page in pages.items() if not answers(Probe(page), 10.0)]
+    if silent or not pages:
+        raise RuntimeError(f"no answer: {', '.join(silent) or 'stack.json names no address'}")
+    return ", ".join(pages.values())
 
 
 def all_documents(home: Home) -> list[Path]:

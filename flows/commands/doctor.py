@@ -221,7 +221,9 @@ class HomeChecks:
         )
         yield Check("sockets", lambda: checks.sockets(home), "anchorage down, then up")
         yield Check(
-            "ports", lambda: checks.ports(home), "see the service's log, then anchorage down and up"
+            "ports",
+            lambda: checks.ports(home),
+            "see the service's log, then anchorage down and up; a server by URL is for its owner",
         )
         yield Check("served version", self._agree, "wait for the next look, or anchorage promote")
 

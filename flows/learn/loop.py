@@ -131,6 +131,19 @@ def refusal(name: str, home: str, deployment: Any, run: Any = None) -> str | Non
     return None
 
 
+def refuse_foreign(name: str, home: str, deployment: Any) -> None:
+    """Refuse to replace a deployment that is not of this home, on a server that others use, too.
+
+    Raises:
+        UserError: It is of another home, or of none.
+    """
+    if (other := deployment.parameters.get("home")) != home:
+        raise UserError(
+            f"deployment {name} is of home {other!r}, this one is {home!r}; allowed: another "
+            "model.name, or delete the deployment in Prefect"
+        )
+
+
 def note_refusals(service: Service) -> Callable[[str, str], None]:
     """A function of a flow's name and a reason that remarks in the ledger: a run was refused.
 

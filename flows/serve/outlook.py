@@ -1,5 +1,6 @@
 """What a service does now and will do next, and what a person may do: for `up` and `status`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from statistics import median
@@ -13,9 +14,9 @@ from agent.store import feedback
 from agent.store.journal import Run
 from agent.store.weights import short
 from deploy import stack
-from deploy.consoles import USER
 from flows.round_files import RoundFiles
 from flows.service import Service
+from flows.show.prefect import signed
 
 PREFECT_S = 2.0  # longest wait for its answer; without one the next round is estimated
 DAY_S = 86_400.0
@@ -65,21 +66,28 @@ def next_round(service: Service) -> str:
     return f"about {at:%Y-%m-%dT%H:%MZ}" if at > now else "at once: it was due before now"
 
 
+def deployment_name(settings: Settings, flow: str) -> str:
+    """The name of a flow's deployment: on a server that others use, too, the model's name."""
+    return settings.model.name if settings.projection.prefect_api_url else flow
+
+
 def _planned(service: Service) -> str | None:
     """The start of the next planned run of the loop by Prefect's server; None without an answer."""
-    url = stack.environment_of(service.home).get("PREFECT_API_URL")
+    environment = stack.environment_of(service.home)
+    url, name = environment.get("PREFECT_API_URL"), deployment_name(service.settings, "loop")
     if url is None:
         return None
     wanted = {
         "flows": {"name": {"any_": ["loop"]}},
+        "deployments": {"name": {"any_": [name]}},
         "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
         "sort": "NEXT_SCHEDULED_START_TIME_ASC",
         "limit": 1,
     }
-    password = service.home.password.read_text("ascii").strip()
+    headers = signed({**os.environ, **environment})
     try:
         reply = httpx.post(
-            f"{url}/flow_runs/filter", json=wanted, auth=(USER, password), timeout=PREFECT_S
+            f"{url}/flow_runs/filter", json=wanted, headers=headers, timeout=PREFECT_S
         )
         runs = reply.raise_for_status().json()
     except (httpx.HTTPError, ValueError):

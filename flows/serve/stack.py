@@ -24,14 +24,16 @@ from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.population.decoding import decoding
 from deploy import stack
+from deploy.consoles import CONSOLES
 from deploy.serving.served import Served, read_served
+from deploy.supervise import Probe, answers
 from flows.show.terminal import Reporter
 
 if TYPE_CHECKING:  # `status` and `down` do without it
     from flows.service import Service
 
 LOG = logging.getLogger("anchorage.stack")
-STATUS_S = 2.0  # longest wait of `status` for a database server that does not answer
+STATUS_S = 2.0  # longest wait of `status` for a server that does not answer
 ROOT = Path(__file__).parents[2]  # where the packages lie, installed or not
 
 
@@ -89,7 +91,7 @@ def start(
     target = settings.tasks.target
     document = {"file": last.file, "changed": [change.shown() for change in changed]}
     document |= outlook(settings, service.priors(target), next_round(service))
-    return status | {"settings": document}
+    return status | {"settings": document, "away": away(place)}
 
 
 def _refuse_other_model(service: "Service") -> None:
@@ -123,7 +125,20 @@ def state(home: Path | None) -> dict[str, Any]:
     how = None
     with suppress(UserError, FileNotFoundError):  # `doctor` names a file that is damaged
         how = decoding(kept(place), Path(read_served(place).directory))
-    return stack.status(place) | {"decoding": how, "learning": learning(place)}
+    more = {"decoding": how, "learning": learning(place), "away": away(place)}
+    return stack.status(place) | more
+
+
+def away(home: Home) -> list[str]:
+    """The servers by URL that do not answer now, by the page that was asked for.
+
+    Those of this home are among the services: they may be starting.
+    """
+    pages, ours = stack.health_pages(home), CONSOLES
+    with suppress(UserError, FileNotFoundError):  # `doctor` names a file that is damaged
+        ours = kept(home).projection.consoles
+    theirs = [pages[name] for name in CONSOLES if pages and name not in ours]
+    return [page for page in theirs if not answers(Probe(page), STATUS_S)]
 
 
 def learning(home: Home) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from agent.home import locked, read_sealed, write_sealed
 from agent.registry import STATE
@@ -38,7 +39,7 @@ def catch_up(service: Service) -> list[str]:
     """
     taken = f"MLflow: another process has been writing to it for {LOCK_S:.0f} s"
     with locked(service.home.shown_lock, taken=taken, wait_s=LOCK_S):
-        newest = _newest_row(service)  # read first: a row that comes meanwhile is shown next time
+        newest = _newest(service)  # read first: a row that comes meanwhile is shown next time
         done = _show_origin(service)
         for run in service.journal.runs():
             try:
@@ -50,8 +51,8 @@ def catch_up(service: Service) -> list[str]:
                 LOG.warning("round %s cannot be shown: %s", run.run_id, error)
         done += _show_states(service)
         mlflow.show_aliases(service)
-        if done or newest != _shown_row(service):
-            write_sealed(service.home.shown_json, {"ledger": newest})
+        if done or newest != _shown(service):
+            write_sealed(service.home.shown_json, newest)
         return done
 
 
@@ -69,7 +70,7 @@ def refuse_review(service: Service, version: str, note: str) -> None:
 
 def behind(service: Service) -> bool:
     """Whether journal or ledger have rows that were not shown; MLflow is not called for it."""
-    if _newest_row(service) != _shown_row(service):
+    if _newest(service) != _shown(service):
         return True
     return any(
         RoundFiles(service.home, run.run_id).shown() != _complete(service, run.run_id)
@@ -78,11 +79,16 @@ def behind(service: Service) -> bool:
 
 
 def _show_origin(service: Service) -> list[str]:
-    """The original model's version. An MLflow without it is new: all rounds are shown again."""
-    if service.registry.version(service.origin.digest) is not None:
+    """The original model's version. An MLflow without it is new: all rounds are shown again.
+
+    So they are in another MLflow than at the last pass, which has only what it was shown before.
+    """
+    known = service.registry.version(service.origin.digest) is not None
+    if not known or _shown(service)["server"] != _newest(service)["server"]:
+        for run in service.journal.runs():
+            RoundFiles(service.home, run.run_id).forget_shown()
+    if known:
         return []
-    for run in service.journal.runs():
-        RoundFiles(service.home, run.run_id).forget_shown()
     mlflow.show_origin(service)
     return ["the original model"]
 
@@ -125,15 +131,19 @@ def _show_states(service: Service) -> list[str]:
     return done
 
 
-def _newest_row(service: Service) -> int:
-    """Number of the ledger's newest row; there is always one, the original model's."""
-    return service.ledger.history(1)[0].seq
+def _newest(service: Service) -> dict[str, Any]:
+    """Number of the ledger's newest row, and which MLflow is to show it ("": the home's own).
+
+    There is always a row, the original model's.
+    """
+    server = service.settings.projection.mlflow_url
+    return {"ledger": service.ledger.history(1)[0].seq, "server": server}
 
 
-def _shown_row(service: Service) -> int:
-    """Number of the ledger's row up to which states and aliases are shown."""
+def _shown(service: Service) -> dict[str, Any]:
+    """The same of the last whole pass: the row up to which states and aliases are shown."""
     path = service.home.shown_json
-    return int(read_sealed(path)["ledger"]) if path.is_file() else 0
+    return {"ledger": 0, "server": ""} | (read_sealed(path) if path.is_file() else {})
 
 
 class Display:

@@ -198,6 +198,7 @@ def show_heads(service: Service, versions: Sequence[Version]) -> list[str]:
             served=version.digest == champion,
             manual=service.settings.review.mode == "manual",
             home=str(service.home.root),
+            signs="mlflow" in service.settings.projection.consoles,
         )
         if (head := what_to_do(standing)) != version.head:
             service.registry.advise(version, head)

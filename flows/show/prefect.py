@@ -166,7 +166,7 @@ def server_answers(wait_s: float = 0.0) -> bool:
     """Whether the Prefect server that the environment names is up, waiting for it if asked."""
     url = os.environ.get("PREFECT_API_URL")
     until = time.monotonic() + wait_s
-    while url is not None:
+    while url is not None:  # its health is asked without a password, as Prefect's own client asks
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=2).status_code == httpx.codes.OK:
                 return True
@@ -176,15 +176,23 @@ def server_answers(wait_s: float = 0.0) -> bool:
     return False
 
 
+def signed(environment: Mapping[str, str]) -> dict[str, str]:
+    """The header that signs a request in, by the variables that Prefect's own client reads."""
+    if basic := environment.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(basic.encode()).decode()}"}
+    key = environment.get("PREFECT_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def ask(method: str, path: str, body: object = None) -> Any:
     """One request to the server that the environment names; {} for an empty reply or null.
 
     Raises:
         httpx.HTTPError: The server is away or refuses it.
+        ValueError: What answers is no Prefect: a page where JSON was due.
     """
-    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
     url = f"{os.environ['PREFECT_API_URL']}{path}"
-    with httpx.Client(auth=(user, password) if user else None, timeout=TIMEOUT_S) as client:
+    with httpx.Client(headers=signed(os.environ), timeout=TIMEOUT_S) as client:
         for _ in range(BUSY_TRIES):
             reply = client.request(method, url, json=body)
             if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
@@ -199,7 +207,7 @@ def told(method: str, path: str, body: object) -> Any:
     """The same where nothing depends on it: a failure is a warning, and None."""
     try:
         return ask(method, path, body)
-    except (httpx.HTTPError, KeyError) as error:
+    except (httpx.HTTPError, KeyError, ValueError) as error:
         LOG.warning("Prefect: %s is not shown: %s", path, " ".join(str(error).split()))
         return None
 

@@ -43,13 +43,17 @@ class Standing:
     served: bool
     manual: bool  # review mode
     home: str  # folder of the service
+    signs: bool = True  # MLflow is the home's own, which knows who signed in
 
 
 def what_to_do(standing: Standing) -> str:
     """The head of a version's page: each act with its tag and its command, and what it does."""
     why, acts = _acts(standing)
     lines = ["## What to do", "", why]
-    if acts:
+    if acts and not standing.signs:
+        lines += ["", "| to | run | effect |", "|---|---|---|"]
+        lines += [f"| {to} | {command} | {effect} |" for to, _, command, effect in acts]
+    elif acts:
         lines += ["", "| to | in MLflow, signed in | or run | effect |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(act)} |" for act in acts]
         lines += [

@@ -297,6 +297,8 @@ def status_tables(status: Mapping[str, Any]) -> list[Table]:
     drawn.add_row("mlflow", str(page or "-"), "")
     for name in ("prefect", "sign_in"):
         drawn.add_row(name.replace("_", " "), str(status[name] or "-"), "")
+    for page in status.get("away", ()):
+        drawn.add_row("no answer", f"{page}; rounds and answers go on, what it misses follows", "")
     drawn.add_row("champion", (status["champion"] or "-")[:DIGEST], "")
     learning = status.get("learning")
     return [drawn] if learning is None else [drawn, pairs("learning", learning_lines(learning))]

@@ -133,7 +133,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Home, di
 
     home = Home.at(tmp_path_factory.mktemp("consoles") / "home")
     ports = choose_ports(load())
-    environment = os.environ | client_environment(home, ports)
+    environment = os.environ | client_environment(home, load(), ports)
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "deploy.consoles", name, str(home.root), str(port)],

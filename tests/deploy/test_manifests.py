@@ -227,6 +227,44 @@ def test_postgresql_is_a_profile_of_compose_with_a_url_that_is_read(
     assert service["environment"]["PGPASSWORD"] == server["environment"]["POSTGRES_PASSWORD"]
 
 
+def test_servers_by_url_are_a_profile_of_compose_that_the_service_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Our image, so that client and server are of one version; passwords from one variable each."""
+    document = documents(DEPLOY / "compose" / "compose.yaml")[0]
+    services = document["services"]
+    service, names = services["anchorage-by-url"], ("mlflow", "prefect")
+    assert service["extends"] == {"service": "anchorage"}
+    assert tuple(service["depends_on"]) == names
+    for name, value in service["environment"].items():
+        monkeypatch.setenv(name, value)
+    plan = load().projection
+    assert plan.consoles == ()
+    for name, url in zip(names, (plan.mlflow_url, plan.prefect_api_url), strict=True):
+        server = services[name]
+        assert (server["image"], server["profiles"]) == ("anchorage", service["profiles"])
+        (port,), address = server["ports"], urlsplit(url)
+        assert port.startswith(f"{address.hostname}:{address.port}:")
+        assert f"--port={port.rpartition(':')[2]}" in server["entrypoint"]
+        assert server["volumes"][0].partition(":")[0] in document["volumes"]
+    mlflow, prefect = (services[name]["environment"] for name in names)
+    given = service["environment"]
+    assert mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"] == given["MLFLOW_TRACKING_PASSWORD"]
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"] == given["PREFECT_API_AUTH_STRING"]
+
+
+def test_the_cluster_uses_its_own_prefect_server_by_url(tmp_path: Path) -> None:
+    config, server = DEPLOY / "k8s" / "anchorage.yaml", DEPLOY / "k8s" / "prefect.yaml"
+    (tmp_path / "anchorage.toml").write_text(documents(config)[0]["data"]["anchorage.toml"])
+    plan = load(tmp_path / "anchorage.toml").projection
+    service = next(each for each in documents(server) if each["kind"] == "Service")
+    (port,) = service["spec"]["ports"]
+    name = service["metadata"]["name"]
+    assert plan.prefect_api_url == f"http://{name}:{port['port']}/api"
+    assert plan.consoles == ("mlflow",)  # a container of the pod
+    assert "PREFECT_API_AUTH_STRING" in {each["name"] for each in the("flows")["env"]}
+
+
 def test_a_fresh_volume_of_compose_belongs_to_the_images_user() -> None:
     dockerfile = (DEPLOY / "compose" / "Dockerfile").read_text()
     home = re.search(r"ANCHORAGE_HOME=(\S+)", dockerfile)

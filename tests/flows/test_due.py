@@ -9,8 +9,17 @@ from uuid import UUID, uuid4
 import pytest
 
 from agent.config import load
+from agent.errors import UserError
 from agent.home import Home
-from flows.learn.loop import Due, RowTrigger, decide, note_refusals, refusal, registered
+from flows.learn.loop import (
+    Due,
+    RowTrigger,
+    decide,
+    note_refusals,
+    refusal,
+    refuse_foreign,
+    registered,
+)
 from flows.service import Service
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -145,3 +154,11 @@ def test_a_refused_run_is_a_row_of_the_ledger_once_for_the_same_reason(tmp_path:
     assert [row.digest for row in rows] == [champion] * 3
     assert rows[1].why == "a run of collect from Prefect: its steps"
     assert service.ledger.state(champion) == "ANCHOR"
+
+
+def test_a_deployment_of_another_home_is_not_replaced() -> None:
+    ours = Fields.of(parameters={"home": HOME})
+    refuse_foreign("loop/mine", HOME, ours)
+    for parameters in ({"home": "/homes/b"}, {}):
+        with pytest.raises(UserError, match=r"deployment loop/mine is of home .*model\.name"):
+            refuse_foreign("loop/mine", HOME, Fields.of(parameters=parameters))

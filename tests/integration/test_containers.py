@@ -63,7 +63,7 @@ class Pod:
         for name, mode in (("service", 0o2775), ("service/sockets", 0o2777), ("prefect", 0o2777)):
             self.folder(name, mode)  # as fsGroup leaves a volume: root's, and the group's to write
         (root / "settings").mkdir(mode=0o755)
-        (root / "settings" / "anchorage.toml").write_text(settings)
+        (root / "settings" / "anchorage.toml").write_text(self.here(settings))
 
     def folder(self, name: str, mode: int) -> None:
         """One mounted volume."""

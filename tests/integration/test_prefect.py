@@ -75,7 +75,7 @@ class Desk:
     def __init__(self, root: Path) -> None:
         self.home = Home.at(root)
         ports = choose_ports(load())
-        self.environment = os.environ | client_environment(self.home, ports)
+        self.environment = os.environ | client_environment(self.home, load(), ports)
         self.environment |= credentials(self.home)
         self.api = self.environment["PREFECT_API_URL"]
         self.owner = (USER, self.home.password.read_text())

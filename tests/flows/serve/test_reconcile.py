@@ -159,6 +159,26 @@ def test_a_version_of_a_stranger_is_put_back_and_told_so(make_desk: Any) -> None
     assert NOTE in desk.client.get_model_version("anchorage", made.version).tags
 
 
+def test_on_a_server_by_url_nobody_signs_and_an_old_signature_does_not_count(
+    make_desk: Any,
+) -> None:
+    """Its versions have other numbers than those that were signed in the home's own MLflow."""
+    desk = make_desk("manual")
+    digest = desk.judged(1, "PASSED")
+    promote.act(desk.session, digest)
+    service, registry = desk.service, desk.service.registry
+    plan = {"projection": {"mlflow_url": "http://127.0.0.1:9"}}
+    service.settings = Settings.model_validate(service.settings.model_dump() | plan)
+    service.__dict__["registry"] = registry  # of that server, as far as this test goes
+    desk.tag(digest, "approve")
+    desk.move(digest)
+    done = repair(desk.session)
+    assert all("by nobody who signed in" in each for each in done), done
+    assert len(done) == 2
+    assert service.ledger.state(digest) == "AWAIT_REVIEW"
+    assert desk.agree() == desk.digests[0]
+
+
 def test_an_alias_that_was_deleted_comes_back(make_desk: Any) -> None:
     desk = make_desk()
     desk.client.delete_registered_model_alias("anchorage", "champion")

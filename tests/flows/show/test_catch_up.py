@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from agent.home import read_sealed, write_sealed
 from agent.registry import ANSWERS
 from flows.commands.runs import replay_now
 from flows.learn import loop
 from flows.learn.weigh import weigh
 from flows.serve import swaps
 from flows.serve.promote import move_anchor, promote
-from flows.show.catch_up import catch_up
+from flows.show.catch_up import behind, catch_up
 
 pytestmark = pytest.mark.proof
 ROOT = Path(__file__).parents[3]
@@ -32,8 +33,8 @@ def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
     catch_up(back.service)
     registry = back.service.registry
     run = registry._client.get_run(registry.start_round(learnt.run_id, {}))
-    shown = registry._client.get_metric_history(run.info.run_id, "norm")
-    assert [point.step for point in shown] == [0, 1]
+    points = registry._client.get_metric_history(run.info.run_id, "norm")
+    assert [point.step for point in points] == [0, 1]
     assert {"accuracy.gsm8k.candidate"} <= set(run.data.metrics)
     version = registry.version(learnt.digest)
     assert version is not None
@@ -57,6 +58,12 @@ def test_a_round_without_mlflow_is_shown_when_it_is_back(planted: Any) -> None:
     assert len(catch_up(back.service)) == 3 + 1  # and the head of the page, written again
     assert len(registry._client.get_metric_history(run.info.run_id, "norm")) == 2
     assert len([each for each in registry.versions() if each.digest == learnt.digest]) == 1
+    shown = back.service.home.shown_json  # as if the last pass had been into another MLflow
+    write_sealed(shown, read_sealed(shown) | {"server": "http://another"})
+    assert behind(back.service)
+    assert f"round {learnt.run_id}" in catch_up(back.service)
+    assert len(registry._client.get_metric_history(run.info.run_id, "norm")) == 2
+    assert (catch_up(back.service), behind(back.service)) == ([], False)
     read = notebook(registry.uri)
     assert f"round {learnt.run_id} FINISHED" in read
     assert "verdict: promote" in read

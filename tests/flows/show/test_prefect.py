@@ -25,6 +25,7 @@ from flows.show.prefect import (
     reported,
     round_page,
     run_name,
+    signed,
     stop_left,
 )
 from flows.show.report import RoundReport
@@ -141,6 +142,7 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, Any]] = []
         self.fails, self.busy = False, 0  # busy: requests that are answered 503 before others
+        self.status: dict[str, int] = {}  # by path; "": of every other one
         self.runs: dict[str, list[UUID]] = {}  # under way, by their deployment or by the run around
         server = self
 
@@ -157,7 +159,8 @@ class Server:
                     ids = [{"id": str(run)} for run in runs]
                 reply = json.dumps(ids).encode()  # null for logs, as Prefect answers
                 server.busy -= 1
-                self.send_response(500 if server.fails else 503 if server.busy >= 0 else 201)
+                usual = 500 if server.fails else 503 if server.busy >= 0 else 201
+                self.send_response(server.status.get(self.path, server.status.get("", usual)))
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
                 self.wfile.write(reply)
@@ -185,6 +188,35 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 RUN = UUID(int=7)
+
+
+@pytest.mark.parametrize(
+    ("variables", "header"),
+    [
+        ({}, {}),
+        ({"PREFECT_API_AUTH_STRING": "me:p", "PREFECT_API_KEY": "k"}, "Basic bWU6cA=="),
+        ({"PREFECT_API_AUTH_STRING": "", "PREFECT_API_KEY": "k"}, "Bearer k"),
+        ({"PREFECT_API_AUTH_STRING": "", "PREFECT_API_KEY": ""}, {}),
+    ],
+)
+def test_requests_are_signed_as_prefects_own_client_signs_them(
+    variables: dict[str, str], header: object
+) -> None:
+    assert signed(variables) == (header and {"Authorization": header})
+
+
+@pytest.mark.proof
+def test_a_server_that_is_well_and_refuses_us_does_not_end_a_flow(
+    server: Server, planted: Any
+) -> None:
+    """401: the password was changed; 201 with a page of ours: what answers is no Prefect."""
+    from flows.deployments import run_flow
+
+    root = str(planted().service.home.root)
+    for status in (401, 201):
+        server.status, server.asked = {"/api/health": 200, "": status}, []
+        assert run_flow("collect", root, "gsm8k")["rows"] > 0
+        assert len(server.asked) > 1  # not its health alone
 
 
 def test_what_a_stopped_service_left_running_is_settled_with_its_parts(server: Server) -> None:

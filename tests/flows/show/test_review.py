@@ -34,6 +34,15 @@ def test_a_waiting_version_names_tag_and_command_and_their_effects():
     assert "never served; the champion stays" in text
 
 
+def test_where_mlflow_does_not_say_who_signed_in_only_commands_count():
+    standing = Standing(DIGEST, "AWAIT_REVIEW", "promote", False, True, "/homes/mine", signs=False)
+    text = what_to_do(standing)
+    assert "`anchorage review approve" in text
+    assert "signed in" not in text
+    assert "the tag" not in text
+    assert "alias" not in text
+
+
 def test_a_held_version_is_approved_by_the_tag_and_not_by_the_alias():
     text = head("AWAIT_REVIEW", verdict="hold", manual=True)
     assert "did not pass the gate" in text
