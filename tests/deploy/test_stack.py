@@ -26,6 +26,7 @@ from deploy.serving.served import BLUE, Served, read_served
 from deploy.serving.starts import forget_starts
 from deploy.stack import Ports, services
 from deploy.supervise import Probe, Program, survivors
+from flows.serve.stack import away
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -154,6 +155,19 @@ def test_the_record_leads_clients_to_the_stack(home: Home) -> None:
     assert not any(password in path.read_text() for path in kept)
     stack.down(home)
     assert stack.environment_of(home) == {}
+
+
+def test_a_server_by_url_is_in_the_record_and_named_while_it_is_away(home: Home) -> None:
+    api = "http://127.0.0.1:9/prefect/api"
+    status = up(home, projection={"prefect_api_url": api})
+    assert status["prefect"] == api.removesuffix("/api")
+    assert str(status["sign_in"]).endswith("password (mlflow only)")
+    environment = stack.environment_of(home)
+    assert environment["PREFECT_API_URL"] == api
+    assert "PREFECT_API_AUTH_STRING" not in environment
+    assert away(home) == [f"{api}/health"]
+    stack.down(home)
+    assert away(home) == []
 
 
 def test_a_second_up_is_refused_in_one_line_and_harms_nothing(home: Home) -> None:

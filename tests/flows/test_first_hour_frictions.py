@@ -324,3 +324,5 @@ def test_status_names_the_page_of_the_versions() -> None:
     assert page in list(drawn.columns[1].cells)
     (drawn,) = status_tables(status | {"model_page": None, "mlflow": None})
     assert page not in list(drawn.columns[1].cells)
+    (drawn,) = status_tables(status | {"model_page": page, "away": ["http://m/health"]})
+    assert any(str(cell).startswith("http://m/health;") for cell in drawn.columns[1].cells)
