@@ -63,7 +63,7 @@ class Pod:
         for name, mode in (("service", 0o2775), ("service/sockets", 0o2777), ("prefect", 0o2777)):
             self.folder(name, mode)  # as fsGroup leaves a volume: root's, and the group's to write
         (root / "settings").mkdir(mode=0o755)
-        (root / "settings" / "anchorage.toml").write_text(self.here(settings))
+        (root / "settings" / "anchorage.toml").write_text(self.reached(settings))
 
     def folder(self, name: str, mode: int) -> None:
         """One mounted volume."""
@@ -71,14 +71,19 @@ class Pod:
         os.chown(self.root / name, 0, 1000)
         (self.root / name).chmod(mode)
 
-    def here(self, text: str) -> str:
-        """A word of a manifest with this machine's paths and ports."""
+    def reached(self, text: str) -> str:
+        """A text with this machine's ports, where Prefect's host is this machine."""
         for port, free in self.ports.items():
             text = text.replace(str(port), str(free))
+        return text.replace("anchorage-prefect:", "127.0.0.1:")
+
+    def here(self, text: str) -> str:
+        """A word of a manifest with this machine's paths and ports, open to this machine alone."""
+        text = self.reached(text)
         for name in ("service", "settings", "prefect"):
             if text == f"/{name}" or text.startswith(f"/{name}/"):
                 text = f"{self.root}{text}"
-        return text.replace("anchorage-prefect:", "127.0.0.1:").replace("0.0.0.0", "127.0.0.1")
+        return text.replace("0.0.0.0", "127.0.0.1")
 
     def command(self, name: str) -> list[str]:
         """What a container runs, as user 1000."""
