@@ -73,11 +73,11 @@ def known(store: ExperienceStore, principal: str) -> bool:
         keys.c.owner,
         rounds_used.c.principal,
     )
-    with store.engine.connect() as connection:
-        return _was_forgotten(connection, principal) or any(
+    with store.engine.connect() as connection:  # rows first: forgotten meanwhile, it has a tombstone
+        return any(
             connection.execute(select(column).where(column == principal).limit(1)).first()
             for column in columns
-        )
+        ) or _was_forgotten(connection, principal)
 
 
 def principals(store: ExperienceStore) -> list[str]:

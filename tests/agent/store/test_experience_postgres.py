@@ -1,5 +1,6 @@
 """The experience store on a real PostgreSQL server: the same answers as on SQLite."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from postgres_server import needs_server
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 
+from agent.gateway.keys import KeyStore
 from agent.store import feedback
 from agent.store.experience import Answer, ExperienceStore, Interaction, Judgement
 from agent.store.experience_db import METADATA
@@ -113,3 +116,19 @@ def test_several_openings_at_once_migrate_once(url: str) -> None:
     assert len(opened) == 4
     for store in opened:
         store.close()
+
+
+def test_the_first_key_counts_also_when_it_is_made_between_two_statements(
+    store: ExperienceStore,
+) -> None:
+    gateway = KeyStore(store, open_until_first=True)
+    made: list[str] = []
+
+    @event.listens_for(store.engine, "after_cursor_execute")
+    def meanwhile(*_args: object) -> None:
+        if not made:
+            made.append("")
+            made[0] = KeyStore(store).create_key("ann", {"infer"}).token
+
+    asyncio.run(gateway.principal(None))
+    assert asyncio.run(gateway.principal(f"Bearer {made[0]}")).owner == "ann"
