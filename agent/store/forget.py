@@ -73,7 +73,7 @@ def known(store: ExperienceStore, principal: str) -> bool:
         keys.c.owner,
         rounds_used.c.principal,
     )
-    with store.engine.connect() as connection:  # rows first: forgotten meanwhile, it has a tombstone
+    with store.engine.connect() as connection:  # rows first: they may go meanwhile
         return any(
             connection.execute(select(column).where(column == principal).limit(1)).first()
             for column in columns

@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,13 @@ LASTING = re.compile(  # refusals that waiting does not change
 SCHEMA = "anchorage"  # of PostgreSQL: apart from the experience store's tables and all others
 WRITER = 0x616E63686F73  # advisory lock of the one writer
 COMMIT_POLL_S = 0.1
+NUMBER = """
+    INSERT INTO writers (writer, number, seen)
+    SELECT ?::text, ?::bigint, now() WHERE pg_current_xact_id_if_assigned() IS NOT NULL
+    ON CONFLICT (writer) DO UPDATE SET number = excluded.number, seen = excluded.seen
+    RETURNING number
+"""  # of a transaction that wrote something
+FORGET_WRITERS = "DELETE FROM writers WHERE seen < now() - interval '30 days'"
 SESSION = f"""
     SET search_path = {SCHEMA};
     SET synchronous_commit = on;
@@ -105,8 +113,9 @@ class PostgresDatabase(Database):
     """The same tables on a PostgreSQL server, through outages of it.
 
     A statement that the server did not answer is run again on a new connection, a transaction from
-    its start (``atomically``). Where the answer to a COMMIT was lost, the server is asked whether
-    that transaction was committed: nothing is lost and nothing is written twice.
+    its start (``atomically``). Each transaction leaves its number beside what it writes: where the
+    answer to a COMMIT was lost, the number tells whether it was committed, also on a server that
+    crashed. Nothing is lost and nothing is written twice.
     """
 
     def __init__(self, url: str, wait_s: float = BUSY_SECONDS):
@@ -115,6 +124,7 @@ class PostgresDatabase(Database):
         self._lock = threading.RLock()  # one connection: threads may not interleave statements
         self._leases: dict[int, str] = {}
         self._within = False  # a transaction
+        self._writer, self._number = uuid.uuid4().hex, 0  # and that of its newest transaction
         self._connect()
         try:
             self._prepare()
@@ -214,23 +224,26 @@ class PostgresDatabase(Database):
             self._within = False
 
     def _commit(self) -> None:
-        """Commit, also where the answer does not come: the server keeps each transaction's end."""
-        number = self.rows("SELECT pg_current_xact_id_if_assigned()::text AS x")[0]["x"]
+        """Commit, also where the answer does not come."""
+        if not self._number:
+            self.rows(FORGET_WRITERS)
+        self._number += 1
+        written = self.rows(NUMBER, self._writer, self._number)
         try:
             self._connection.execute("COMMIT")
         except _psycopg().OperationalError as error:
             self._within = False
             if not self._connection.closed:
                 raise UserError(f"{self.name}: {_line(error)}") from error
-            if number is None or not self._was_committed(number):
+            if not (written and self._was_committed()):
                 raise ServerLostError from None
 
-    def _was_committed(self, number: str) -> bool:
-        while True:
-            state = self.rows("SELECT pg_xact_status(?::xid8) AS state", number)[0]["state"]
-            if state != "in progress":
-                return bool(state == "committed")
+    def _was_committed(self) -> bool:
+        """Whether the newest transaction was; it holds the writer's lock until it ends."""
+        while not self.rows("SELECT pg_try_advisory_xact_lock(?) AS got", WRITER)[0]["got"]:
             time.sleep(COMMIT_POLL_S)  # its server process has not noticed our end yet
+        own = self.rows("SELECT number FROM writers WHERE writer = ?", self._writer)
+        return bool(own) and bool(own[0]["number"] == self._number)
 
     def rows(self, query: str, *values: Any) -> list[Any]:
         """All rows a query gives, by column."""

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -103,11 +103,20 @@ class PostgresProcess:
 class LossyProxy:
     """Forwards to a server; once, the answer to a statement is lost together with the connection.
 
-    ``reaches``: whether the statement itself still comes to the server.
+    ``reaches``: whether the statement itself still comes to the server. ``meanwhile`` happens
+    before anybody can connect again.
     """
 
-    def __init__(self, port: int, statement: bytes, reaches: bool) -> None:
+    def __init__(
+        self,
+        port: int,
+        statement: bytes,
+        reaches: bool,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         self._to, self._statement, self._reaches = port, statement, reaches
+        self._meanwhile = meanwhile
+        self._passing = threading.Lock()
         self.lost = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
@@ -117,7 +126,8 @@ class LossyProxy:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
+                with self._passing:
+                    server = socket.create_connection(("127.0.0.1", self._to))
                 threading.Thread(target=self._up, args=(client, server), daemon=True).start()
                 threading.Thread(target=self._down, args=(server, client), daemon=True).start()
 
@@ -126,9 +136,11 @@ class LossyProxy:
             while content := client.recv(65536):
                 if self._statement in content and not self.lost:
                     self.lost += 1
-                    client.shutdown(socket.SHUT_RDWR)  # before the server can answer
-                    if self._reaches:
-                        server.sendall(content)
+                    with self._passing:
+                        client.shutdown(socket.SHUT_RDWR)  # before the server can answer
+                        if self._reaches:
+                            server.sendall(content)
+                        self._meanwhile()
                     break
                 server.sendall(content)
         with suppress(OSError):

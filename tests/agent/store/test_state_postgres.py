@@ -198,6 +198,29 @@ def test_an_answer_to_a_commit_that_is_lost_doubles_and_loses_nothing(
     proxy.close()
 
 
+@pytest.mark.parametrize("reaches", [True, False])
+def test_so_it_is_when_the_server_crashes_and_gives_the_transactions_number_to_another(
+    server: PostgresProcess, url: str, reaches: bool
+) -> None:
+    def crash() -> None:
+        server.kill()
+        server.start()
+        with psycopg.connect(url, autocommit=True) as other:
+            for _ in range(9):
+                other.execute("INSERT INTO others VALUES (1)")
+
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute("CREATE TABLE others (number INTEGER)")
+    Ledger(url).close()
+    proxy = LossyProxy(server.port, b"COMMIT", reaches, meanwhile=crash)
+    ledger = Ledger(url.replace(str(server.port), str(proxy.port)))
+    assert [ledger.acquire("one", 1.0), ledger.acquire("two", 2.0)] == [1, 2]
+    assert proxy.lost == 1
+    assert len(ledger.database.rows("SELECT * FROM epochs")) == 2
+    ledger.close()
+    proxy.close()
+
+
 def test_one_process_learns_at_a_time_and_still_does_after_a_crash(
     server: PostgresProcess, url: str
 ) -> None:
