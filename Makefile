@@ -22,7 +22,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfil
 test: venv
 	$(SIDE_BY_SIDE) -m "not integration and not proof"
 	$(SIDE_BY_SIDE) -m "proof and not integration"
-	$(BIN)/python -m pytest -q -m integration
+	$(SIDE_BY_SIDE) -m integration
 
 soak: venv
 	ANCHORAGE_SOAK=1 $(BIN)/python -m pytest -q --timeout=7200

@@ -35,6 +35,7 @@ class Curve:
             (task, rows, [task.messages(row, shots(row)) for row in rows])
             for task in map(service.task, names)
             for rows in [service.rows(task.name, "eval", count)]
+            if rows  # the first ones may all be too long for the model
             for shots in [service.shots(task.name)]
         ]
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from agent.errors import UserError
 from agent.home import is_as_signed, read_sealed, sign_file, write_sealed
 from agent.population.certify import ProbeReply, allowed
 from agent.population.decoding import decoding
@@ -50,9 +51,18 @@ def pools(service: Service, name: str) -> tuple[list[Row], list[Row]]:
     """A task's evaluation rows: the open ones, and those that only a sealed draw may touch.
 
     Up to three times as many rows as the settings ask for, at most half of all open.
+
+    Raises:
+        UserError: There are none, so that nothing can be said about the task.
     """
     count = service.settings.tasks.rows
     rows = service.rows(name, "eval", 3 * count)
+    if not rows:
+        raise UserError(
+            f"{name}: no evaluation row is shorter than model.max_model_len"
+            f" ({service.settings.model.max_model_len} tokens); allowed: a greater length, or "
+            "without this task (tasks.priors, --tasks)"
+        )
     opened = open_count(len(rows), count)
     return rows[:opened], rows[opened:]
 

@@ -4,14 +4,17 @@ Rates are measured on a few members and rows of the very model, tasks and settin
 
     seconds = generations * (N * (render + P * answer_target) + update)        the learning
             + sum over tasks and models of rows * answer_task                  the evaluation
+            + (1 + models) * start                                             engine starts
 
-with N members, P prompts, and answer_x the seconds of one completion of task x. Rows are tried in
+with N members, P prompts, answer_x the seconds of one completion of task x, and as models the
+candidate, the anchor and the champion, each of which a cold engine answers for before a promotion. Rows are tried in
 batches as large as the round's, where that does not take long, and the update has the round's
 number of members: both change the rate. Memory is that of
 delta in every engine, disk that of one candidate. The gate's part says which prior tasks are at
 their floor or ceiling, and the smallest gain on the target that its rows can show.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -61,6 +64,7 @@ class Rates:
     spread: float  # standard deviation of the tried members' mean rewards
     tasks: tuple[TaskRate, ...]  # the target first
     row_s: float  # a member's row of a generation: its answer, or the worked one read
+    start_s: float = 0.0  # until a new engine answers
 
     def of(self, task: str) -> TaskRate:
         """The rate of one task."""
@@ -116,7 +120,9 @@ def measure_rates(
     """
     task, names = service.target(target), service.priors(target)
     advance = progress.track("measure rates", 1 + len(names))
+    began = time.monotonic()
     population.open(service.anchor.directory, service.anchor.digest)
+    start_s = time.monotonic() - began
     batch = min(learner.batch or learner.prompts, service.settings.engines.max_num_seqs)
     rows = service.rows(target, "train", batch)
     prompts, limit = _prompts(service, task, rows), task.max_tokens
@@ -150,6 +156,7 @@ def measure_rates(
         float(rewards.mean(axis=1).std(ddof=1)),
         tuple(rates),
         row_s,
+        start_s,
     )
 
 
@@ -238,6 +245,7 @@ def forecast(service: Service, target: str, learner: LearnerSettings, rates: Rat
         *([_evaluation("curve", dict.fromkeys(judged, curve), rates)] if curve else []),
         _evaluation("evaluation", first, rates),
         _evaluation("sealed draw, if it gets there", sealed, rates),
+        Cost("engine starts", 0, 0, (2 + len(others)) * rates.start_s / 60),
     )
     anchor = service.anchor
     return Forecast(

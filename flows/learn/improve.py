@@ -26,6 +26,7 @@ from agent.store.weights import export
 from evaluators.task import Task
 from flows.learn.collect import collect_rows, mark_used, sweep
 from flows.learn.curve import Curve, Pace, members_note
+from flows.learn.evaluate import pools
 from flows.learn.forecast import within_budget
 from flows.learn.plan import calibrated, chosen, plan_of, settled
 from flows.learn.prompts import Asked, opened_prompts, rewards_of, worked
@@ -135,6 +136,8 @@ def _new(
     """
     run_id = f"{len(service.journal.runs()) + 1:04d}-{task.name}"
     sweep(service)
+    for name in (task.name, *service.priors(task.name)):
+        pools(service, name)  # a task that cannot be judged is an error now, not after the learning
     collected = collect_rows(service, task.name, learner.prompts, learner.seed)
     for line in collected.lines():
         progress.say(line)

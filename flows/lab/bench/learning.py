@@ -55,6 +55,7 @@ EXTRACTION = {"orders": f"{_EXAMPLES}:ORDERS", "dates": f"{_EXAMPLES}:DATES"}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "ours": {},
     "published": PUBLISHED,
+    "auto": {"sigma": "auto", "alpha": "auto"},
     "fixed-rows": {"batch": 0},
     "last-generation": {"selection": 0},
     "mirrored": {"mirrored": True},

@@ -89,6 +89,14 @@ def test_the_evaluation_asks_every_row_of_both_models(planted: Opened) -> None:
     assert evaluation.completions == 3 * 60 * 2  # tasks, rows, anchor and candidate
 
 
+def test_the_starts_are_the_rounds_own_and_a_cold_one_of_each_model(planted: Opened) -> None:
+    session = planted()
+    rates = replace(measured(session), start_s=9.0)
+    costs = forecast(session.service, "gsm8k", learner_of(session), rates).costs
+    starts = next(cost for cost in costs if cost.part == "engine starts")
+    assert starts.minutes == pytest.approx((1 + 2) * 9.0 / 60)  # candidate and anchor
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,16 @@ from agent.config import Settings, load
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.decoding import count_tokens
+from agent.population.schedule import Completion
 from agent.store.ledger import StaleEpoch
 from deploy.serving.control import ControlError
 from deploy.serving.lease import LeaseLostError
 from deploy.serving.served import Served, read_served, write_served
 from evaluators.examples import json_answer
+from flows.learn.curve import Curve
 from flows.learn.evaluate import pools
+from flows.learn.improve import run_round
+from flows.round_files import RoundFiles
 from flows.serve import swaps
 from flows.serve.promote import PASSED, promote
 from flows.serve.swaps import probe_prompts
@@ -182,3 +187,29 @@ def test_evaluation_rows_longer_than_the_model_takes_are_left_out_and_said_once(
         f"refusal: {len(every) - len(left)} of {len(every)} evaluation rows are left out: their"
         f" prompts have up to {max(lengths)} tokens; model.max_model_len allows {limit - 1}"
     )
+
+
+def test_a_task_none_of_whose_rows_fits_ends_a_round_before_it_begins(tmp_path: Path) -> None:
+    service = own_target(tmp_path, priors=["refusal"])
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(service.origin.directory / "tokenizer.json"))
+    (row,) = service.rows("json_answer", "eval", 1)
+    longest = count_tokens(service.origin.directory, service.task("json_answer").messages(row))
+    model = {"path": service.settings.model.path, "max_model_len": longest + 1}
+    tasks = service.settings.tasks.model_dump() | {
+        "curve_every": 1,
+        "prompts": {"refusal": "? " * 99 + "{request}"},
+    }
+    learner = {"budget_minutes": 0}
+    short = Service(Home.at(tmp_path / "short"), load(model=model, tasks=tasks, learner=learner))
+    assert len(probe_prompts(short)) == 1  # it is served all the same
+    population: Any = SimpleNamespace(
+        generate=lambda prompts, _: [Completion("", 0, "stop")] * len(prompts)
+    )
+    curve = Curve(short, "json_answer", "run")
+    curve.measure(population, 0)
+    assert {point["task"] for point in RoundFiles(short.home, "run").curve()} == {"json_answer"}
+    with pytest.raises(UserError, match="refusal: no evaluation row is shorter than"):
+        run_round(short, population, "json_answer", Silent())
+    assert short.journal.runs() == []
