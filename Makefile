@@ -14,7 +14,7 @@ LOCK := requirements-$(EXTRA).lock
 demo: venv
 	$(BIN)/anchorage demo
 
-# The same on a real model, SmolLM2-135M-Instruct: an hour on two cores.
+# The same on a real model, SmolLM2-135M-Instruct: some 20 minutes on two cores.
 demo-real: smollm2
 	$(BIN)/anchorage demo --model smollm2
 

@@ -22,7 +22,7 @@ service_app = typer.Typer(help="The service under systemd.", no_args_is_help=Tru
 def demo(
     home: Home = None,
     model: Annotated[
-        str, typer.Option(help="Another model than the embedded one, such as smollm2: an hour.")
+        str, typer.Option(help="Another model than the embedded one, such as smollm2: 20 minutes.")
     ] = "embedded",
     as_json: AsJson = False,
 ) -> None:

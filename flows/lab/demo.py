@@ -92,7 +92,7 @@ LIVE_ROWS = 96
 MLFLOW_S = 60.0  # longest wait, at the end, for the flows' process to show the last round
 PREFECT_S = 60.0  # its server starts in the background; flows wait this long to be seen
 HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "early_stop": False}
-# A model of 135 M parameters on two cores: an hour. Its candidate is the last generation, so that
+# A model of 135 M parameters on two cores: 20 minutes. Its candidate is the last generation, so that
 # the choice among points does not save the harmful round.
 REAL_HARMFUL = HARMFUL | {"fitness": "reward", "alpha": 0.05, "generations": 2, "selection": 0}
 REAL: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def run_demo(home: Path | None, progress: Reporter, model: str = EMBEDDED) -> di
     Args:
         home: The demo lives in its folder ``demo``.
         progress: Receives what happens.
-        model: Another one than the embedded learns an extraction, in an hour instead of minutes.
+        model: Another one than the embedded learns an extraction, which takes 20 minutes.
 
     Raises:
         UserError: A demo is already up in this home.

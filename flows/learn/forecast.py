@@ -7,11 +7,11 @@ Rates are measured on a few members and rows of the very model, tasks and settin
             + (1 + models) * start                                             engine starts
 
 with N members, P prompts, answer_x the seconds of one completion of task x, and as models the
-candidate, the anchor and the champion, each of which a cold engine answers for before a promotion. Rows are tried in
-batches as large as the round's, where that does not take long, and the update has the round's
-number of members: both change the rate. Memory is that of
-delta in every engine, disk that of one candidate. The gate's part says which prior tasks are at
-their floor or ceiling, and the smallest gain on the target that its rows can show.
+candidate, the anchor and the champion, each of which a cold engine answers for before a promotion.
+Rows are tried in batches as large as the round's, where that does not take long, and the update has
+the round's number of members: both change the rate. Memory is that of delta in every engine, disk
+that of one candidate. The gate's part says which prior tasks are at their floor or ceiling, and the
+smallest gain on the target that its rows can show.
 """
 
 import time
