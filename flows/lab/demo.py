@@ -92,7 +92,7 @@ LIVE_ROWS = 96
 MLFLOW_S = 60.0  # longest wait, at the end, for the flows' process to show the last round
 PREFECT_S = 60.0  # its server starts in the background; flows wait this long to be seen
 HARMFUL = {"penalty": "none", "lam": 0.0, "alpha": 0.08, "generations": 6, "early_stop": False}
-# A model of 135 M parameters on two cores: 20 minutes. Its candidate is the last generation, so that
+# 135 M parameters on two cores: 20 minutes. The candidate is the last generation, so that
 # the choice among points does not save the harmful round.
 REAL_HARMFUL = HARMFUL | {"fitness": "reward", "alpha": 0.05, "generations": 2, "selection": 0}
 REAL: dict[str, dict[str, Any]] = {
