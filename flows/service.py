@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from getpass import getuser
@@ -396,8 +396,11 @@ class Service:
         return secret(self.home.salt)
 
 
-def _refuse_unknown(settings: Settings, known: Collection[str]) -> None:
-    """Refuse settings that name a task which does not exist; all of them in one line."""
+def _refuse_unknown(settings: Settings, known: Mapping[str, Task]) -> None:
+    """Refuse settings that name a task which does not exist, or one to train on that is no target.
+
+    All of them in one line.
+    """
     chosen = settings.tasks
     named = [("tasks.target", chosen.target)]
     named += [("tasks.priors", name) for name in chosen.priors or ()]
@@ -406,3 +409,8 @@ def _refuse_unknown(settings: Settings, known: Collection[str]) -> None:
     if unknown:
         allowed = ", ".join(sorted(known))
         raise UserError(f"settings: {'; '.join(unknown)}; allowed: {allowed}")
+    if not known[chosen.target].target:
+        allowed = ", ".join(sorted(name for name, task in known.items() if task.target))
+        raise UserError(
+            f"settings: tasks.target names {chosen.target!r}, a prior task only; allowed: {allowed}"
+        )

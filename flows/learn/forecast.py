@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from evaluators.comparison import task_margin
 from evaluators.stats import mcnemar_exact, wilson
 from evaluators.task import Message, Row, Task, judge
 from flows.learn.evaluate import first_stage, pools, table_path
+from flows.learn.prompts import askable, nothing_to_ask
 from flows.service import Service
 from flows.show.terminal import Reporter
 
@@ -124,8 +126,11 @@ def measure_rates(
     population.open(service.anchor.directory, service.anchor.digest)
     start_s = time.monotonic() - began
     batch = min(learner.batch or learner.prompts, service.settings.engines.max_num_seqs)
-    rows = service.rows(target, "train", batch)
-    prompts, limit = _prompts(service, task, rows), task.max_tokens
+    rows = list(islice(askable(service, task, service.training_rows(target).values()), batch))
+    if not rows:
+        raise UserError(nothing_to_ask(service, task))
+    limit = task.max_tokens
+    prompts = _prompts(service, task, rows)
     population.generate(prompts[:1], limit)  # the first call also pays what is paid once
     before = population.spent()
     jobs = [(pair, Address(0, 0, pair), _sigma(learner)) for pair in range(TRIED_MEMBERS)]

@@ -29,7 +29,7 @@ from flows.learn.curve import Curve, Pace, members_note
 from flows.learn.evaluate import pools
 from flows.learn.forecast import within_budget
 from flows.learn.plan import calibrated, chosen, plan_of, settled
-from flows.learn.prompts import Asked, opened_prompts, rewards_of, worked
+from flows.learn.prompts import Asked, nothing_to_ask, opened_prompts, rewards_of, worked
 from flows.learn.tuning import Selection, calibration
 from flows.round_files import SELECTING, RoundFiles
 from flows.service import Service
@@ -141,6 +141,8 @@ def _new(
     collected = collect_rows(service, task.name, learner.prompts, learner.seed)
     for line in collected.lines():
         progress.say(line)
+    if not collected.asked:
+        raise UserError(nothing_to_ask(service, task))
     if learner.fitness == "likelihood" and not any(worked(task, each) for each in collected.asked):
         raise UserError(
             f"learner.fitness: 'likelihood', allowed for {task.name}: 'reward' (its verifier takes "

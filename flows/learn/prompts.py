@@ -7,7 +7,7 @@ what the client and its tools said after each answer.
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -254,9 +254,27 @@ def too_long(service: Service, task: Task, messages: Sequence[Message]) -> str |
     return over(service, task, count_tokens(service.origin.directory, messages))
 
 
+def askable(service: Service, task: Task, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows whose prompts, worked examples included, leave room for an answer."""
+    shots = service.shots(task.name)
+    return (row for row in rows if too_long(service, task, task.messages(row, shots(row))) is None)
+
+
+def nothing_to_ask(service: Service, task: Task) -> str:
+    """What a round is told that has no row to ask."""
+    return (
+        f"{task.name}: no training row can be asked; allowed: prompts of up to "
+        f"{room(service, task)} tokens, so that an answer fits (model.max_model_len)"
+    )
+
+
+def room(service: Service, task: Task) -> int:
+    """The longest prompt that leaves room for the task's longest answer, tokens."""
+    return service.settings.model.max_model_len - task.max_tokens
+
+
 def over(service: Service, task: Task, tokens: int) -> str | None:
     """Why a prompt of so many tokens leaves no room for the task's longest answer, or None."""
-    room = service.settings.model.max_model_len - task.max_tokens
-    if tokens <= room:
+    if tokens <= (allowed := room(service, task)):
         return None
-    return f"its prompt has {tokens} tokens; allowed: {room}, so that an answer fits"
+    return f"its prompt has {tokens} tokens; allowed: {allowed}, so that an answer fits"

@@ -26,6 +26,7 @@ from evaluators.task import Row, Task, judge, training_reward
 from flows.lab.paper.evolve import Trail
 from flows.lab.paper.systems import Sizes
 from flows.learn.evaluate import shots_of
+from flows.learn.prompts import askable
 from flows.service import Service
 
 
@@ -197,7 +198,9 @@ def _train(job: GradientJob) -> None:
     tokenizer = AutoTokenizer.from_pretrained(service.origin.directory)
     kept = Kept(service.origin, model, folder)
     kept.keep(0, None)
-    task, rows = service.task(job.target), service.rows(job.target, "train", job.sizes.prompts)
+    task = service.task(job.target)
+    found = service.rows(job.target, "train", job.sizes.prompts)
+    rows = list(askable(service, task, found))
     asked = [(task, rows)]
     chats = [each.messages for each in questions_of(asked, shots_of(service, asked))]
     run = {"grpo": grpo, "sft": fine_tune}[job.kind]

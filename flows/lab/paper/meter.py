@@ -14,6 +14,7 @@ from agent.population.pool import Population
 from evaluators.runner import questions_of
 from evaluators.task import Row, judge, training_reward
 from flows.learn.evaluate import pools, shots_of
+from flows.learn.prompts import askable
 from flows.service import Service
 
 TOKENS = 64  # of one continuation, at most
@@ -42,7 +43,8 @@ class Meter:
         few = [(task, own[: sizes["kl_rows"]]) for task, own in rows]
         self._probes = questions_of(few, shots_of(service, few))
         self._task = service.task(target)
-        train = service.rows(target, "train", sizes["prompts"] + SELECTION)
+        found = service.rows(target, "train", sizes["prompts"] + SELECTION)
+        train = list(askable(service, self._task, found))
         self.max_tokens = self._task.max_tokens
         self.training: list[Row] = train[: sizes["prompts"]]
         apart = [(self._task, train[sizes["prompts"] :])]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agent.errors import UserError
+from agent.population.decoding import count_tokens
 from agent.population.pool import Population
 from agent.sections import LearnerSettings
 from evaluators.stats import mcnemar_exact
@@ -39,6 +40,40 @@ def test_rates_are_what_the_engines_spent(planted: Opened) -> None:
         assert rate.seconds == pytest.approx(ANSWER_S)
         assert rate.tokens == TOKENS
     assert [rate.task for rate in rates.tasks] == ["gsm8k", "countdown", "piqa"]
+
+
+def test_rows_that_a_round_would_set_aside_are_not_tried(
+    planted: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = planted()
+    service, task = session.service, session.service.task("gsm8k")
+    rows = list(service.training_rows("gsm8k").values())
+    lengths = [count_tokens(service.origin.directory, task.messages(row)) for row in rows]
+    middle = sorted(lengths)[len(rows) // 2]
+    asked: list[Any] = []
+    members = session.population.members
+
+    def watched(jobs: Any, prompts: Any, *rest: Any) -> Any:
+        asked.extend(prompts)
+        return members(jobs, prompts, *rest)
+
+    def allow(tokens: int) -> None:
+        model = service.settings.model.model_copy(
+            update={"max_model_len": tokens + task.max_tokens}
+        )
+        monkeypatch.setattr(
+            service, "settings", service.settings.model_copy(update={"model": model})
+        )
+
+    monkeypatch.setattr(session.population, "members", watched)
+    allow(middle)
+    measured(session)
+    fitting = [task.messages(row) for row, n in zip(rows, lengths, strict=True) if n <= middle]
+    assert asked == fitting[: len(asked)]
+    assert len(fitting) < len(rows)
+    allow(1)
+    with pytest.raises(UserError, match="gsm8k: no training row can be asked; allowed: prompts of"):
+        measured(session)
 
 
 def test_measuring_leaves_delta_at_zero(planted: Opened) -> None:

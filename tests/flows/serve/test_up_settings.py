@@ -111,6 +111,7 @@ def test_damaged_settings_are_replaced_by_a_named_file_only(home: Home, tmp_path
     [
         ({"tasks": {"priors": ["nosuch"]}}, "tasks.priors names 'nosuch'; allowed: arc_challenge"),
         ({"tasks": {"target": "gsm9k"}}, "tasks.target names 'gsm9k'"),
+        ({"tasks": {"target": "piqa"}}, "tasks.target names 'piqa', a prior task only; allowed: "),
         ({"gate": {"margins": {"nosuch": 0.1}}}, "gate.margins names 'nosuch'"),
         ({"tasks": {"prompts": {"nosuch": "x"}}}, "prompt for task 'nosuch'"),
         ({"tasks": {"revisions": {"nosuch": "x"}}}, "revision for task 'nosuch'"),
