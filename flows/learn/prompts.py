@@ -263,18 +263,15 @@ def askable(service: Service, task: Task, rows: Iterable[Row]) -> Iterator[Row]:
 def nothing_to_ask(service: Service, task: Task) -> str:
     """What a round is told that has no row to ask."""
     return (
-        f"{task.name}: no training row can be asked; allowed: prompts of up to "
-        f"{room(service, task)} tokens, so that an answer fits (model.max_model_len)"
+        f"{task.name}: no training row leaves room for an answer of {task.max_tokens} tokens "
+        f"(tasks.max_tokens) in model.max_model_len = {service.settings.model.max_model_len}; "
+        "allowed: a greater length, or shorter answers"
     )
-
-
-def room(service: Service, task: Task) -> int:
-    """The longest prompt that leaves room for the task's longest answer, tokens."""
-    return service.settings.model.max_model_len - task.max_tokens
 
 
 def over(service: Service, task: Task, tokens: int) -> str | None:
     """Why a prompt of so many tokens leaves no room for the task's longest answer, or None."""
-    if tokens <= (allowed := room(service, task)):
+    room = service.settings.model.max_model_len - task.max_tokens
+    if tokens <= room:
         return None
-    return f"its prompt has {tokens} tokens; allowed: {allowed}, so that an answer fits"
+    return f"its prompt has {tokens} tokens; allowed: {room}, so that an answer fits"

@@ -72,7 +72,7 @@ def test_rows_that_a_round_would_set_aside_are_not_tried(
     assert asked == fitting[: len(asked)]
     assert len(fitting) < len(rows)
     allow(1)
-    with pytest.raises(UserError, match="gsm8k: no training row can be asked; allowed: prompts of"):
+    with pytest.raises(UserError, match="gsm8k: no training row leaves room for an answer"):
         measured(session)
 
 
