@@ -108,11 +108,7 @@ class LossyProxy:
     """
 
     def __init__(
-        self,
-        port: int,
-        statement: bytes,
-        reaches: bool,
-        meanwhile: Callable[[], object] = lambda: None,
+        self, port: int, statement: bytes, reaches: bool, meanwhile: Callable[[], object]
     ) -> None:
         self._to, self._statement, self._reaches = port, statement, reaches
         self._meanwhile = meanwhile

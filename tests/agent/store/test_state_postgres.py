@@ -185,26 +185,16 @@ def test_a_transaction_whose_connection_was_ended_runs_again_whole(url: str) -> 
 
 
 @pytest.mark.parametrize("reaches", [True, False])
+@pytest.mark.parametrize("crashes", [True, False])
 def test_an_answer_to_a_commit_that_is_lost_doubles_and_loses_nothing(
-    server: PostgresProcess, url: str, reaches: bool
+    server: PostgresProcess, url: str, reaches: bool, crashes: bool
 ) -> None:
-    Ledger(url).close()
-    proxy = LossyProxy(server.port, b"COMMIT", reaches)
-    ledger = Ledger(url.replace(str(server.port), str(proxy.port)))
-    assert [ledger.acquire("one", 1.0), ledger.acquire("two", 2.0)] == [1, 2]
-    assert proxy.lost == 1
-    assert len(ledger.database.rows("SELECT * FROM epochs")) == 2
-    ledger.close()
-    proxy.close()
+    """Also where the server crashes and gives the transaction's own number to others."""
 
-
-@pytest.mark.parametrize("reaches", [True, False])
-def test_so_it_is_when_the_server_crashes_and_gives_the_transactions_number_to_another(
-    server: PostgresProcess, url: str, reaches: bool
-) -> None:
-    def crash() -> None:
-        server.kill()
-        server.start()
+    def others() -> None:
+        if crashes:
+            server.kill()
+            server.start()
         with psycopg.connect(url, autocommit=True) as other:
             for _ in range(9):
                 other.execute("INSERT INTO others VALUES (1)")
@@ -212,7 +202,7 @@ def test_so_it_is_when_the_server_crashes_and_gives_the_transactions_number_to_a
     with psycopg.connect(url, autocommit=True) as other:
         other.execute("CREATE TABLE others (number INTEGER)")
     Ledger(url).close()
-    proxy = LossyProxy(server.port, b"COMMIT", reaches, meanwhile=crash)
+    proxy = LossyProxy(server.port, b"COMMIT", reaches, meanwhile=others)
     ledger = Ledger(url.replace(str(server.port), str(proxy.port)))
     assert [ledger.acquire("one", 1.0), ledger.acquire("two", 2.0)] == [1, 2]
     assert proxy.lost == 1
