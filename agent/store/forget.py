@@ -103,13 +103,14 @@ def expire(store: ExperienceStore, before: float) -> int:
 
 def rounds_of(store: ExperienceStore, principal: str) -> tuple[RoundUse, ...]:
     """The rounds that used a principal's rows, those of an earlier deletion included."""
-    with store.engine.connect() as connection:
+    with store.engine.connect() as connection:  # rows first, as above; then some are in both
+        now = _rounds(connection, principal)
         kept = connection.execute(
             select(forgotten.c.rounds).where(forgotten.c.principal_hash == _hash(principal))
         ).scalars()
         before = [RoundUse(**use) for text in kept for use in json.loads(text)]
-        earlier = (replace(use, positions=tuple(use.positions)) for use in before)
-        return (*earlier, *_rounds(connection, principal))
+    earlier = (replace(use, positions=tuple(use.positions)) for use in before)
+    return tuple(dict.fromkeys((*earlier, *now)))
 
 
 def gone(store: ExperienceStore) -> dict[tuple[str, str], tuple[int, ...]]:

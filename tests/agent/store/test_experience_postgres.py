@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from agent.store import feedback
 from agent.store.experience import Answer, ExperienceStore, Interaction, Judgement
 from agent.store.experience_db import METADATA
 from agent.store.feedback import Feedback
-from agent.store.forget import RoundUse, expire, forget
+from agent.store.forget import RoundUse, expire, forget, known, rounds_of
 
 A, B = "a" * 64, "b" * 64
 
@@ -132,3 +132,26 @@ def test_the_first_key_counts_also_when_it_is_made_between_two_statements(
 
     asyncio.run(gateway.principal(None))
     assert asyncio.run(gateway.principal(f"Bearer {made[0]}")).owner == "ann"
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [(known, True), (rounds_of, (RoundUse("round", B, "train", (0,)),))],
+)
+def test_what_a_principal_left_is_found_also_when_it_is_forgotten_between_two_statements(
+    store: ExperienceStore, ask: Callable[[ExperienceStore, str], object], told: object
+) -> None:
+    store.record([interaction(1)])
+    store.judge([Judgement("i1", 0, 1.7e9, 1.0, 1.0)])
+    store.use("round", "train", store.rows("gsm8k"))
+    store.name_candidate("round", B)
+    statements: list[int] = []
+
+    @event.listens_for(store.engine, "after_cursor_execute")
+    def meanwhile(*_args: object) -> None:
+        statements.append(1)
+        if len(statements) == 1:
+            forget(store, "ann", now=2e9)
+
+    assert ask(store, "ann") == told
+    assert ask(store, "ann") == told
