@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from agent.errors import UserError
@@ -66,6 +67,7 @@ class Slot:
         self._coming: Engine | None = None  # started, not yet where the others are
         self._mends = 0
         self._closed = False
+        self._ending = Lock()  # an engine is admitted before the end or not at all
 
     def start(self) -> None:
         """The first start, which only begins; an engine that has no place leaves the slot lost."""
@@ -94,7 +96,9 @@ class Slot:
     def drop(self, reason: str) -> None:
         """Take the engine out; ``release`` closes it, which may take long."""
         self.reason = reason
-        self._unclosed, self.engine = self.engine, None
+        engine, self.engine = self.engine, None
+        if engine is not None:  # else one that broke before may still wait to be closed
+            self._unclosed = engine
 
     def release(self) -> None:
         """Close an engine that was dropped."""
@@ -131,15 +135,17 @@ class Slot:
     def admit(self) -> bool:
         """Make the engine that is coming the slot's; False when the slot was closed meanwhile."""
         self.mending = False
-        if self._closed:
-            self._give_up(ConnectionAbortedError("closed"))
-            return False
-        self.engine, self._coming = self._coming, None
-        return True
+        with self._ending:
+            if not self._closed:
+                self.engine, self._coming = self._coming, None
+                return True
+        self._give_up(ConnectionAbortedError("closed"))
+        return False
 
     def close(self) -> None:
         """Close the engine for good, also one that another thread is just starting."""
-        self._closed = True
+        with self._ending:
+            self._closed = True  # nothing is admitted any more
         self.drop("closed")
         self.release()
         _close(self._coming)

@@ -21,6 +21,7 @@ from agent.population.schedule import (
     Messages,
     NoEngineError,
 )
+from agent.population.slot import Held, Slot
 
 ANCHOR = Path("anchor")
 PROMPTS = [[{"role": "user", "content": str(n)}] for n in range(5)]
@@ -189,6 +190,20 @@ def test_results_do_not_depend_on_engines_or_on_what_breaks(
     assert len(population.incidents) >= bool(broken)
     population.close()
     assert all(engine.closed for engine in troubles.started)
+
+
+def test_a_slot_that_ends_closes_what_broke_what_runs_and_what_comes() -> None:
+    troubles = Troubles()
+    slots = [Slot(number, troubles.start) for number in range(3)]
+    for slot in slots:
+        slot.start()
+    slots[0].drop("broke, and nobody closed it yet")
+    slots[2].drop("broke")
+    assert slots[2].begin(Held())
+    for slot in slots:
+        slot.close()
+    assert [engine.closed for engine in troubles.started] == [True] * 4
+    assert not slots[2].admit()
 
 
 def test_an_engine_with_another_delta_rebuilds_it() -> None:
