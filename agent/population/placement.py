@@ -19,6 +19,10 @@ ALONE = 0.9  # of a GPU's memory, for an engine that has the GPU to itself
 BESIDE = 0.45  # of a GPU's memory, for an engine beside another one
 ROUNDING = 1e-9  # 1 - 0.45 - 0.55 is not 0
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+OPENMP = "libiomp5.so"
+RUNTIMES = ("libiomp", "libgomp", "libomp")
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # asked of the kernel for each large allocation
+SLEEPING = {"KMP_BLOCKTIME": "1", "KMP_AFFINITY": "none"}  # its threads wait for 1 ms, then sleep
 OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -201,6 +205,40 @@ def base_environment() -> dict[str, str]:
     """Variables every engine wants before torch and vLLM are imported."""
     level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     return OFFLINE | {"VLLM_LOGGING_LEVEL": level}
+
+
+def cpu_runtime() -> dict[str, str]:
+    """Variables of a process that is yet to start, for it to compute well on the CPU.
+
+    Intel's OpenMP runtime, which vLLM's CPU build brings along. With GNU's, which torch loads
+    otherwise, threads that wait for one whose core another process has spin on: beside one busy
+    process on two cores a batch of 2 s takes 30 s. Threads of this one sleep once they have waited
+    for a millisecond, and it takes 3.5. It binds no thread: after a fork it would bind all to one.
+
+    Huge pages for what is allocated: SmolLM2 generates in a tenth less of the time.
+
+    Returns:
+        What is not in force already; what the environment chooses otherwise stays.
+    """
+    chosen: dict[str, str] = {}
+    if not on_cpu():
+        return chosen
+    if HUGE_PAGES.partition("=")[0] not in (before := os.environ.get("GLIBC_TUNABLES", "")):
+        chosen["GLIBC_TUNABLES"] = f"{before}:{HUGE_PAGES}".lstrip(":")
+    loaded = os.environ.get("LD_PRELOAD", "")
+    if path := None if any(name in loaded for name in RUNTIMES) else _openmp():
+        chosen |= {name: os.environ.get(name, value) for name, value in SLEEPING.items()}
+        chosen["LD_PRELOAD"] = f"{loaded}:{path}".lstrip(":")
+    return chosen
+
+
+def _openmp() -> Path | None:
+    """Intel's OpenMP runtime; None where it is not installed."""
+    with suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("intel-openmp") or ():
+            if file.name == OPENMP and (path := Path(str(file.locate())).resolve()).is_file():
+                return path
+    return None
 
 
 def environment(

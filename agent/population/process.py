@@ -36,7 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
-from agent.population.placement import EngineOptions, base_environment, environment, own_cores
+from agent.population.placement import (
+    EngineOptions,
+    base_environment,
+    cpu_runtime,
+    environment,
+    own_cores,
+)
 from agent.population.process_group import end_others
 from agent.population.remote import Json, RemoteEngine, answer
 from agent.population.schedule import Engine, EngineStartError
@@ -200,7 +206,7 @@ class EngineLauncher:
         with far:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", MODULE, str(far.fileno())],
-                env=os.environ | base_environment(),
+                env=os.environ | base_environment() | cpu_runtime(),
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -353,8 +359,8 @@ def _start(options: EngineOptions) -> Engine:
 
     from agent.population.vllm import VllmEngine
 
-    if cores:
-        torch.set_num_threads(len(cores))
+    if threads := options.threads or len(cores):
+        torch.set_num_threads(threads)  # the runtime may have read its variables before the fork
     return VllmEngine(options)
 
 

@@ -24,10 +24,10 @@ from agent.population.decoding import PENALTIES, Chat, ToolReader, generation_co
 from agent.population.placement import EngineOptions, on_cpu
 from agent.population.schedule import UNASKED, Completion, Logprobs, Messages, Prompt
 from agent.population.vllm_arguments import (
-    EXTENSION,
+    cpu_arguments,
+    extension,
     model_arguments,
     torchvision_for_import,
-    whole_prompts,
 )
 from agent.store.anchor import Anchor
 from agent.store.tensorfile import beside
@@ -39,8 +39,11 @@ from agent.store.windows import Ranks
 UNCACHED: dict[str, Any] = {"skip_reading_prefix_cache": True}
 
 
-def import_model_class(model: Path) -> None:
-    """Import the model's class in this process; vLLM would start another one to look at it."""
+def import_for_cpu(model: Path) -> None:
+    """Import our kernels, which an engine's arguments name, and the model's class in this process:
+    vLLM would start another one to look at the class.
+    """
+    import_module("agent.population.vllm_kernels")
     from vllm.model_executor.models.registry import ModelRegistry
 
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -377,13 +380,13 @@ def _start(options: EngineOptions) -> Any:
 
     cpu = on_cpu()
     if cpu:
-        import_model_class(options.model)
+        import_for_cpu(options.model)
     return LLM(
         model=str(options.model),
         dtype=options.dtype,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        **(whole_prompts(options.max_model_len) if cpu else {}),
+        **(cpu_arguments(options.max_model_len) if cpu else {}),
         tensor_parallel_size=options.tensor_parallel,
         distributed_executor_backend="mp" if options.tensor_parallel > 1 else "uni",
         gpu_memory_utilization=share_of(options),
@@ -393,5 +396,5 @@ def _start(options: EngineOptions) -> Any:
         max_logprobs=options.max_logprobs,
         **generation_config(options.generation_config),
         seed=options.seed,
-        worker_extension_cls=EXTENSION,
+        worker_extension_cls=extension(cpu=cpu),
     )

@@ -12,18 +12,24 @@ from typing import Any
 
 from agent.population.placement import on_cpu
 
-EXTENSION = "agent.population.worker.WeightsExtension"
+PROVIDER = "anchorage"  # of operations that vLLM computes by what we name to it (vllm_kernels)
 BATCH = 4096  # tokens of one engine step, on the CPU: vLLM's own default there
 
 
-def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
-    """Engine arguments on the CPU with which no prompt is read in pieces.
+def extension(*, cpu: bool) -> str:
+    """The class that every worker of vLLM is extended with; on the CPU kernels come along."""
+    return f"agent.population.{'vllm_kernels' if cpu else 'worker'}.WeightsExtension"
+
+
+def cpu_arguments(max_model_len: int | None) -> dict[str, Any]:
+    """Engine arguments on the CPU: no prompt is read in pieces, and norms by compiled kernels.
 
     For a prompt with a seed that is read in pieces vLLM rewinds a generator, which the CPU's
     generators cannot do: that one request would end the engine.
     """
     least = {} if max_model_len is None else {"max_num_batched_tokens": max(BATCH, max_model_len)}
-    return {"enable_chunked_prefill": False, **least}
+    norms = {name: [PROVIDER] for name in ("rms_norm", "fused_add_rms_norm")}
+    return {"enable_chunked_prefill": False, **least, "ir_op_priority": norms}
 
 
 def model_arguments(model: Path) -> dict[str, Any]:

@@ -28,9 +28,15 @@ from agent.config import Settings, kept
 from agent.errors import UserError
 from agent.home import Home, write_atomically
 from agent.population.decoding import generation_config
-from agent.population.placement import OFFLINE, available_cores, on_cpu, serving_cores
-from agent.population.vllm import import_model_class
-from agent.population.vllm_arguments import EXTENSION, model_arguments, whole_prompts
+from agent.population.placement import (
+    OFFLINE,
+    available_cores,
+    cpu_runtime,
+    on_cpu,
+    serving_cores,
+)
+from agent.population.vllm import import_for_cpu
+from agent.population.vllm_arguments import cpu_arguments, extension, model_arguments
 from agent.store.weights import identity
 from deploy.serving.intact import intact, require_version
 from deploy.serving.served import BLUE, Served
@@ -54,8 +60,8 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
     engines, model = settings.engines, settings.model
     device: tuple[str, ...]
     if cpu:
-        whole = whole_prompts(model.max_model_len)
-        device = ("--enforce-eager", *(_flag(name, value) for name, value in whole.items()))
+        own = cpu_arguments(model.max_model_len)
+        device = ("--enforce-eager", *(_flag(name, value) for name, value in own.items()))
         if engines.tensor_parallel_size == 1:
             device += ("--distributed-executor-backend=uni",)
     else:
@@ -66,7 +72,7 @@ def flags(settings: Settings, *, cpu: bool) -> tuple[str, ...]:
         f"--max-model-len={model.max_model_len}",
         f"--max-num-seqs={engines.max_num_seqs}",
         f"--tensor-parallel-size={engines.tensor_parallel_size}",
-        f"--worker-extension-cls={EXTENSION}",
+        f"--worker-extension-cls={extension(cpu=cpu)}",
         "--enable-prefix-caching",
         "--enable-auto-tool-choice",
         f"--tool-call-parser={model.tool_parser}",
@@ -90,14 +96,14 @@ def _flag(name: str, value: object) -> str:
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed}={value}"
+    return f"--{dashed}={json.dumps(value) if isinstance(value, dict) else value}"
 
 
 def _decoding(settings: Settings) -> Iterator[str]:
     """Flags with which this server decodes as the population's engines do."""
     same = generation_config(settings.tasks.generation_config == "model")
     for name, value in same.items():
-        yield _flag(name, value if isinstance(value, str) else json.dumps(value))
+        yield _flag(name, value)
 
 
 def _template(home: Home) -> list[str]:
@@ -129,7 +135,7 @@ def environment(home: Home, *, cpu: bool) -> dict[str, str]:
         # Not bound to cores: vLLM would bind two serving engines (blue/green) to the same ones. The
         # population binds its engines to the other half.
         "OMP_NUM_THREADS": str(serving_cores(len(available_cores()))),
-    }
+    } | cpu_runtime()
     return shared | (on_the_cpu if cpu else {})
 
 
@@ -157,7 +163,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="deploy.serving.process")
     parser.add_argument("home", type=Path)
     parser.add_argument("slot")
-    given, foreign = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    given, foreign = parser.parse_known_args(words)
+    if runtime := cpu_runtime():  # read when a program starts
+        os.environ.update(runtime)
+        _begin_again(words)
     home = Home.at(given.home)
     if "SUPERVISOR_ENABLED" in os.environ:
         end_leaderless()  # a killed engine's core still holds the accelerator's memory
@@ -169,13 +179,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     served = intact(home, given.slot)
     if fresh and "numba" in sys.modules:
         # Weights were rebuilt, with Numba, whose modules vLLM's CPU build fails on when it looks
-        # for its kernels in everything imported. The same process begins again; all is whole now.
-        words = sys.argv[1:] if argv is None else argv
-        os.execv(sys.executable, [sys.executable, "-m", "deploy.serving.process", *words])  # noqa: S606
+        # for its kernels in everything imported. All is whole now.
+        _begin_again(words)
     path = private_socket(home.engine_socket(given.slot))
     own = [_flag(name, value) for name, value in model_arguments(Path(served.directory)).items()]
     # The model's own last: of a flag that is given twice vLLM takes the last.
     _run(home, [f"--model={served.directory}", f"--uds={path}", *foreign, *own], served)
+
+
+def _begin_again(words: Sequence[str]) -> None:
+    """Start this program anew in the same process; does not return."""
+    os.execv(sys.executable, [sys.executable, "-m", "deploy.serving.process", *words])  # noqa: S606
 
 
 def _settings(home: Home) -> Settings:
@@ -197,7 +211,7 @@ def _run(home: Home, foreign: Sequence[str], served: Served) -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(list(foreign))
     validate_parsed_serve_args(args)
     if on_cpu():
-        import_model_class(model)
+        import_for_cpu(model)
     usual = os.umask(0o177)  # the socket is born 0600
     address, listener = setup_server(args, reuse_port=False)
     os.umask(usual)

@@ -23,6 +23,7 @@ from agent.config import load
 from agent.errors import UserError
 from agent.home import Home
 from agent.population.decoding import largest_difference
+from agent.population.placement import OPENMP
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineProcess
 from agent.population.schedule import Logprobs
@@ -155,6 +156,7 @@ def serving(opened: Service, digest: str | None = None) -> Iterator[EngineContro
                 assert process.poll() is None, path.read_text()
                 assert time.monotonic() < until, path.read_text()
                 time.sleep(0.5)
+            assert OPENMP in Path(f"/proc/{process.pid}/maps").read_text()
             yield engine
     finally:
         process.terminate()

@@ -23,7 +23,7 @@ from agent.learner.noise import Address
 from agent.learner.penalty import Penalty
 from agent.population.capacity import size_of
 from agent.population.decoding import kl_per_token, largest_difference
-from agent.population.placement import EngineOptions, available_cores
+from agent.population.placement import EngineOptions, available_cores, cpu_runtime
 from agent.population.pool import Population
 from agent.population.process import EngineLauncher, EngineLostError, EngineProcess
 from agent.population.process_group import SHARED_MEMORY
@@ -115,6 +115,11 @@ def engine(launcher: EngineLauncher, pair: tuple[Path, Path]) -> Iterator[Engine
     engine = launcher.engine(options(pair[0]))
     yield engine
     engine.close()
+
+
+def test_its_threads_are_of_the_runtime_that_lets_them_sleep(engine: EngineProcess) -> None:
+    loaded = Path(f"/proc/{engine._pid}/maps").read_text()
+    assert Path(cpu_runtime()["LD_PRELOAD"]).name in loaded
 
 
 def test_reload_equals_cold_start(

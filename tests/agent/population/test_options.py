@@ -4,14 +4,21 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from agent.errors import UserError
-from agent.population.placement import EngineOptions, environment, on_cpu
+from agent.population.placement import (
+    HUGE_PAGES,
+    SLEEPING,
+    EngineOptions,
+    cpu_runtime,
+    environment,
+    on_cpu,
+)
 from agent.population.vllm_arguments import model_arguments, torchvision_for_import
 
 
@@ -45,6 +52,31 @@ def test_options_travel_as_json() -> None:
 def test_a_size_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: 0, allowed: 1 or more"):
         EngineOptions.from_json(EngineOptions(Path("/models/a")).to_json() | {name: 0})
+
+
+@pytest.mark.skipif(not on_cpu(), reason="on the CPU")
+def test_an_engine_starts_with_threads_that_sleep_and_huge_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("LD_PRELOAD", "GLIBC_TUNABLES", *SLEEPING):
+        monkeypatch.delenv(name, raising=False)
+    plain = cpu_runtime()
+    assert plain["GLIBC_TUNABLES"] == HUGE_PAGES
+    if any(metadata.distributions(name="intel-openmp")):
+        assert Path(plain["LD_PRELOAD"]).is_file()
+        assert plain.items() >= SLEEPING.items()
+        monkeypatch.setenv("LD_PRELOAD", "/lib/libjemalloc.so")
+        monkeypatch.setenv("KMP_BLOCKTIME", "20")
+        beside = cpu_runtime()
+        assert beside["LD_PRELOAD"] == f"/lib/libjemalloc.so:{plain['LD_PRELOAD']}"
+        assert beside["KMP_BLOCKTIME"] == "20"
+    for chosen in ("/lib/libiomp5.so", "/lib/libgomp.so.1", "/lib/libomp.so"):
+        monkeypatch.setenv("LD_PRELOAD", chosen)
+        assert cpu_runtime() == {"GLIBC_TUNABLES": HUGE_PAGES}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    assert cpu_runtime() == {"GLIBC_TUNABLES": f"glibc.malloc.arena_max=1:{HUGE_PAGES}"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert cpu_runtime() == {}  # whoever begins again does so once
 
 
 def test_an_engine_has_threads_for_its_own_cores_and_no_more() -> None:

@@ -37,7 +37,7 @@ def test_an_engine_listens_nowhere_but_on_its_socket(home: Home) -> None:
     argv = process.command(home, load())
     assert not [part for part in argv if part.startswith(("--host", "--port", "--model=", "--uds"))]
     assert argv[3:5] == (str(home.root), BLUE)
-    assert f"--worker-extension-cls={process.EXTENSION}" in argv
+    assert "--worker-extension-cls=agent.population.vllm_kernels.WeightsExtension" in argv
 
 
 def test_settings_become_vllms_own_flags() -> None:
@@ -159,7 +159,32 @@ def test_a_damaged_file_is_named(home: Home) -> None:
             read_served(home)
 
 
-def test_a_start_that_fails_at_its_settings_is_counted(home: Home) -> None:
+class BegunAgainError(Exception):
+    """Instead of another program in this process."""
+
+
+def test_it_begins_again_under_the_cpu_runtime(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library can be loaded before all others at a program's start only."""
+    words = [str(home.root), BLUE, "--a-flag"]
+
+    def execv(path: str, argv: list[str]) -> None:
+        raise BegunAgainError(path, argv[1:], os.environ["LD_PRELOAD"])
+
+    monkeypatch.setenv("LD_PRELOAD", "")
+    monkeypatch.setenv("KMP_BLOCKTIME", "")
+    monkeypatch.setattr(process, "cpu_runtime", lambda: {"LD_PRELOAD": "/lib/libiomp5.so"})
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(BegunAgainError) as begun:
+        process.main(words)
+    module = ["-m", "deploy.serving.process"]
+    assert begun.value.args == (sys.executable, [*module, *words], "/lib/libiomp5.so")
+    assert starts(home, BLUE) is None
+
+
+def test_a_start_that_fails_at_its_settings_is_counted(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "cpu_runtime", dict)
     keep(home, load())
     home.settings_json.write_text(home.settings_json.read_text().replace('"model"', '"mod%l"'))
     with pytest.raises(UserError, match="damaged"):
