@@ -38,8 +38,9 @@ def fits(x: torch.Tensor, width: int) -> bool:
 def _fits_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> bool:
-    plain = variance_size is None and weight is not None and weight.dtype == x.dtype
-    return plain and fits(x, x.shape[-1])
+    if variance_size is not None or weight is None or weight.dtype != x.dtype:
+        return False
+    return weight.shape == x.shape[-1:] and weight.is_contiguous() and fits(x, x.shape[-1])
 
 
 def _fits_sum(
@@ -49,8 +50,8 @@ def _fits_sum(
     epsilon: float,
     variance_size: int | None = None,
 ) -> bool:
-    whole = x_residual.is_contiguous() and x_residual.dtype == x.dtype
-    return whole and _fits_norm(x, weight, epsilon, variance_size)
+    alike = x_residual.shape == x.shape and x_residual.dtype == x.dtype
+    return alike and x_residual.is_contiguous() and _fits_norm(x, weight, epsilon, variance_size)
 
 
 @ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_fits_norm)  # type: ignore[untyped-decorator]

@@ -298,13 +298,17 @@ def bench_population_command(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Plain vLLM compiles the model; the engine does not.")
     ] = False,
+    busy: Annotated[
+        int, typer.Option(min=0, help="Other processes that never wait, on the same cores.")
+    ] = 0,
     config: Annotated[Path | None, typer.Option(help="TOML settings beside these.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure members of a population against plain vLLM. Exit code 1 under the bound."""
     from flows.lab.bench.population import PopulationBench, bench_population, population_table
 
-    bench = PopulationBench(target, prompts, turns, shots=tuple(shots or (0, 2)), compiled=compiled)
+    asked = tuple(shots or (0, 2))
+    bench = PopulationBench(target, prompts, turns, shots=asked, compiled=compiled, busy=busy)
     with reporter() as bars:
         document = bench_population(bench, model, config, bars)
     show(document, as_json, population_table(document))

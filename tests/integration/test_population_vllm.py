@@ -118,6 +118,7 @@ def engine(launcher: EngineLauncher, pair: tuple[Path, Path]) -> Iterator[Engine
 
 
 def test_its_threads_are_of_the_runtime_that_lets_them_sleep(engine: EngineProcess) -> None:
+    engine.ready()
     loaded = Path(f"/proc/{engine._pid}/maps").read_text()
     assert Path(cpu_runtime()["LD_PRELOAD"]).name in loaded
 

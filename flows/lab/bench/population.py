@@ -9,12 +9,15 @@ members, generates with the model as it is. With N members a generation:
     weight share    = (render + update / N) / seconds of ours
 
 The member's noise is drawn and added at a scale that rounds away, so that both sides give the same
-answers: a perturbed member's may be longer, and their longest decides how many steps a batch takes.
+answers but for rounding (``vllm_kernels``): a perturbed member's may be longer, and their longest
+decides how many steps a batch takes. ``busy`` other processes may want the same cores.
 
 ``read`` is the same for a worked answer that is read and not generated (``learner.fitness``).
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +61,7 @@ class PopulationBench:
     members: int = 16  # of a generation, which share one update
     shots: tuple[int, ...] = (0, 2)
     compiled: bool = False  # plain vLLM as it is by default: it compiles the model as it starts
+    busy: int = 0  # processes that compute without end beside both
 
 
 def bench_population(
@@ -89,7 +93,8 @@ def measured(bench: PopulationBench, opened: Session, progress: Reporter) -> dic
     examples, asked = rows[: max(bench.shots)], rows[max(bench.shots) :]
     advance = progress.track("turns", bench.turns * len(bench.shots))
     cases = []
-    with _plain(engine_options(service)[0], task.max_tokens, bench.compiled) as plain:
+    options = engine_options(service)[0]
+    with _plain(options, task.max_tokens, bench.compiled) as plain, _company(bench.busy):
         for case, shots in enumerate(bench.shots):
             prompts = [task.messages(row, examples[:shots]) for row in asked]
             turns = []
@@ -101,6 +106,7 @@ def measured(bench: PopulationBench, opened: Session, progress: Reporter) -> dic
         "target": task.name,
         "prompts": bench.prompts,
         "members": bench.members,
+        "busy": bench.busy,
         "cases": cases,
         "within": all(case["ratio"] >= BOUND for case in cases),
     }
@@ -168,6 +174,19 @@ def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
         "read_ratio": median(turn["plain"] / turn["read"] for turn in turns),
         "weight_share": median(weights),
     }
+
+
+@contextmanager
+def _company(count: int) -> Iterator[None]:
+    """So many processes that never wait, on whatever cores they get."""
+    endless = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(endless) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @contextmanager
@@ -242,7 +261,7 @@ def population_table(document: Mapping[str, Any]) -> Table:
     title = (
         f"{document['target']}: {document['prompts']} prompts a member, seconds; "
         f"{document['members']} members share an update"
-    )
+    ) + (f"; beside {document['busy']} busy processes" if document["busy"] else "")
     drawn = Table(title=title, title_justify="left")
     columns = ("examples", "render", "update", "member", "plain vLLM", "plain / ours", "weights")
     for column in (*columns, "tokens", "plain tokens", "answers read", "plain / read"):

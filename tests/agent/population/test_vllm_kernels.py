@@ -67,6 +67,7 @@ def test_what_a_kernel_cannot_read_goes_torchs_way() -> None:
         (x, None, EPSILON),
         (x.to(torch.bfloat16), weight, EPSILON),
         (x, weight, EPSILON, 32),
+        (x.view(4, 2, 32), weight.view(2, 32), EPSILON),  # a row of weights for each head
     ):
         assert ir.ops.rms_norm.dispatch(*args).provider == "native"
     strided = x[:, ::2], x[:, ::2].contiguous(), weight[::2].contiguous(), EPSILON

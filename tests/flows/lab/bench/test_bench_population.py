@@ -5,9 +5,16 @@ from multiprocessing import Pipe
 from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 
-from flows.lab.bench.population import PopulationBench, medians, one_turn, population_table
+from flows.lab.bench.population import (
+    PopulationBench,
+    _company,
+    medians,
+    one_turn,
+    population_table,
+)
 from flows.session import Session
 
 TOKENS = {"tokens": 9, "plain_tokens": 8}
@@ -25,8 +32,20 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     assert case["read_ratio"] == 3.0
     assert (case["tokens"], case["plain_tokens"]) == (9, 8)
     assert case["weight_share"] == pytest.approx(0.1)
-    document = {"target": "t", "prompts": 1, "members": 1, "cases": [{"shots": 0} | case]}
-    assert population_table(document).row_count == 1
+    document = {"target": "t", "prompts": 1, "members": 1, "busy": 0}
+    drawn = population_table(document | {"cases": [{"shots": 0} | case]})
+    assert drawn.row_count == 1
+    assert "busy" not in str(drawn.title)
+
+
+def test_company_computes_and_ends() -> None:
+    def children() -> list[psutil.Process]:
+        return [each for each in psutil.Process().children() if "while True" in str(each.cmdline())]
+
+    with _company(2):
+        others = children()
+        assert len(others) == 2
+    assert not [each for each in others if each.is_running()]
 
 
 @pytest.mark.proof
