@@ -64,7 +64,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "gate": {"margins": {"countdown": 0.08}},
         "review": {"mode": "auto"},
         "gateway": {"principal_cap": 0.0},
-        "engines": {"prefix_caching": False},  # its prompts share too little to gain by it
         "projection": {"loop_minutes": 60.0},
     },
     # For any other model nothing is scheduled and nothing is served without a person.
