@@ -20,7 +20,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from agent.population import vllm_kernels
 
 EPSILON = 1e-5
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # relative to the exact value
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
 SHAPES = [(1, 16), (7, 64), (3, 576), (2, 5, 128)]
 
 
