@@ -54,6 +54,16 @@ def import_for_cpu(model: Path) -> None:
             ModelRegistry.register_model(name, found)
 
 
+def replaceable() -> tuple[Any, Any]:
+    """vLLM's operations and its layer of an MLP's gate, with its compiled kernels loaded."""
+    from vllm import ir
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    return ir.ops, SiluAndMul
+
+
 def preload() -> None:
     """Import what an engine on the CPU imports; on a GPU nothing, as CUDA does not survive a fork.
 

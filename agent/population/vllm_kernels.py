@@ -16,18 +16,15 @@ engine imports it before the engine's configuration is made, which names the pro
 from typing import Any
 
 import torch
-from vllm import ir
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.platforms import current_platform
 
+from agent.population.vllm import replaceable
 from agent.population.vllm_arguments import PROVIDER
 from agent.population.worker import WeightsExtension
 
 __all__ = ["WeightsExtension"]
 
 MULTIPLE = 16  # of elements, which the kernels read at a time
-
-current_platform.import_kernels()
+OPERATIONS, SiluAndMul = replaceable()
 
 
 def fits(x: torch.Tensor, width: int) -> bool:
@@ -54,7 +51,7 @@ def _fits_sum(
     return alike and x_residual.is_contiguous() and _fits_norm(x, weight, epsilon, variance_size)
 
 
-@ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_fits_norm)  # type: ignore[untyped-decorator]
+@OPERATIONS.rms_norm.register_impl(PROVIDER, supports_args=_fits_norm)  # type: ignore[untyped-decorator]
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> torch.Tensor:
@@ -64,7 +61,7 @@ def rms_norm(
     return out
 
 
-@ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_fits_sum, inplace=True)  # type: ignore[untyped-decorator]
+@OPERATIONS.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_fits_sum, inplace=True)  # type: ignore[untyped-decorator]
 def fused_add_rms_norm(
     x: torch.Tensor,
     x_residual: torch.Tensor,
@@ -78,7 +75,7 @@ def fused_add_rms_norm(
 
 
 @SiluAndMul.register_oot
-class CompiledSiluAndMul(SiluAndMul):  # type: ignore[misc]
+class CompiledSiluAndMul(SiluAndMul):  # type: ignore[misc, valid-type]
     """silu(a) b of x = (a, b) (..., 2 n)."""
 
     def forward_cpu(self, x: torch.Tensor) -> Any:
