@@ -212,8 +212,9 @@ def cpu_runtime() -> dict[str, str]:
 
     Intel's OpenMP runtime, which vLLM's CPU build brings along. With GNU's, which torch loads
     otherwise, threads that wait for one whose core another process has spin on: beside one busy
-    process on two cores a batch of 2 s takes 30 s. Threads of this one sleep once they have waited
-    for a millisecond, and it takes 3.5. It binds no thread: after a fork it would bind all to one.
+    process on two cores a batch of 2 s takes 18 (docs/evidence.md). Threads of this one sleep once
+    they have waited for a millisecond: 3.4 s. It binds no thread: after a fork all would share one
+    core.
 
     Huge pages for what is allocated: SmolLM2 generates in a tenth less of the time.
 
